@@ -1,0 +1,101 @@
+"""What a backbone and a neck promise to a head: feature maps with known channels and strides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+from detkit.errors import ConfigError
+
+
+class Backbone(nn.Module, ABC):
+    """A network from images to feature maps.
+
+    Attributes:
+        channels: channels of each feature map, finest map first.
+        strides: pixels of the input that one step on each map spans; 0 for a 1x1 map pooled from the
+            whole image, whose step spans whatever size the image has.
+        mean, std: per-channel normalisation of RGB images in 0..1 that the weights were trained with.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    _frozen: int = 0
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [(B, channels[i], ~H / strides[i], ~W / strides[i])] of normalised images (B, 3, H, W)."""
+
+    @abstractmethod
+    def stages(self) -> Sequence[nn.Module]:
+        """The parts in the order in which they run, stem first, for freezing the early ones."""
+
+    def freeze(self, count: int) -> None:
+        """Keep the first `count` stages as they are; the others learn.
+
+        A frozen stage gets no gradients and stays in evaluation mode through every later `train()`, because
+        a batch norm in training mode would go on changing its running mean and variance.
+
+        Args:
+            count: 0 (everything learns) to the number of `stages()`.
+
+        Raises:
+            ConfigError: `count` is out of that range.
+        """
+        stages = self.stages()
+        if not 0 <= count <= len(stages):
+            raise ConfigError(
+                f"This backbone has {len(stages)} stages, so 0 to {len(stages)} of them can be frozen, not {count}."
+            )
+        for index, stage in enumerate(stages):
+            stage.requires_grad_(index >= count)
+        self._frozen = count
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            for stage in self.stages()[: self._frozen]:
+                stage.eval()
+        return self
+
+    def _override_normalisation(
+        self, mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None
+    ) -> None:
+        """Take the user's `mean` and `std` where they are given."""
+        if mean is not None:
+            self.mean = mean
+        if std is not None:
+            if min(std) <= 0:
+                raise ConfigError(f"A backbone's 'std' divides the image, so it must be above 0, but it is {std}.")
+            self.std = std
+
+
+class Neck(nn.Module, ABC):
+    """A network from a backbone's feature maps to the maps a head reads; same attributes as a backbone's.
+
+    Its constructor takes `channels` and `strides` of the maps that come in.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Feature maps [(B, channels[i], h_i, w_i)] from those of the backbone, finest first."""
+
+
+def check_levels(levels: tuple[int, ...], valid: Collection[int], network: str) -> None:
+    """Raise ConfigError where `levels` are not ascending, or one of them is not a level of `network`."""
+    if not levels or list(levels) != sorted(set(levels)) or not set(levels) <= set(valid):
+        allowed = ", ".join(str(level) for level in sorted(valid))
+        raise ConfigError(
+            f"'levels' of the backbone '{network}' must be some of {allowed}, each once and in ascending order, "
+            f"but they are {list(levels)}."
+        )

@@ -1,0 +1,87 @@
+"""The feature pyramid (Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.backbones.base import Neck
+from detkit.errors import ConfigError
+from detkit.registry import necks
+
+
+@necks.register("fpn")
+class FeaturePyramid(Neck):
+    """Carries the meaning of coarse maps down to the fine ones; all maps get the same width.
+
+    Each map goes through a 1x1 convolution; from coarse to fine, the map above is enlarged (nearest neighbour)
+    and added; a 3x3 convolution then gives the output. Layers are named as in torchvision's
+    FeaturePyramidNetwork (`inner_blocks.0.0.weight`), but for `extra_blocks.0`, its `extra_blocks.p6`.
+
+    Args:
+        channels: channels of the maps that come in.
+        strides: their strides, ascending.
+        width: channels of every map that goes out.
+        extra_levels: coarser maps made from the last output, each of half the size.
+        extra: how these are made: "conv", 3x3 convolutions of stride 2 with ReLU between (RetinaNet's P6, P7),
+            or "pool", every second value (Faster R-CNN).
+        norm: batch norm behind each convolution, which a pyramid trained from scratch wants.
+
+    Raises:
+        ConfigError: the strides are not ascending (a map pooled from the whole image has no place in a
+            pyramid), or `width` or `extra_levels` is out of range.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        width: int = 256,
+        extra_levels: int = 0,
+        extra: Literal["conv", "pool"] = "conv",
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if not strides or strides[0] < 1 or list(strides) != sorted(set(strides)):
+            raise ConfigError(
+                f"The neck 'fpn' needs maps of ascending strides, but the backbone gives {list(strides)}. "
+                f"Choose others by the backbone's 'levels'."
+            )
+        if width < 1 or extra_levels < 0:
+            raise ConfigError(
+                f"The neck 'fpn' needs a positive 'width' and no negative 'extra_levels', but they are {width} "
+                f"and {extra_levels}."
+            )
+        self.inner_blocks = nn.ModuleList(_convolution(count, width, 1, norm) for count in channels)
+        self.layer_blocks = nn.ModuleList(_convolution(width, width, 3, norm) for _ in channels)
+        convolutions = extra_levels if extra == "conv" else 0
+        self.extra_blocks = nn.ModuleList(_convolution(width, width, 3, norm, stride=2) for _ in range(convolutions))
+        self._pools = extra_levels - convolutions
+        self.channels = (width,) * (len(channels) + extra_levels)
+        self.strides = (*strides, *(strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Maps [(B, width, h_i, w_i)] of the sizes that came in, then the extra ones, each half (rounded up).
+
+        Args:
+            features: [(B, channels[i], h_i, w_i)], finest first; sizes need not be multiples of each other.
+        """
+        inner = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
+        for i in range(len(inner) - 2, -1, -1):
+            inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
+        maps = [block(feature) for block, feature in zip(self.layer_blocks, inner, strict=True)]
+        for i, block in enumerate(self.extra_blocks):
+            maps.append(block(F.relu(maps[-1]) if i else maps[-1]))
+        for _ in range(self._pools):
+            maps.append(F.max_pool2d(maps[-1], kernel_size=1, stride=2))
+        return maps
+
+
+def _convolution(channels_in: int, channels_out: int, kernel: int, norm: bool, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=not norm)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out)) if norm else nn.Sequential(convolution)

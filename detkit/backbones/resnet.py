@@ -1,0 +1,106 @@
+"""Residual networks (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016), from torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torchvision import models
+
+from detkit.backbones.base import Backbone, check_levels
+from detkit.backbones.weights import load_weights
+from detkit.registry import backbones
+
+
+class ResNet(Backbone):
+    """A residual network without its pooling and classifier; C2..C5 are the outputs of its four layers.
+
+    Tensors have torchvision's names (`layer1.0.conv1.weight`). Layers behind the last level are not built.
+
+    Args:
+        levels: which of C2..C5 are given, ascending; Ci has stride 2**i, so 4, 8, 16 and 32.
+        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, classifier or not.
+        mean: overrides the normalisation, for weights trained with another.
+        std: as `mean`.
+
+    Raises:
+        ConfigError: `levels` are not ascending or not in 2..5.
+        CheckpointError: the weights cannot be had, or do not fit.
+    """
+
+    network: ClassVar[str]
+
+    def __init__(
+        self,
+        levels: tuple[int, ...] = (2, 3, 4, 5),
+        weights: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_levels(levels, range(2, 6), self.network)
+        full = models.get_model(self.network, weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = full.conv1, full.bn1, full.relu, full.maxpool
+        self._layer_names = [f"layer{level - 1}" for level in range(2, levels[-1] + 1)]
+        for name in self._layer_names:
+            setattr(self, name, getattr(full, name))
+        self._levels = levels
+        self.channels = tuple(full.fc.in_features // 2 ** (5 - level) for level in levels)
+        self.strides = tuple(2**level for level in levels)
+        self._override_normalisation(mean, std)
+        load_weights(
+            self,
+            weights,
+            self.network,
+            full_names=full.state_dict().keys(),
+            download=lambda: models.get_model_weights(self.network).IMAGENET1K_V1.get_state_dict(check_hash=True),
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded up.
+
+        Args:
+            images: (B, 3, H, W) normalised RGB.
+        """
+        stem, *layers = self.stages()
+        maps, features = [], stem(images)
+        for level, layer in enumerate(layers, start=2):
+            features = layer(features)
+            if level in self._levels:
+                maps.append(features)
+        return maps
+
+    def stages(self) -> Sequence[nn.Module]:
+        """The stem (convolution, batch norm, ReLU, max pool), then the layers."""
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, *(getattr(self, name) for name in self._layer_names)]
+
+
+@backbones.register("resnet18")
+class ResNet18(ResNet):
+    """ResNet-18, with the options of `ResNet`."""
+
+    network = "resnet18"
+
+
+@backbones.register("resnet34")
+class ResNet34(ResNet):
+    """ResNet-34, with the options of `ResNet`."""
+
+    network = "resnet34"
+
+
+@backbones.register("resnet50")
+class ResNet50(ResNet):
+    """ResNet-50, with the options of `ResNet`."""
+
+    network = "resnet50"
+
+
+@backbones.register("resnet101")
+class ResNet101(ResNet):
+    """ResNet-101, with the options of `ResNet`."""
+
+    network = "resnet101"

@@ -1,0 +1,40 @@
+"""Boxes as pure tensor functions: conventions, overlap, anchors, offsets, matching, sampling and suppression."""
+
+from detkit.boxes.anchors import (
+    kmeans_priors,
+    linear_scales,
+    per_pixel_anchors,
+    region_proposal_anchors,
+    ssd_default_boxes,
+)
+from detkit.boxes.coding import decode, encode
+from detkit.boxes.convert import area, clip, cxcywh_to_xyxy, xywh_to_xyxy, xyxy_to_cxcywh, xyxy_to_xywh
+from detkit.boxes.iou import elementwise_iou, intersection_over_area, pairwise_iou
+from detkit.boxes.matching import match_bipartite, match_ssd, match_two_thresholds
+from detkit.boxes.nms import nms
+from detkit.boxes.sampling import hard_negatives, sample_balanced
+
+__all__ = [
+    "area",
+    "clip",
+    "cxcywh_to_xyxy",
+    "decode",
+    "elementwise_iou",
+    "encode",
+    "hard_negatives",
+    "intersection_over_area",
+    "kmeans_priors",
+    "linear_scales",
+    "match_bipartite",
+    "match_ssd",
+    "match_two_thresholds",
+    "nms",
+    "pairwise_iou",
+    "per_pixel_anchors",
+    "region_proposal_anchors",
+    "sample_balanced",
+    "ssd_default_boxes",
+    "xywh_to_xyxy",
+    "xyxy_to_cxcywh",
+    "xyxy_to_xywh",
+]

@@ -1,0 +1,137 @@
+"""Intersection over union and its generalised, distance and complete forms, all from one implementation.
+
+With I the intersection, U the union, C the area of the smallest box around both, d the distance of the
+centres and c the diagonal of that smallest box:
+
+    iou  = I / U                            in 0..1
+    giou = iou - (C - U) / C                in -1..1   Rezatofighi et al. 2019, arXiv 1902.09630, algorithm 1
+    diou = iou - d^2 / c^2                  in -1..1   Zheng et al. 2020, arXiv 1911.08287, equation 6
+    ciou = diou - alpha v                              the same, equations 8 to 11, where
+           v = 4 / pi^2 (atan(w_a / h_a) - atan(w_b / h_b))^2 and alpha = v / (1 - iou + v) is held constant
+           in the gradient.
+
+A quotient whose denominator is 0 counts as 0, with gradient 0: boxes without area give numbers, never NaN.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from detkit.boxes.convert import area
+from detkit.errors import nearest
+
+Kind = Literal["iou", "giou", "diou", "ciou"]
+
+
+def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
+    """How much each of N boxes overlaps each of M.
+
+    Args:
+        boxes_a: (N, 4) xyxy.
+        boxes_b: (M, 4) xyxy.
+        kind: which form; see the module.
+
+    Returns:
+        (N, M), float32, or float64 where the boxes are; differentiable.
+
+    Raises:
+        ValueError: for a shape that is not (N, 4), or an unknown kind.
+    """
+    _check_boxes(boxes_a, "boxes_a")
+    _check_boxes(boxes_b, "boxes_b")
+    return _overlap(boxes_a[:, None], boxes_b[None], kind)
+
+
+def elementwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
+    """How much the i-th of N boxes overlaps the i-th of N others; 1 minus this is the IoU loss.
+
+    Args:
+        boxes_a: (N, 4) xyxy.
+        boxes_b: (N, 4) xyxy.
+        kind: which form; see the module.
+
+    Returns:
+        (N,), float32, or float64 where the boxes are; differentiable, without NaN in the gradient.
+
+    Raises:
+        ValueError: for shapes that are not (N, 4) or differ, or an unknown kind.
+    """
+    _check_boxes(boxes_a, "boxes_a")
+    _check_boxes(boxes_b, "boxes_b")
+    if len(boxes_a) != len(boxes_b):
+        raise ValueError(f"boxes_a and boxes_b must be equally many, but are {len(boxes_a)} and {len(boxes_b)}")
+    return _overlap(boxes_a, boxes_b, kind)
+
+
+def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
+    """The part of each box's own area that lies inside each crowd region.
+
+    COCO's rule for crowds: a box anywhere inside a region that holds many objects is no mistake, however
+    small a part of the region it covers.
+
+    Args:
+        boxes: (N, 4) xyxy.
+        crowds: (M, 4) xyxy.
+
+    Returns:
+        (N, M) in 0..1; 0 for a box without area.
+    """
+    _check_boxes(boxes, "boxes")
+    _check_boxes(crowds, "crowds")
+    boxes, crowds = _at_least_float32(boxes), _at_least_float32(crowds)
+    return _ratio(_intersection(boxes[:, None], crowds[None]), area(boxes)[:, None])
+
+
+def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
+    """The chosen form for boxes (..., 4) that broadcast against each other."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind of IoU {kind!r}. {nearest(str(kind), get_args(Kind))}")
+    a, b = _at_least_float32(a), _at_least_float32(b)
+    intersection = _intersection(a, b)
+    union = area(a) + area(b) - intersection
+    iou = _ratio(intersection, union)
+    if kind == "iou":
+        return iou
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
+    if kind == "giou":
+        hull_area = hull.prod(-1)
+        return iou - _ratio(hull_area - union, hull_area)
+    between_centres = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
+    diou = iou - _ratio(between_centres.square().sum(-1), hull.square().sum(-1))
+    if kind == "diou":
+        return diou
+    shape_difference = 4 / math.pi**2 * (_shape_angle(a) - _shape_angle(b)).square()
+    with torch.no_grad():
+        weight = _ratio(shape_difference, 1 - iou + shape_difference)
+    return diou - weight * shape_difference
+
+
+def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    top_left = torch.maximum(a[..., :2], b[..., :2])
+    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
+    return (bottom_right - top_left).clamp(min=0).prod(-1)
+
+
+def _shape_angle(boxes: Tensor) -> Tensor:
+    """atan(width / height); 0 for a box without either, where the angle has no gradient."""
+    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    # torch.where passes 0 * NaN back from the branch not taken, so the point (0, 0) is moved out of atan2's way.
+    return torch.atan2(width, torch.where((width == 0) & (height == 0), 1, height))
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 with gradient 0 where the denominator is not positive."""
+    positive = denominator > 0
+    return torch.where(positive, numerator, 0) / torch.where(positive, denominator, 1)
+
+
+def _at_least_float32(boxes: Tensor) -> Tensor:
+    # The area of a box of 300 x 300 pixels overflows float16.
+    return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
+def _check_boxes(boxes: Tensor, name: str) -> None:
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name} must be (N, 4), but got {tuple(boxes.shape)}")

@@ -1,0 +1,68 @@
+"""Which anchors take part in a loss, where nearly all of them are background."""
+
+import torch
+from torch import Tensor
+
+from detkit.types import Match
+
+
+def sample_balanced(
+    match: Match, count: int = 256, positive_fraction: float = 0.5, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A random choice of positives and negatives (Faster R-CNN, Ren et al. 2015: 128 + 128 of one image).
+
+    At most int(count * positive_fraction) positives; places that they leave empty go to negatives. Places that
+    negatives leave empty stay so. Ignored anchors are never chosen.
+
+    Args:
+        match: of A anchors.
+        count: anchors chosen in all.
+        positive_fraction: largest part of positives, in 0..1.
+        generator: source of chance, on any device; default torch's global one of the match's device.
+
+    Returns:
+        (P,) int64 indices of positive anchors and (Q,) of negative ones, P + Q <= count, in random order.
+    """
+    if count < 0 or not 0 <= positive_fraction <= 1:
+        raise ValueError(f"count must be >= 0 and positive_fraction in 0..1, but are {count} and {positive_fraction}")
+    positives = _choose(match.positive, int(count * positive_fraction), generator)
+    return positives, _choose(match.negative, count - len(positives), generator)
+
+
+def hard_negatives(losses: Tensor, positive: Tensor, ignored: Tensor, ratio: float = 3.0, minimum: int = 0) -> Tensor:
+    """The negatives with the highest loss, `ratio` for each positive of the same image (SSD, Liu et al. 2016: 3:1).
+
+    Torchvision's rule, apart from `ignored` and `minimum`. Of equal losses the lower anchor goes first. A loss
+    of NaN counts as the highest, so that it is chosen and stops the training instead of hiding.
+
+    Args:
+        losses: (B, A) classification loss of each anchor of each image; no gradient flows through the choice.
+        positive: (B, A) bool.
+        ignored: (B, A) bool; never chosen.
+        ratio: negatives for each positive.
+        minimum: least number of an image's negatives, as far as it has them; above 0 also images without
+            objects teach what background is.
+
+    Returns:
+        (B, A) bool, true for the chosen negatives.
+    """
+    if not losses.shape == positive.shape == ignored.shape or losses.ndim != 2:
+        raise ValueError(
+            f"losses, positive and ignored must be one (B, A), but got {tuple(losses.shape)}, "
+            f"{tuple(positive.shape)} and {tuple(ignored.shape)}"
+        )
+    negative = ~(positive | ignored)
+    wanted = (ratio * positive.sum(1, keepdim=True)).clamp(min=minimum)
+    # Sorting puts NaN above every number; what is not negative goes below every number.
+    candidates = losses.detach().masked_fill(~negative, -torch.inf)
+    order = candidates.argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)
+    return (rank < wanted) & negative
+
+
+def _choose(mask: Tensor, limit: int, generator: torch.Generator | None) -> Tensor:
+    """At most `limit` indices of true entries of `mask`, at random."""
+    indices = mask.nonzero().flatten()
+    device = mask.device if generator is None else generator.device
+    order = torch.randperm(len(indices), generator=generator, device=device)
+    return indices[order[:limit].to(mask.device)]

@@ -1,0 +1,198 @@
+"""The command line: `detkit train | eval | infer | check`. Each command imports what it needs when it runs."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detkit.errors import DetkitError, nearest
+
+
+def train(arguments: list[str]) -> None:
+    """Train a detector, evaluate it, draw what it finds: detkit train CONFIG.yaml [--train.epochs 50 ...]."""
+    configs, rest = _leading_configs(arguments)
+    resume, rest = _take_option(rest, "--resume")
+    if resume is not None and not configs:
+        configs = [f"{resume}/config.yaml"]
+    if _wants_help(rest):
+        _experiment_help("train", "--resume RUN goes on with an unfinished run, a folder runs/<task>/<name>.")
+        return
+    experiment = _experiment(configs, rest, "train")
+    if experiment is None:
+        return
+    from detkit.engine.train import train as run
+
+    folder = run(experiment, resume)
+    print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
+    _evaluate(str(folder.best), [])
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
+    if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
+        print("usage: detkit eval RUN_OR_CHECKPOINT [CONFIG.yaml] [--data.root PATH] [--data.val SPLIT] [--save-json FILE]")
+        if not _wants_help(arguments):
+            raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
+        return
+    _evaluate(arguments[0], arguments[1:])
+
+
+def infer(arguments: list[str]) -> None:
+    """Draw boxes on pictures: detkit infer RUN --source IMAGE|FOLDER|'*.jpg'."""
+    from detkit.cli_options import InferOptions, parse_options
+
+    options = parse_options(InferOptions, "infer", arguments)
+    if options is None:
+        return
+    from pathlib import Path
+
+    from detkit.infer import class_list, numbered_folder
+    from detkit.infer import infer as run
+    from detkit.predict import load
+
+    predictor = load(options.checkpoint, options.device)
+    print(class_list(predictor.model.classes))
+    output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
+    run(
+        predictor,
+        options.source,
+        output,
+        conf=options.conf,
+        iou=options.iou,
+        max_det=options.max_det,
+        classes=options.classes,
+        batch=options.batch,
+        skip_broken=options.skip_broken,
+        save_images=options.save_images,
+        save_json=options.save_json,
+        save_txt=options.save_txt,
+        save_conf=options.save_conf,
+        save_crop=options.save_crop,
+    )
+
+
+def check(arguments: list[str]) -> None:
+    """Read a data set from end to end and report what is broken: detkit check CONFIG.yaml [--data.root PATH]."""
+    configs, rest = _leading_configs(arguments)
+    if _wants_help(rest):
+        _experiment_help("check", "Only 'data' is used.")
+        return
+    experiment = _experiment(configs, rest, "check")
+    if experiment is None:
+        return
+    from detkit.data.check import check as run
+
+    run(experiment.data)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "eval": evaluate, "infer": infer, "check": check}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a user's mistake, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: detkit COMMAND ...\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:6} {(command.__doc__ or '').strip()}")
+        print("\n`detkit COMMAND --help` lists a command's options.")
+        return 0
+    if given[0] == "--version":
+        from detkit import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if given[0] not in COMMANDS:
+            raise DetkitError(f"There is no command '{given[0]}'. {nearest(given[0], COMMANDS)}")
+        COMMANDS[given[0]](given[1:])
+    except DetkitError as error:
+        print(f"detkit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("detkit: stopped. A training run goes on from its last whole epoch with --resume RUN.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate(checkpoint: str, arguments: list[str]) -> None:
+    configs, rest = _leading_configs(arguments)
+    save_json, rest = _take_option(rest, "--save-json")
+    from rich.console import Console
+
+    from detkit.config import experiment_to_dict, load_experiment
+    from detkit.data.splits import open_split
+    from detkit.engine.evaluate import evaluate as run
+    from detkit.engine.run_folder import resolve_checkpoint
+    from detkit.metrics.detection import write_coco_results
+    from detkit.model import check_classes, load_model
+
+    path = resolve_checkpoint(checkpoint)
+    model = load_model(path)
+    experiment = load_experiment(configs, rest, base=experiment_to_dict(model.experiment))
+    dataset = open_split(experiment.data, "val", model.head.needs)
+    check_classes(model.classes, dataset.classes, str(path))
+    options = experiment.train
+    found = run(model, dataset, batch_size=options.batch_size // options.accumulate, workers=options.workers)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
+    console.print(found.scores.table())
+    if save_json is not None:
+        write_coco_results(save_json, found.results)
+        console.print(f"{len(found.results)} detections -> {save_json}")
+
+
+def _leading_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Config files, given first or by --config, and the other arguments."""
+    configs: list[str] = []
+    rest = list(arguments)
+    while rest and not rest[0].startswith("-"):
+        configs.append(rest.pop(0))
+    while (config := _take_option(rest, "--config"))[0] is not None:
+        configs.append(str(config[0]))
+        rest = config[1]
+    return configs, rest
+
+
+def _take_option(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of `--option value` or `--option=value`, and the arguments without it."""
+    for index, argument in enumerate(arguments):
+        if argument == option:
+            if index + 1 == len(arguments):
+                raise DetkitError(f"{option} needs a value.")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1], arguments[:index] + arguments[index + 1 :]
+    return None, arguments
+
+
+def _wants_help(arguments: list[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
+
+
+def _experiment_help(command: str, extra: str) -> None:
+    from detkit.config import make_parser
+
+    print(f"usage: detkit {command} CONFIG.yaml [CONFIG2.yaml ...] [--KEY VALUE ...]\n{extra}\n")
+    parser = make_parser()
+    parser.usage = ""
+    parser.print_help()
+
+
+def _experiment(configs: list[str], overrides: list[str], command: str) -> Any:
+    """The experiment, or None after --print_config."""
+    from detkit.config import experiment_to_dict, load_experiment
+
+    if not configs:
+        raise DetkitError(f"detkit {command} needs a config first, for example: detkit {command} configs/quickstart.yaml")
+    show = "--print_config" in overrides
+    experiment = load_experiment(configs, [override for override in overrides if override != "--print_config"])
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False), end="")
+        return None
+    return experiment
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Options of the commands that take no config file, and how they are read."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from detkit.errors import ConfigError, DetkitError
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """What `detkit infer` takes.
+
+    Args:
+        checkpoint: a run's folder, or a checkpoint file.
+        source: a picture, a folder of pictures, or a glob in quotes.
+        output: the folder to write to; default runs/infer/run, run2 ...
+        conf: detections need a higher score, 0..1.
+        iou: of two boxes of one class that overlap more, the weaker goes; default as trained.
+        max_det: at most so many detections a picture; default as trained.
+        classes: names or numbers of the classes to keep: '[WBC, RBC]'; default all.
+        device: auto, cpu, cuda, cuda:1, mps.
+        batch: pictures that go through the network together.
+        skip_broken: leave unreadable pictures out, and list them at the end, instead of stopping.
+        save_images: write pictures with their boxes drawn.
+        save_json: write predictions.json, COCO results with boxes as xywh pixels.
+        save_txt: write YOLO text, a file for each picture.
+        save_conf: with the score as sixth column of the text.
+        save_crop: write each detection as a picture of its own.
+    """
+
+    checkpoint: str
+    source: str
+    output: str | None = None
+    conf: float = 0.25
+    iou: float | None = None
+    max_det: int | None = None
+    classes: tuple[str, ...] | None = None
+    device: str = "auto"
+    batch: int = 1
+    skip_broken: bool = False
+    save_images: bool = True
+    save_json: bool = True
+    save_txt: bool = False
+    save_conf: bool = False
+    save_crop: bool = False
+
+
+def parse_options(schema: type[Options], command: str, arguments: list[str]) -> Options | None:
+    """`arguments` as `schema`, or None after --help. The first field may be given without its name."""
+    import dataclasses
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from detkit.errors import nearest
+
+    fields: Any = dataclasses.fields(schema)  # type: ignore[arg-type]
+    parser = ArgumentParser(prog=f"detkit {command}", exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(schema)
+    if "-h" in arguments or "--help" in arguments:
+        print(f"usage: detkit {command} {fields[0].name.upper()} [--OPTION VALUE ...]\n")
+        parser.usage = ""
+        parser.print_help()
+        return None
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{fields[0].name}", *arguments]
+    names = {field.name for field in fields}
+    normal = []
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            # Users write --max-det as well as --max_det, and a switch without its value.
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in names:
+                raise ConfigError(f"'--{name}' is no option of detkit {command}. {nearest(name, names)}")
+            argument = f"--{name}{equals}{value}"
+            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+            is_switch = next(field for field in fields if field.name == name).type is bool
+            if is_switch and not equals and following.startswith("--"):
+                argument += "=true"
+        normal.append(argument)
+    try:
+        parsed = parser.parse_args(normal)
+    except ArgumentError as error:
+        raise DetkitError(f"detkit {command}: {' '.join(str(error).split())}. See detkit {command} --help.") from None
+    return schema(**vars(parser.instantiate(parsed)))

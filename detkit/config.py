@@ -1,0 +1,276 @@
+"""The typed schema of an experiment, and how YAML files and command-line overrides become one.
+
+Parts (data, backbone, neck, head, augment) are written `{name: ssd, option: value}`; their options are the
+constructor arguments of the part registered by that name, and are checked when it is built. Everything else
+is listed here, once.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from detkit.errors import ConfigError, nearest
+
+PartOptions = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How a picture becomes the network's input.
+
+    Args:
+        size: height and width of the network's input in pixels.
+        letterbox: keep the aspect ratio and pad with grey, instead of stretching to `size`.
+    """
+
+    size: tuple[int, int] = (320, 320)
+    letterbox: bool = False
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained.
+
+    Args:
+        epochs: passes over the training pictures.
+        batch_size: pictures of one optimiser step, in all: over all devices and accumulated batches.
+        accumulate: batches whose gradients are summed up to one step, each batch_size / accumulate pictures.
+        workers: processes that read and augment pictures; 0 does it in the training process.
+        optimizer: the rule of the step.
+        lr: learning rate at its peak, for batch_size pictures a step.
+        backbone_lr_factor: the backbone's learning rate as a multiple of `lr`.
+        momentum: of sgd; first beta of adam and adamw.
+        weight_decay: not applied to biases and to the weights of normalisation layers.
+        schedule: how the learning rate falls after the warm-up, by optimiser steps.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0; may be a fraction.
+        milestones: epochs at which `step` multiplies the learning rate by gamma.
+        gamma: factor of `step` and, per epoch, of `exponential`; decay of `inverse_time`, lr / (1 + gamma·epoch).
+        final_lr_factor: where `cosine` ends, as a multiple of `lr`.
+        clip_norm: gradients are scaled down to this total norm; null for never.
+        ema_decay: decay per step of an exponential moving average of the weights, which is then what is
+            evaluated and saved; null for none.
+        freeze: the first stages of the backbone that keep their weights and batch-norm statistics.
+        precision: arithmetic of the forward and backward passes.
+        device: auto takes a GPU where there is one.
+        devices: how many of them.
+        validate_every: epochs between evaluations; the last epoch is always evaluated.
+        patience: evaluations without a better score after which training stops early; null for never.
+        plain_epochs: last epochs, trained on pictures without augmentation.
+        seed: of the weights, the order of pictures and their augmentation.
+    """
+
+    epochs: int = 50
+    batch_size: int = 16
+    accumulate: int = 1
+    workers: int = 2
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.01
+    backbone_lr_factor: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "step", "cosine", "exponential", "inverse_time"] = "cosine"
+    warmup_epochs: float = 1.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    final_lr_factor: float = 0.01
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+    freeze: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    validate_every: int = 1
+    patience: int | None = None
+    plain_epochs: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "accumulate", "lr", "devices", "validate_every")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"'train.{name}' must be greater than 0, but is {getattr(self, name)}.")
+        for name in ("workers", "weight_decay", "warmup_epochs", "freeze", "plain_epochs", "backbone_lr_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"'train.{name}' must not be negative, but is {getattr(self, name)}.")
+        if self.batch_size % (self.accumulate * self.devices):
+            raise ConfigError(
+                f"'train.batch_size' is the total, {self.batch_size} pictures a step: it must be a multiple of "
+                f"train.accumulate x train.devices = {self.accumulate * self.devices}."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"'train.ema_decay' must lie between 0 and 1, but is {self.ema_decay}.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: data, model, and how it is trained.
+
+    Args:
+        data: `name` of a data format (voc, coco, yolo, shapes), its options, and the splits `train` and `val`.
+        backbone: `name` of a backbone and its options.
+        head: `name` of a head and its options.
+        neck: `name` of a neck and its options; null for none.
+        augment: augmentations of training pictures, each a `name` and its options, in order.
+        input: how a picture becomes the network's input.
+        train: how the model is trained.
+        weights: a detkit checkpoint to start from; null to start from the backbone's own weights.
+        weights_parts: what to take from it; without the head it may have been trained on other classes.
+        name: name of the run's folder, runs/<task>/<name>.
+        runs: the folder of all runs.
+    """
+
+    data: PartOptions
+    backbone: PartOptions
+    head: PartOptions
+    neck: PartOptions | None = None
+    augment: tuple[PartOptions, ...] = ()
+    input: InputOptions = field(default_factory=InputOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    weights: str | None = None
+    weights_parts: tuple[str, ...] = ("backbone", "neck", "head")
+    name: str = "run"
+    runs: str = "runs"
+
+
+def make_parser() -> Any:
+    """The jsonargparse parser of an Experiment; its help lists every option and default."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; several are merged, later ones win")
+    parser.add_class_arguments(Experiment)
+    return parser
+
+
+def load_experiment(
+    configs: list[str], overrides: list[str] | None = None, base: dict[str, Any] | None = None
+) -> Experiment:
+    """Merge YAML files, later ones winning key by key, then apply overrides ["--train.lr", "0.1"].
+
+    Args:
+        configs: paths of YAML files.
+        overrides: arguments of the command line.
+        base: an experiment to start from, as `experiment_to_dict` wrote it.
+
+    Raises:
+        ConfigError: a file is missing or malformed, a key is unknown (with the nearest valid one),
+            a value has the wrong type.
+    """
+    merged: dict[str, Any] = base or {}
+    for config in configs:
+        values = read_yaml(config)
+        _check_keys(values, config)
+        merged = _merge(merged, values)
+    for override in overrides or []:
+        if override.startswith("--"):
+            _check_key(override[2:].split("=")[0], "the command line")
+    return _parse(["--config", yaml.safe_dump(merged), *(overrides or [])])
+
+
+def experiment_from_dict(values: dict[str, Any]) -> Experiment:
+    """The experiment that `experiment_to_dict` wrote."""
+    return _parse(["--config", yaml.safe_dump(values)])
+
+
+def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Plain lists, dicts and numbers, for YAML and JSON."""
+    return _plain(dataclasses.asdict(experiment))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A config file as a dict; a relative data.root in it is made absolute from the file's own folder.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, names a key twice, or is not a mapping.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+        raise ConfigError(f"There is no config file '{path}'. {nearest(path, near)}")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}.")
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        data["root"] = str((file.parent / Path(data["root"]).expanduser()).resolve())
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key standing twice, where the plain loader lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML reads 1e-3 as text, because YAML 1.1 wants 1.0e-3; every user means the number.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(arguments: list[str]) -> Experiment:
+    from jsonargparse import ArgumentError
+
+    parser = make_parser()
+    try:
+        parsed = parser.parse_args(arguments)
+        parsed.pop("config", None)
+        return Experiment(**vars(parser.instantiate(parsed)))
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The config cannot be used. {reason.replace('Parser key ', 'Key ')}") from None
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` updated by `extra`, key by key; a part with another name replaces the old part with its options."""
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        renamed = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not renamed else value
+    return merged
+
+
+def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
+    for key, value in values.items():
+        _check_key(f"{prefix}{key}", where)
+        if isinstance(value, dict) and not prefix and key in ("input", "train"):
+            _check_keys(value, where, f"{key}.")
+
+
+def _check_key(dotted: str, where: str) -> None:
+    """Refuse a key that is neither an option of the schema nor inside a part."""
+    groups: dict[str, type] = {"input": InputOptions, "train": TrainOptions}
+    top = {option.name for option in dataclasses.fields(Experiment)}
+    first, _, rest = dotted.partition(".")
+    if first not in top:
+        valid = top | {f"{group}.{option.name}" for group, schema in groups.items() for option in dataclasses.fields(schema)}
+        raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(dotted, valid)}")
+    if rest and first in groups:
+        valid = {option.name for option in dataclasses.fields(groups[first])}
+        if rest not in valid:
+            raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(rest, valid)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,159 @@
+"""Augmentations by name, each an albumentations transform, so that any of albumentations' own can join them."""
+
+import os
+import warnings
+from typing import Any
+
+# Albumentations asks a server for its newest version on import, unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import numpy as np
+from albumentations.augmentations.crops.transforms import BaseCrop
+
+from detkit.errors import ConfigError, nearest
+from detkit.registry import augmentations
+
+
+@augmentations.register("flip")
+def flip(horizontal: float = 0.5, vertical: float = 0.0) -> Any:
+    """Mirror left to right and top to bottom, each with its own probability."""
+    return A.Sequential([A.HorizontalFlip(p=horizontal), A.VerticalFlip(p=vertical)], p=1.0)
+
+
+@augmentations.register("photometric")
+def photometric(
+    brightness: float = 0.125, contrast: float = 0.5, saturation: float = 0.5, hue: float = 0.05, probability: float = 0.5
+) -> Any:
+    """SSD's colour distortion (Liu et al. 2016, section 2.2), in random order; each a strength around no change."""
+    return A.ColorJitter(
+        brightness=(1 - brightness, 1 + brightness),
+        contrast=(1 - contrast, 1 + contrast),
+        saturation=(1 - saturation, 1 + saturation),
+        hue=(-hue, hue),
+        p=probability,
+    )
+
+
+class _Expand(A.Pad):
+    """Place the picture on a larger canvas at random."""
+
+    def __init__(self, max_ratio: float, fill: tuple[float, float, float], p: float) -> None:
+        super().__init__(fill=fill, p=p)
+        self.max_ratio = max_ratio
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        ratio = self.py_random.uniform(1.0, self.max_ratio)
+        rows, columns = round(height * (ratio - 1)), round(width * (ratio - 1))
+        top, left = self.py_random.randint(0, rows), self.py_random.randint(0, columns)
+        return {"pad_top": top, "pad_bottom": rows - top, "pad_left": left, "pad_right": columns - left}
+
+
+@augmentations.register("expand")
+def expand(
+    max_ratio: float = 4.0, fill: tuple[float, float, float] = (123.0, 117.0, 104.0), probability: float = 0.5
+) -> Any:
+    """SSD's zoom out: the picture at random on a canvas up to `max_ratio` times as wide and high, filled with `fill`."""
+    if max_ratio < 1:
+        raise ConfigError(f"'expand.max_ratio' must be at least 1, but is {max_ratio}.")
+    return _Expand(max_ratio, fill, probability)
+
+
+class _IoUCrop(BaseCrop):
+    """A random window whose overlap with at least one object reaches a random minimum."""
+
+    def __init__(self, min_scale: float, max_scale: float, min_ratio: float, max_ratio: float, trials: int, p: float) -> None:
+        super().__init__(p=p)
+        self.scales, self.ratios, self.trials = (min_scale, max_scale), (min_ratio, max_ratio), trials
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        boxes = np.asarray(data["bboxes"], dtype=np.float64).reshape(len(data["bboxes"]), -1)[:, :4]
+        boxes = boxes * [width, height, width, height]
+        # 2 stands for "the whole picture", as in the paper's list of choices.
+        minimum = self.py_random.choice([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 2.0])
+        if minimum < 2.0:
+            for _ in range(self.trials):
+                window = self._window(height, width)
+                if self._accept(window, boxes, minimum):
+                    return {"crop_coords": window}
+        return {"crop_coords": (0, 0, width, height)}
+
+    def _window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        rows = max(1, round(height * self.py_random.uniform(*self.scales)))
+        columns = max(1, round(width * self.py_random.uniform(*self.scales)))
+        top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
+        return left, top, left + columns, top + rows
+
+    def _accept(self, window: tuple[int, int, int, int], boxes: np.ndarray, minimum: float) -> bool:
+        left, top, right, bottom = window
+        if not self.ratios[0] <= (right - left) / (bottom - top) <= self.ratios[1]:
+            return False
+        if not len(boxes):
+            return True
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centres > [left, top]) & (centres < [right, bottom])).all(1)
+        if not inside.any():
+            return False
+        overlap = np.minimum(boxes[:, 2:], [right, bottom]) - np.maximum(boxes[:, :2], [left, top])
+        intersection = overlap.clip(0).prod(1)
+        union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (right - left) * (bottom - top) - intersection
+        return bool((intersection[inside] / union[inside]).max() >= minimum)
+
+
+@augmentations.register("iou_crop")
+def iou_crop(
+    min_scale: float = 0.3,
+    max_scale: float = 1.0,
+    min_ratio: float = 0.5,
+    max_ratio: float = 2.0,
+    trials: int = 40,
+    probability: float = 1.0,
+) -> Any:
+    """SSD's random crop (Liu et al. 2016, section 2.2): the window holds an object's centre and overlaps that object by
+    at least a minimum IoU drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9; one time in seven, and where `trials` find none, the
+    whole picture stays. Scales are fractions of each side, ratios of width to height."""
+    return _IoUCrop(min_scale, max_scale, min_ratio, max_ratio, trials, probability)
+
+
+@augmentations.register("zoom_crop")
+def zoom_crop(min_scale: float = 0.5, max_ratio: float = 1.33, probability: float = 0.5) -> Any:
+    """A random window of at least `min_scale` of each side, whatever is in it; objects keep their shape within
+    `max_ratio`. Milder than `iou_crop`: for few pictures with many objects each."""
+    return _ZoomCrop(min_scale, max_ratio, probability)
+
+
+class _ZoomCrop(BaseCrop):
+    """A random window of nearly the picture's own shape."""
+
+    def __init__(self, min_scale: float, max_ratio: float, p: float) -> None:
+        super().__init__(p=p)
+        self.min_scale, self.max_ratio = min_scale, max_ratio
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        scale = self.py_random.uniform(self.min_scale, 1.0)
+        stretch = self.py_random.uniform(1 / self.max_ratio, self.max_ratio) ** 0.5
+        rows, columns = round(height * min(1.0, scale / stretch)), round(width * min(1.0, scale * stretch))
+        top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
+        return {"crop_coords": (left, top, left + columns, top + rows)}
+
+
+@augmentations.register("albumentations")
+def albumentations(transform: str, options: dict[str, Any] | None = None) -> Any:
+    """Any transform of albumentations by its class name, with its own options.
+
+    Raises:
+        ConfigError: there is no such transform, or it does not know an option; albumentations itself only warns
+            about a misspelt one and goes on without it.
+    """
+    if not (isinstance(getattr(A, transform, None), type) and issubclass(getattr(A, transform), A.BasicTransform)):
+        names = [name for name in dir(A) if isinstance(getattr(A, name), type) and issubclass(getattr(A, name), A.BasicTransform)]
+        raise ConfigError(f"There is no albumentations transform named '{transform}'. {nearest(transform, names)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return getattr(A, transform)(**(options or {}))
+        except (UserWarning, TypeError, ValueError) as error:
+            raise ConfigError(f"The albumentations transform '{transform}' refuses its options: {error}") from None

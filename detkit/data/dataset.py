@@ -1,0 +1,477 @@
+"""The contract of a data set, and what every data set in files shares: the scan, and the policy for what is broken.
+
+A data set in files is scanned whole when it is built: annotations are parsed, every picture's head is read. What is
+wrong is therefore known before training starts, is either fatal or counted, and never drops out silently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+
+from detkit.data import masks as mask_coding
+from detkit.data.image import check_image, read_image
+from detkit.errors import DataError, nearest
+from detkit.types import ClassList, Meta, Sample, Target
+
+Broken = Literal["fail", "skip", "repair"]
+"""What to do with broken data: stop, leave it out, or mend what can be mended and leave out the rest."""
+
+Box = tuple[float, float, float, float]
+
+LEFT_OUT_BOX = "left out the box"
+LEFT_OUT_IMAGE = "left out the image"
+FATAL = "fatal"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a data set.
+
+    Args:
+        kind: by which problems are counted, such as "empty box".
+        where: file, line or id, and image.
+        message: what is wrong there.
+        action: what was done about it; "fatal" where the policy is to fail.
+    """
+
+    kind: str
+    where: str
+    message: str
+    action: str
+
+
+@dataclass
+class Problems:
+    """All that is wrong in one split of a data set, and what was done about it.
+
+    Args:
+        source: the data set and split, for messages.
+        policy: data.broken.
+        found: the problems, in the order of the files.
+        rounded: boxes that overshot the edge of their image by a rounding error and were clipped. Normal in the
+            field, so counted only.
+        unlabelled: YOLO images without a label file, which that format reads as images without objects.
+    """
+
+    source: str
+    policy: Broken
+    found: list[Problem] = field(default_factory=list)
+    rounded: int = 0
+    unlabelled: int = 0
+
+    def add(self, kind: str, where: str, message: str, action: str) -> None:
+        """Record a problem; under the policy "fail" the action becomes "fatal"."""
+        self.found.append(Problem(kind, where, message, FATAL if self.policy == "fail" else action))
+
+    def add_harmless(self, kind: str, where: str, message: str, action: str) -> None:
+        """Record a problem that no policy makes fatal."""
+        self.found.append(Problem(kind, where, message, action))
+
+    def raise_if_fatal(self) -> None:
+        """Stop if there are fatal problems.
+
+        Raises:
+            DataError: with the first problem, the count of each kind, and the remedy.
+        """
+        fatal = [problem for problem in self.found if problem.action == FATAL]
+        if not fatal:
+            return
+        counts = ", ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in fatal).most_common())
+        first = fatal[0]
+        raise DataError(
+            f"{self.source} has {len(fatal)} problem{'s' if len(fatal) > 1 else ''} ({counts}). "
+            f"The first: {first.where}: {first.message}. Mend the files, or set data.broken to 'repair' (mends what can "
+            f"be mended, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists all of them."
+        )
+
+    def summary(self) -> str:
+        """A report for people: the count of each kind and action, with the first place."""
+        lines = []
+        groups = Counter((problem.kind, problem.action) for problem in self.found)
+        for (kind, action), count in groups.most_common():
+            first = next(p for p in self.found if (p.kind, p.action) == (kind, action))
+            lines.append(f"  {count} x {kind}: {action} (first: {first.where}: {first.message})")
+        if self.rounded:
+            lines.append(f"  {self.rounded} x box over the edge by a rounding error: clipped")
+        if self.unlabelled:
+            lines.append(f"  {self.unlabelled} x image without a label file: taken as an image without objects")
+        return "\n".join([f"{self.source} (broken: {self.policy}): {len(self.found)} problems", *lines])
+
+    def to_json(self) -> list[dict[str, str]]:
+        """The problems as plain values for a JSON file."""
+        return [asdict(problem) for problem in self.found]
+
+
+class Dataset(ABC):
+    """Images with their truth, by index.
+
+    A format is a subclass registered in detkit.registry.datasets, in a file of its own in this package.
+
+    Attributes:
+        classes: names and raw ids by label.
+        fields: the Target fields that the data has, out of "boxes", "labels" and "masks"; what a head needs is
+            checked against it.
+        problems: what was found broken, and what was done about it.
+    """
+
+    classes: ClassList
+    fields: frozenset[str]
+    problems: Problems
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The image `index` at the size of its source, with its truth and an identity matrix.
+
+        Raises:
+            DataError: the picture cannot be read.
+        """
+
+    @abstractmethod
+    def target(self, index: int) -> Target:
+        """The truth of the image `index`, without reading its pixels."""
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image `index` in pixels, without reading its pixels."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One object as its file has it.
+
+    Args:
+        box: xyxy pixels as written, in the convention of the format.
+        label: 0..C-1.
+        where: file and line or id, for messages.
+        crowd: COCO's iscrowd.
+        difficult: VOC's difficult.
+        area: square pixels; None takes the area of the box.
+        mask: run lengths of the size of the image; None where masks are not read.
+    """
+
+    box: Box
+    label: int
+    where: str
+    crowd: bool = False
+    difficult: bool = False
+    area: float | None = None
+    mask: mask_coding.Rle | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image file of a split, before it is looked at.
+
+    Args:
+        image_id: the data set's own id.
+        path: the file.
+        where: what names it, for messages.
+        size: (height, width) that the annotations claim, or None.
+    """
+
+    image_id: int | str
+    path: Path
+    where: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """One image and its mended truth, packed small: a data set may have a hundred thousand, in every worker."""
+
+    image_id: int | str
+    path: str
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    difficult: np.ndarray
+    area: np.ndarray
+    masks: tuple[mask_coding.Rle, ...]
+
+
+class FileDataset(Dataset):
+    """A data set in files. A format's constructor finds pictures and annotations, this class does the rest.
+
+    The order is: `check_pictures`, then `add` for each picture, then `finish`.
+
+    Args:
+        source: the data set and split, for messages.
+        broken: the policy.
+        masks: whether targets carry masks.
+        first_pixel: the coordinate of the first pixel, 1 in VOC, whose last pixel is inclusive.
+    """
+
+    def __init__(self, source: str, broken: Broken, masks: bool = False, first_pixel: int = 0) -> None:
+        self.problems = Problems(source, broken)
+        self.fields = frozenset({"boxes", "labels", "masks"} if masks else {"boxes", "labels"})
+        self._first_pixel = first_pixel
+        self._records: list[_Record] = []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._records[index]
+        try:
+            image = read_image(record.path)
+        except DataError as error:
+            raise DataError(
+                f"{error} Set data.broken to 'skip' to have every picture decoded and such ones left out at the start."
+            ) from error
+        if image.shape[:2] != record.size:
+            raise DataError(
+                f"The picture '{record.path}' is {_by(image.shape[:2])} but was {_by(record.size)} when the data set was "
+                f"scanned. Start again, and leave the files alone during a run."
+            )
+        return Sample(image, self.target(index), Meta(record.image_id, record.path, record.size))
+
+    def target(self, index: int) -> Target:
+        record = self._records[index]
+        masks = None
+        if "masks" in self.fields:
+            masks = torch.from_numpy(mask_coding.decode(record.masks, record.size))
+        arrays = (record.boxes, record.labels, record.crowd, record.difficult, record.area)
+        # Copies, because a tensor made from an array shares its memory and the caller may write into it.
+        return Target(*(torch.tensor(array) for array in arrays), masks=masks)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._records[index].size
+
+    def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
+        """The pictures that can be used, each with its true (height, width); problems are recorded.
+
+        Under "fail" the head and the end of each file are read; otherwise each is decoded once, so that what is
+        left out is settled before training.
+        """
+        if not pictures:
+            raise DataError(f"{self.problems.source} has no images. Give a split that lists some.")
+        decode = self.problems.policy != "fail"
+
+        def check(picture: Picture) -> tuple[int, int] | DataError:
+            try:
+                return check_image(picture.path, decode)
+            except DataError as error:
+                return error
+
+        with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+            results = list(pool.map(check, pictures))
+        usable = []
+        seen: set[int | str] = set()
+        for picture, result in zip(pictures, results):
+            if picture.image_id in seen:
+                self.problems.add(
+                    "duplicate image", picture.where, f"the image {picture.image_id!r} stands here twice", LEFT_OUT_IMAGE
+                )
+            elif isinstance(result, DataError):
+                kind = "unreadable image" if picture.path.is_file() else "missing image"
+                self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
+            elif self._size_agrees(picture, result):
+                usable.append((picture, result))
+            seen.add(picture.image_id)
+        return usable
+
+    def _size_agrees(self, picture: Picture, size: tuple[int, int]) -> bool:
+        """Whether the image can be used, given the size that its annotations claim."""
+        if picture.size is None or picture.size == size:
+            return True
+        claim = f"the annotations say {_by(picture.size)}, the picture '{picture.path.name}' is {_by(size)}"
+        if picture.size == size[::-1]:
+            # Nothing tells whether the boxes, too, are those of the picture before its rotation.
+            claim += "; that is its size before its Exif rotation, so that its boxes may lie in the unrotated picture"
+            self.problems.add("size mismatch", picture.where, claim, LEFT_OUT_IMAGE)
+            return False
+        repair = self.problems.policy == "repair"
+        action = "repaired: the size of the picture holds" if repair else LEFT_OUT_IMAGE
+        self.problems.add("size mismatch", picture.where, claim, action)
+        return repair
+
+    def add(self, picture: Picture, size: tuple[int, int], annotations: Iterable[Annotation]) -> None:
+        """Take in an image, with those of its objects that are sound or can be mended."""
+        kept: list[Annotation] = []
+        boxes: list[Box] = []
+        for annotation in annotations:
+            box = self._mended(annotation, size)
+            if box is not None:
+                kept.append(annotation)
+                boxes.append(box)
+        areas = [
+            (box[2] - box[0]) * (box[3] - box[1]) if item.area is None else item.area for item, box in zip(kept, boxes)
+        ]
+        self._records.append(
+            _Record(
+                picture.image_id,
+                str(picture.path),
+                size,
+                np.array(boxes, dtype=np.float32).reshape(-1, 4),
+                np.array([item.label for item in kept], dtype=np.int64),
+                np.array([item.crowd for item in kept], dtype=bool),
+                np.array([item.difficult for item in kept], dtype=bool),
+                np.array(areas, dtype=np.float32),
+                tuple(item.mask for item in kept if item.mask is not None),
+            )
+        )
+
+    def _mended(self, annotation: Annotation, size: tuple[int, int]) -> Box | None:
+        """The box as 0-based pixels within the image, or None where it is left out."""
+        check = check_box(annotation.box, size, self._first_pixel)
+        self.problems.rounded += check.rounded
+        if check.kind is None:
+            return check.box
+        repaired = check.box if self.problems.policy == "repair" else None
+        action = LEFT_OUT_BOX if repaired is None else f"repaired: {check.repair}"
+        self.problems.add(check.kind, annotation.where, check.message, action)
+        return repaired
+
+    def finish(self) -> None:
+        """Apply the policy.
+
+        Raises:
+            DataError: there are fatal problems, or no image is left.
+        """
+        self.problems.raise_if_fatal()
+        if not self._records:
+            raise DataError(f"None of the images can be used. {self.problems.summary()}\nMend the files.")
+
+
+@dataclass(frozen=True)
+class BoxCheck:
+    """What is wrong with a box.
+
+    Args:
+        box: xyxy 0-based pixels within the image, repaired where needed; None where that is impossible.
+        kind: of the problem; None for a sound box.
+        message: what is wrong.
+        repair: what a repair does.
+        rounded: the box overshot the image by a rounding error, and is clipped.
+    """
+
+    box: Box | None
+    kind: str | None = None
+    message: str = ""
+    repair: str = ""
+    rounded: bool = False
+
+
+def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck:
+    """Look a box over, and convert it to 0-based pixels with exclusive right and bottom edges.
+
+    An overshoot of at most 2 pixels or 0.5 % of that side of the image, whichever is more, is rounding: a coordinate
+    of 1.0021 must not cost a picture.
+
+    Args:
+        raw: xyxy pixels as the file has them.
+        size: (height, width) of the image in pixels.
+        first_pixel: the coordinate of the first pixel. At 1, as in VOC, the last pixel is inclusive, so that only the
+            left and top edges move; but a box whose edges are equal is still taken as empty: it is a click without
+            a drag, not an object one pixel wide.
+    """
+    shown = f"the box ({', '.join(f'{value:g}' for value in raw)})"
+    if not all(math.isfinite(value) for value in raw):
+        return BoxCheck(None, "not a number", f"{shown} has a coordinate that is not a finite number")
+    left, right = sorted((raw[0], raw[2]))
+    top, bottom = sorted((raw[1], raw[3]))
+    inverted = (left, top, right, bottom) != raw
+    if left == right or top == bottom:
+        return BoxCheck(None, "empty box", f"{shown} is xyxy of width {right - left:g} and height {bottom - top:g}")
+    height, width = size
+    edges = (left - first_pixel, top - first_pixel, right, bottom)
+    clipped = (max(edges[0], 0.0), max(edges[1], 0.0), min(edges[2], float(width)), min(edges[3], float(height)))
+    outside = max(-edges[0], edges[2] - width) > max(2.0, 0.005 * width) or (
+        max(-edges[1], edges[3] - height) > max(2.0, 0.005 * height)
+    )
+    message = f"{shown} reaches outside the image, which is {_by(size)}"
+    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        return BoxCheck(None, "box outside the image", message.replace("reaches", "lies"))
+    if inverted:
+        return BoxCheck(clipped, "inverted box", f"{shown} has its right left of its left, or its bottom above its top",
+                        "swapped the corners" + (" and clipped" if outside else ""))
+    if outside:
+        return BoxCheck(clipped, "box outside the image", message, "clipped to the image")
+    return BoxCheck(clipped, rounded=clipped != edges)
+
+
+def check_root(root: str, layout: str) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        DataError: there is none; the message has the expected layout.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise DataError(f"The data folder '{root}' does not exist. Set data.root to a folder with {layout}.")
+    return path
+
+
+def missing_split(split: str, path: Path, available: Iterable[str]) -> DataError:
+    """The error for a split whose file or folder `path` is absent."""
+    return DataError(
+        f"There is no split '{split}': '{path}' does not exist. {nearest(split, available)} "
+        f"Set data.train and data.val to splits that do."
+    )
+
+
+def fixed_classes(class_names: Sequence[str], declared: ClassList, where: str) -> ClassList:
+    """The classes that the user fixed, with the raw ids that the data set declares for them.
+
+    Raises:
+        DataError: one of the names is not declared.
+    """
+    raw_ids = dict(zip(declared.names, declared.raw_ids))
+    for name in class_names:
+        if name not in raw_ids:
+            raise DataError(
+                f"data.class_names has '{name}', a class that '{where}' does not have. {nearest(name, raw_ids)}"
+            )
+    return checked_classes(lambda: ClassList(tuple(class_names), tuple(raw_ids[name] for name in class_names)), where)
+
+
+def checked_classes(build: Callable[[], ClassList], where: str) -> ClassList:
+    """The class list that `build` makes, its complaint about a name or id given twice turned into the user's error."""
+    try:
+        return build()
+    except ValueError as error:
+        raise DataError(f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own.") from error
+
+
+def unknown_class(name: str, classes: ClassList) -> str:
+    """The message for an object of a class that is not in the list."""
+    return f"the class '{name}' is not in the list of classes; {nearest(name, classes.names).rstrip('.')}"
+
+
+def number(value: object) -> float:
+    """A number from JSON or text.
+
+    Raises:
+        ValueError: it is none; the message says so.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{value!r} is not a number") from None
+
+
+def as_box(values: Sequence[float]) -> Box:
+    """Four numbers as a box."""
+    return cast(Box, tuple(values))
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[1]} x {size[0]} pixels"

@@ -1,0 +1,132 @@
+"""Batches from a data set, by worker processes, reproducible whatever their number.
+
+The random state of a picture's augmentation is made from (seed, epoch, index) alone, so no two workers can
+repeat one another, and a resumed run sees the pictures it would have seen.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from detkit.data.dataset import Dataset
+from detkit.data.transforms import Augment, Fit
+from detkit.types import Batch, Meta, Target
+
+Key = tuple[int, int]
+Fitted = tuple[torch.Tensor, tuple[int, int], Target, Meta]
+
+
+def collate(items: Sequence[Fitted]) -> Batch:
+    """One batch of pictures that `Fit` brought to the same size."""
+    images, sizes, targets, metas = zip(*items)
+    return Batch(torch.stack(images), sizes, targets, metas)
+
+
+def training_loader(
+    dataset: Dataset,
+    fit: Fit,
+    augment: Augment | None,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    plain_from_epoch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[DataLoader[Any], "EpochSampler"]:
+    """Shuffled batches of `batch_size` for this process; set `sampler.epoch` before each pass.
+
+    Args:
+        plain_from_epoch: from this epoch on pictures are only fitted, not augmented.
+        rank, world_size: this process among those that share an epoch.
+    """
+    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size)
+    reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch)
+    return _loader(reader, sampler, batch_size, workers), sampler
+
+
+def evaluation_loader(dataset: Dataset, fit: Fit, *, batch_size: int, workers: int) -> DataLoader[Any]:
+    """Every picture once, in order; the last batch may be smaller."""
+    return _loader(_EvaluationReader(dataset, fit), None, batch_size, workers)
+
+
+class EpochSampler(Sampler[Key]):
+    """(epoch, index) of every picture in random order, filled up to whole batches from the front of the order.
+
+    Whole batches keep batch norm away from a batch of one and every process in step; no picture is left out.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    @property
+    def batches(self) -> int:
+        """Batches of one epoch, in each process."""
+        return -(-self.count // (self.batch_size * self.world_size))
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        order = np.resize(order, len(self) * self.world_size)
+        for index in order[self.rank :: self.world_size]:
+            yield self.epoch, int(index)
+
+
+@dataclass
+class _TrainingReader(TorchDataset[Fitted]):
+    dataset: Dataset
+    fit: Fit
+    augment: Augment | None
+    seed: int
+    plain_from_epoch: int | None
+
+    def __getitem__(self, key: Key) -> Fitted:
+        epoch, index = key
+        sample = self.dataset[index]
+        plain = self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
+        if self.augment is not None and not plain:
+            seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
+            sample = self.augment(sample, int(seed))
+        return self.fit(sample)
+
+
+@dataclass
+class _EvaluationReader(TorchDataset[Fitted]):
+    dataset: Dataset
+    fit: Fit
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Fitted:
+        return self.fit(self.dataset[index])
+
+
+def _loader(reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_size: int, workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        reader,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0 and sampler is not None,
+        worker_init_fn=_single_threaded,
+    )
+
+
+def _single_threaded(worker: int) -> None:
+    """Worker processes are the parallelism; threads inside them would only take turns."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,114 @@
+"""Masks of objects: polygons and run lengths (RLE) to bool arrays and back, in COCO's own encoding.
+
+The coding is faster-coco-eval's, so that a mask has the pixels that COCO's evaluation gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as coco_mask
+
+Rle = dict[str, Any]
+"""COCO's compressed run lengths: {"size": [height, width], "counts": bytes}, columns first."""
+
+
+def encode(mask: np.ndarray) -> Rle:
+    """Run lengths of one mask, ready for JSON.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        {"size": [H, W], "counts": str}, COCO's compressed form.
+    """
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode(rles: Sequence[Rle], size: tuple[int, int]) -> np.ndarray:
+    """Masks of run lengths.
+
+    Args:
+        rles: N compressed run lengths of one image.
+        size: (height, width) of that image in pixels.
+
+    Returns:
+        (N, H, W) bool.
+    """
+    if not rles:
+        return np.zeros((0, *size), dtype=bool)
+    columns_first = coco_mask.decode(list(rles))
+    return np.ascontiguousarray(columns_first.transpose(2, 0, 1)).astype(bool)
+
+
+def tight_box(mask: np.ndarray) -> tuple[float, float, float, float] | None:
+    """The smallest xyxy box (pixels, exclusive right and bottom) around an (H, W) bool mask; None for an empty mask."""
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def rle_from_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Rle:
+    """Run lengths of the union of polygons.
+
+    Args:
+        polygons: each x1, y1, x2, y2 ... in pixels, three points at least; parts outside the image are cut off.
+        size: (height, width) of the image in pixels.
+
+    Raises:
+        ValueError: a polygon has fewer than three points, an odd count of numbers, or something not a finite number.
+    """
+    for polygon in polygons:
+        if not isinstance(polygon, Sequence) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(
+                f"a polygon needs at least three points as x, y pairs, but one is {_short(polygon)}, not such a list"
+            )
+        for value in polygon:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"a polygon holds {value!r}, which is not a finite number")
+    return coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], *size))
+
+
+def rle_from_coco(segmentation: object, size: tuple[int, int]) -> Rle:
+    """Run lengths of a COCO "segmentation": polygons, run lengths as a list, or compressed run lengths.
+
+    Args:
+        segmentation: the value as JSON has it.
+        size: (height, width) of the image in pixels; run lengths must be of that size.
+
+    Raises:
+        ValueError: it is none of these, or does not fit the size; the message is the reason alone.
+    """
+    if isinstance(segmentation, list) and segmentation:
+        return rle_from_polygons(segmentation, size)
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
+        raise ValueError(
+            f"a segmentation must be a list of polygons or {{'size': ..., 'counts': ...}}, not {_short(segmentation)}"
+        )
+    if list(segmentation["size"]) != list(size):
+        raise ValueError(f"its run lengths are for the size {segmentation['size']}, the image is {list(size)}")
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    if not isinstance(counts, str | bytes):
+        raise ValueError(f"'counts' must be a list of run lengths or a string, not {_short(counts)}")
+    rle = {"size": list(size), "counts": counts.encode() if isinstance(counts, str) else counts}
+    coco_mask.decode(rle)  # refuses counts that are not of this size: here, and not in the middle of training
+    return rle
+
+
+def polygon_area(polygon: Sequence[float]) -> float:
+    """Area of one polygon x1, y1, x2, y2 ... in square units of its coordinates (shoelace formula)."""
+    x, y = np.asarray(polygon[0::2], dtype=float), np.asarray(polygon[1::2], dtype=float)
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

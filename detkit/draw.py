@@ -1,0 +1,283 @@
+"""Pictures of detections and truths: boxes with readable labels, side by side, as a sheet, and to a file.
+
+Images are (H, W, 3) uint8 RGB throughout, and no function changes the image that it is given. Lines and text grow
+with the picture, so that it looks the same at any size. A class has the same colour in every picture.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detkit.errors import DetkitError
+from detkit.types import Detections, Target
+
+if TYPE_CHECKING:
+    import supervision
+    from PIL import ImageFont
+
+logger = logging.getLogger(__name__)
+
+# Of the first twenty labels; the colours of the others are computed. Neighbours differ in hue and in brightness, and
+# none is close to grey or to the background below.
+FIRST_COLORS = (
+    *("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#911eb4", "#42d4f4", "#f58231", "#f032e6", "#bfef45", "#9a6324"),
+    *("#469990", "#fabed4", "#800000", "#aaffc3", "#000075", "#ffd8b1", "#808000", "#dcbeff", "#00a8ff", "#ff7f50"),
+)
+BACKGROUND = 32
+"""The grey, 0..255, of captions and of the padding in a sheet."""
+
+
+def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: bool = True) -> np.ndarray:
+    """Draw detections with class name and score; the best scores are drawn last, on top.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        detections: boxes in pixels of `image`; without class names, the label's number is shown.
+        show_scores: "cat 0.93" instead of "cat".
+
+    Returns:
+        A new (H, W, 3) uint8 RGB image.
+
+    Raises:
+        ValueError: `image` has another shape or type.
+    """
+    detections = detections[detections.scores.argsort(stable=True)].to("cpu")
+    texts = [f"{name} {score:.2f}" if show_scores else str(name) for _, score, name in detections]
+    boxes, labels = detections.boxes.numpy(), detections.labels.numpy()
+    return _annotate(image, boxes, labels, texts, np.zeros(len(texts), dtype=bool))
+
+
+def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
+    """Draw the truth; of crowd regions and difficult objects only the corners, and the label says so.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        target: boxes in pixels of `image`.
+        class_names: names by label.
+
+    Returns:
+        A new (H, W, 3) uint8 RGB image.
+
+    Raises:
+        ValueError: `image` has another shape or type.
+    """
+    target = target.to("cpu")
+    texts = []
+    for label, crowd, difficult in zip(target.labels.tolist(), target.crowd.tolist(), target.difficult.tolist()):
+        texts.append(class_names[label] + (" (crowd)" if crowd else " (difficult)" if difficult else ""))
+    return _annotate(image, target.boxes.numpy(), target.labels.numpy(), texts, target.ignored.numpy())
+
+
+def compare(image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str]) -> np.ndarray:
+    """The truth on the left and the detections on the right, each below a caption with their number.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        detections: boxes in pixels of `image`.
+        target: the truth, in the same pixels.
+        class_names: names by label.
+
+    Returns:
+        A new uint8 RGB image, more than twice as wide and a little higher.
+
+    Raises:
+        ValueError: `image` has another shape or type.
+    """
+    truth = _captioned(draw_targets(image, target, class_names), f"truth: {len(target)}")
+    named = Detections(detections.boxes, detections.scores, detections.labels, class_names=tuple(class_names))
+    found = _captioned(draw_detections(image, named), f"detected: {len(detections)}")
+    gap = np.full((len(truth), _line_width(image.shape) * 2, 3), BACKGROUND, dtype=np.uint8)
+    return np.concatenate([truth, gap, found], axis=1)
+
+
+def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """A sheet of pictures, row by row; those smaller than the largest are centred in their cell, not scaled.
+
+    Args:
+        images: each (H, W, 3) uint8 RGB, of any sizes.
+        columns: how many stand side by side.
+
+    Returns:
+        A new uint8 RGB image of ceil(number / columns) rows.
+
+    Raises:
+        ValueError: there is no image, an image has another shape or type, or `columns` is below 1.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"a sheet needs images and at least one column, but got {len(images)} and {columns}")
+    for image in images:
+        _check_image(image)
+    gap = 4
+    height = max(image.shape[0] for image in images) + gap
+    width = max(image.shape[1] for image in images) + gap
+    columns = min(columns, len(images))
+    sheet = np.full((math.ceil(len(images) / columns) * height, columns * width, 3), BACKGROUND, dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top = row * height + (height - image.shape[0]) // 2
+        left = column * width + (width - image.shape[1]) // 2
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an image in the format that the suffix names: .jpg, .png, .webp, .bmp, .tiff ...
+
+    Args:
+        path: its folder is made, and a file that is there is replaced.
+        image: (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: `image` has another shape or type.
+        DetkitError: the suffix names no format, or the file can't be written.
+    """
+    from PIL import Image
+
+    _check_image(image)
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise DetkitError(
+            f"The picture can't be written to {path}: the suffix '{path.suffix}' names no image format. "
+            f"Use .jpg, .png, .webp, .bmp or .tiff."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Quality and subsampling are JPEG's: its defaults smear thin coloured lines. Other formats ignore them.
+        Image.fromarray(image).save(path, quality=95, subsampling=0)
+    except OSError as error:
+        raise DetkitError(f"The picture can't be written to {path}: {error.strerror or error}.") from error
+
+
+def _annotate(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: list[str], corners_only: np.ndarray
+) -> np.ndarray:
+    """Boxes (N, 4) with a text each, coloured by label; the last on top."""
+    import supervision
+
+    _check_image(image)
+    if not len(boxes):
+        return image.copy()
+    height, width = image.shape[:2]
+    palette = _palette(int(labels.max()) + 1)
+    drawn = supervision.Detections(xyxy=_inside(boxes, height, width), class_id=labels)
+    thickness = _line_width(image.shape)
+    # Supervision takes arrays to be BGR.
+    scene = np.ascontiguousarray(image[:, :, ::-1])
+    scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, drawn[~corners_only])
+    corner = max(4, min(height, width) // 30)
+    scene = supervision.BoxCornerAnnotator(palette, thickness, corner).annotate(scene, drawn[corners_only])
+
+    size = _text_size(image.shape, len(texts))
+    font_path, texts = _readable(texts, labels)
+    annotator = supervision.RichLabelAnnotator(
+        palette,
+        text_color=_text_colors(palette),
+        font_path=font_path,
+        font_size=size,
+        text_padding=max(1, size // 6),
+        smart_position=True,
+    )
+    return np.ascontiguousarray(annotator.annotate(scene, drawn, labels=texts)[:, :, ::-1])
+
+
+def _captioned(image: np.ndarray, text: str) -> np.ndarray:
+    """`image` below a strip with `text`."""
+    from PIL import Image, ImageDraw
+
+    size = _text_size(image.shape, 1)
+    strip = Image.new("RGB", (image.shape[1], size * 2), (BACKGROUND,) * 3)
+    ImageDraw.Draw(strip).text((size // 2, size), text, fill="white", font=_font(size), anchor="lm")
+    return np.concatenate([np.asarray(strip), image])
+
+
+def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Boxes clipped to the last pixel, so that the right and bottom lines of a box at the border are seen."""
+    return boxes.clip(0, [width - 1, height - 1, width - 1, height - 1])
+
+
+def _line_width(shape: tuple[int, ...]) -> int:
+    return max(1, round(min(shape[:2]) / 280))
+
+
+def _text_size(shape: tuple[int, ...], count: int) -> int:
+    """Height of the font in pixels: 12 in a picture of 640 x 480, 11 where it holds many objects."""
+    share = 0.025 if count <= 30 else 0.021
+    return max(9, round(min(shape[:2]) * share))
+
+
+def _palette(count: int) -> supervision.ColorPalette:
+    """The colour of every label below `count`; that of a label does not depend on `count`."""
+    import supervision
+
+    colors = [supervision.Color.from_hex(color) for color in FIRST_COLORS[:count]]
+    for label in range(len(colors), count):
+        # Steps of the golden ratio around the circle of hues never come close to each other soon.
+        hue, saturation, value = label * 0.618034 % 1, (0.9, 0.55, 0.75)[label % 3], (0.95, 1.0, 0.6)[label % 3]
+        colors.append(supervision.Color(*(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))))
+    return supervision.ColorPalette(colors)
+
+
+def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
+    """Black on the light colours of `palette`, white on the dark ones."""
+    import supervision
+
+    luminance = [0.299 * color.r + 0.587 * color.g + 0.114 * color.b for color in palette.colors]
+    black, white = supervision.Color.BLACK, supervision.Color.WHITE
+    return supervision.ColorPalette([black if value > 140 else white for value in luminance])
+
+
+def _default_font_path() -> str:
+    # Pillow's own font and OpenCV's have ASCII only; matplotlib, which supervision needs, brings DejaVu Sans.
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(_default_font_path(), size)
+
+
+def _readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
+    """A font with every character of `texts`; where the system has none, some names give way to the label's number."""
+    default = _default_font_path()
+    missing = _missing(default, "".join(texts))
+    if not missing:
+        return default, texts
+
+    from matplotlib import font_manager
+
+    for entry in font_manager.fontManager.ttflist:
+        # The Last Resort font claims to have every character, and draws all of them as boxes.
+        if not entry.name.startswith("Last Resort") and not _missing(entry.fname, "".join(texts)):
+            return entry.fname, texts
+    logger.warning(
+        "No font on this system can draw %r, so pictures show the number of the class instead. Install a font that "
+        "can, such as Noto Sans CJK.",
+        "".join(sorted(missing)),
+    )
+    remaining = ["".join(character for character in text if character not in missing).strip() for text in texts]
+    return default, [
+        text if text == whole else f"{label}: {text}" for whole, text, label in zip(texts, remaining, labels)
+    ]
+
+
+def _missing(font_path: str, text: str) -> set[str]:
+    """The characters of `text` that a font does not have."""
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(font_path)
+    return {character for character in text if not font.get_char_index(ord(character))}
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"an image must be (H, W, 3) uint8, but is {image.shape} {image.dtype}")

@@ -1,0 +1,73 @@
+"""A model's losses and scores on a data set, from one forward pass of each picture."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from detkit.data.dataset import Dataset
+from detkit.data.loader import evaluation_loader
+from detkit.data.transforms import undo
+from detkit.heads.base import Head
+from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
+from detkit.model import Model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Args:
+        losses: mean over pictures, by name.
+        scores: of all detections.
+        results: the detections as COCO results.
+    """
+
+    losses: dict[str, float]
+    scores: DetectionScores
+    results: list[dict[str, Any]]
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    advance: Callable[[int], None] = lambda pictures: None,
+) -> Evaluation:
+    """Losses and scores of `model`, which is left in evaluation mode.
+
+    Args:
+        advance: called with the number of pictures after each batch.
+    """
+    evaluator = DetectionEvaluator(dataset.classes)
+    sums: dict[str, float] = defaultdict(float)
+    results: list[dict[str, Any]] = []
+    device = next(model.parameters()).device
+    model.eval()
+    loader = evaluation_loader(dataset, model.fit, batch_size=batch_size, workers=workers)
+    position = 0
+    with torch.inference_mode():
+        for batch in loader:
+            batch = batch.to(device)
+            outputs = model(batch.images, batch.sizes)
+            for name, value in _losses(model.head, outputs, batch.targets):
+                sums[name] += value * len(batch)
+            detections = [undo(found.to("cpu"), meta) for found, meta in zip(model.head.decode(outputs), batch.metas)]
+            # The truth in the source's own pixels comes straight from the file: no rounding on the way.
+            targets = [dataset.target(index) for index in range(position, position + len(batch))]
+            metas = [replace(meta, matrix=None) for meta in batch.metas]
+            evaluator.update(detections, targets, metas)
+            for found, meta in zip(detections, metas):
+                results += coco_results(found, meta, dataset.classes)
+            position += len(batch)
+            advance(len(batch))
+    return Evaluation({name: value / position for name, value in sums.items()}, evaluator.compute(), results)
+
+
+def _losses(head: Head, outputs: Any, targets: Any) -> Iterator[tuple[str, float]]:
+    for name, value in head.loss(outputs, targets).items():
+        yield name, value.item()

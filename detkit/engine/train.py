@@ -1,0 +1,239 @@
+"""Training: the loop, and what surrounds it. Devices, precision and processes are lightning-fabric's."""
+
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from detkit.config import Experiment, TrainOptions
+from detkit.data.dataset import Dataset
+from detkit.data.loader import EpochSampler, training_loader
+from detkit.data.splits import open_train_and_val
+from detkit.data.transforms import Augment
+from detkit.engine.average import AveragedModel
+from detkit.engine.console import TrainingConsole
+from detkit.engine.evaluate import Evaluation, evaluate
+from detkit.engine.pictures import write_predictions, write_training_batch
+from detkit.engine.run_folder import RunFolder
+from detkit.engine.schedule import learning_rate_factor
+from detkit.errors import DetkitError
+from detkit.heads.base import Head
+from detkit.model import Model, build_model, start_from
+from detkit.registry import heads
+from detkit.types import Batch
+
+
+class LossNotFiniteError(DetkitError):
+    """A loss became infinite or not a number; going on would only destroy the weights."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved after each epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    best_score: float = -1.0
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Setup:
+    """Everything the loop works with."""
+
+    fabric: Fabric
+    options: TrainOptions
+    model: Model
+    wrapped: Any
+    average: AveragedModel | None
+    optimizer: Optimizer
+    peak_lrs: list[float]
+    loader: Any
+    sampler: EpochSampler
+    steps_per_epoch: int
+
+
+def train(experiment: Experiment, resume: str | None = None) -> RunFolder:
+    """Train, evaluate and save what `experiment` describes.
+
+    Args:
+        resume: the folder of an unfinished run, which goes on exactly where its last whole epoch ended.
+
+    Returns:
+        The run's folder, with checkpoints/best.safetensors and metrics.csv in it.
+
+    Raises:
+        DetkitError: a mistake in config, data or weights, found before the first step where possible.
+        LossNotFiniteError: naming the loss, the step and the pictures.
+    """
+    options = experiment.train
+    fabric = Fabric(accelerator=options.device, devices=options.devices, precision=options.precision)
+    fabric.launch()
+    fabric.seed_everything(options.seed, verbose=False)
+    head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
+    train_set, val_set = open_train_and_val(experiment.data, head.needs)
+    setup = _set_up(fabric, experiment, train_set)
+    progress = Progress()
+    folder = RunFolder(Path(resume)) if resume else RunFolder.create(experiment, head.task)
+    if resume:
+        progress = _resume(setup, folder)
+    elif fabric.is_global_zero:
+        write_training_batch(setup.loader.dataset, folder.pictures / "training_batch.jpg", train_set.classes)
+    with TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console:
+        while progress.epoch < options.epochs and not _patience_is_over(progress, options):
+            started = time.perf_counter()
+            losses = _train_epoch(setup, progress, console)
+            seconds = time.perf_counter() - started
+            progress.epoch += 1
+            evaluation = None
+            if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
+                evaluation = _validate(setup, progress, val_set, folder, console)
+            if fabric.is_global_zero:
+                console.epoch(progress, losses, evaluation, seconds)
+                _save(setup, progress, folder)
+            fabric.barrier()
+    if fabric.is_global_zero:
+        write_predictions(folder, val_set)
+    return folder
+
+
+def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
+    """One pass over the training pictures; the mean of each loss."""
+    options, optimizer = setup.options, setup.optimizer
+    setup.wrapped.train()
+    setup.sampler.epoch = progress.epoch
+    sums: dict[str, float] = defaultdict(float)
+    for number, batch in enumerate(setup.loader, start=1):
+        whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
+        batch = batch.to(setup.fabric.device)
+        factor = learning_rate_factor(progress.step, setup.steps_per_epoch, options)
+        for group, peak in zip(optimizer.param_groups, setup.peak_lrs):
+            group["lr"] = peak * factor
+        with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
+            outputs = setup.wrapped(batch.images, batch.sizes)
+            losses = setup.model.head.loss(outputs, batch.targets)
+            _check_finite(losses, progress.step, batch)
+            setup.fabric.backward(torch.stack(list(losses.values())).sum() / options.accumulate)
+        if whole_step:
+            if options.clip_norm is not None:
+                setup.fabric.clip_gradients(setup.wrapped, optimizer, max_norm=options.clip_norm, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            if setup.average is not None:
+                setup.average.update(setup.model)
+            progress.step += 1
+        for name, value in losses.items():
+            sums[name] += value.item()
+        console.step(progress, number, setup.sampler.batches, losses, options.lr * factor, len(batch))
+    return {name: value / setup.sampler.batches for name, value in sums.items()}
+
+
+def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
+    for name, value in losses.items():
+        if not torch.isfinite(value):
+            pictures = ", ".join(meta.source for meta in batch.metas)
+            raise LossNotFiniteError(
+                f"The loss '{name}' is {value.item()} at step {step}, on the pictures {pictures}. Look at their boxes "
+                "(detkit check), lower train.lr, lengthen train.warmup_epochs, set train.clip_norm (10, say), or use "
+                "train.precision 32-true."
+            )
+
+
+def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset) -> Setup:
+    options = experiment.train
+    model = build_model(experiment, train_set.classes)
+    if experiment.weights is not None:
+        start_from(model, experiment.weights, experiment.weights_parts)
+    model.backbone.freeze(options.freeze)
+    # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
+    model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = AveragedModel(model, options.ema_decay) if options.ema_decay is not None else None
+    groups = model.parameter_groups(options.lr, options.backbone_lr_factor, options.weight_decay)
+    optimizer = _optimizer(groups, options)
+    peak_lrs = [group["lr"] for group in groups]
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    loader, sampler = training_loader(
+        train_set,
+        model.fit,
+        Augment(experiment.augment, model.fit) if experiment.augment else None,
+        batch_size=options.batch_size // (options.accumulate * fabric.world_size),
+        workers=options.workers,
+        seed=options.seed,
+        plain_from_epoch=options.epochs - options.plain_epochs if options.plain_epochs else None,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    steps_per_epoch = -(-sampler.batches // options.accumulate)
+    return Setup(fabric, options, model, wrapped, average, optimizer, peak_lrs, loader, sampler, steps_per_epoch)
+
+
+def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer:
+    betas = (options.momentum, 0.999)
+    match options.optimizer:
+        case "sgd":
+            return SGD(groups, lr=options.lr, momentum=options.momentum)
+        case "adam":
+            return Adam(groups, lr=options.lr, betas=betas)
+        case "adamw":
+            return AdamW(groups, lr=options.lr, betas=betas)
+
+
+def _validate(
+    setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder, console: TrainingConsole
+) -> Evaluation | None:
+    """Score the model on the first process, and keep it if it is the best so far."""
+    evaluation = None
+    if setup.fabric.is_global_zero:
+        model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
+        batch_size = setup.options.batch_size // setup.options.accumulate
+        with console.validation(len(val_set)) as advance:
+            evaluation = evaluate(
+                model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance
+            )
+        score = evaluation.scores.coco["mAP"]
+        if score > progress.best_score:
+            progress.best_score, progress.evaluations_since_best = score, 0
+            model.save(folder.best)
+        else:
+            progress.evaluations_since_best += 1
+    # Every process must come to the same decision about stopping early.
+    shared = setup.fabric.broadcast((progress.best_score, progress.evaluations_since_best))
+    progress.best_score, progress.evaluations_since_best = shared
+    return evaluation
+
+
+def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
+    return options.patience is not None and progress.evaluations_since_best >= options.patience
+
+
+def _save(setup: Setup, progress: Progress, folder: RunFolder) -> None:
+    """The last weights, and what a resumed run needs to go on as if nothing had happened."""
+    model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
+    model.save(folder.last)
+    folder.save_state(
+        {
+            "progress": asdict(progress),
+            "model": setup.model.state_dict(),
+            "optimizer": setup.optimizer.state_dict(),
+            "average": setup.average.model.state_dict() if setup.average is not None else None,
+            "average_updates": setup.average.updates if setup.average is not None else 0,
+            "random": torch.get_rng_state(),
+        }
+    )
+
+
+def _resume(setup: Setup, folder: RunFolder) -> Progress:
+    state = folder.load_state()
+    setup.model.load_state_dict(state["model"])
+    setup.optimizer.load_state_dict(state["optimizer"])
+    if setup.average is not None and state["average"] is not None:
+        setup.average.model.load_state_dict(state["average"])
+        setup.average.updates = state["average_updates"]
+    torch.set_rng_state(state["random"])
+    return Progress(**state["progress"])

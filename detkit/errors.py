@@ -1,0 +1,31 @@
+"""The errors that are the user's to mend: each one paragraph, saying what, where and the remedy.
+
+The command line prints these without a traceback; every other exception is a fault of detkit's own.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DetkitError(ValueError):
+    """A mistake in what detkit was given. The message names the file, line, key or image, and the remedy."""
+
+
+class ConfigError(DetkitError):
+    """A config holds an unknown key, a value of the wrong type, or parts that do not fit together."""
+
+
+class DataError(DetkitError):
+    """A data set holds something broken: a missing file, a malformed annotation, an impossible box."""
+
+
+class CheckpointError(DetkitError):
+    """A file of weights is missing, broken, or belongs to another model or another list of classes."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A sentence for an error about an unknown `word`: the nearest valid one, then all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    suggestion = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{suggestion}Valid: {', '.join(valid) or '(none)'}."

@@ -1,0 +1,55 @@
+"""What every head promises, whatever its task: one forward, then a loss or predictions from its raw outputs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from detkit.types import Detections, Inputs, Target
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """Which candidates become detections.
+
+    Args:
+        score_threshold: a candidate needs a higher score.
+        iou_threshold: of two detections of one class that overlap more, the one with the lower score goes.
+        max_candidates: the best of each class and image that enter suppression.
+        max_detections: the best of each image that are kept.
+    """
+
+    score_threshold: float = 0.01
+    iou_threshold: float = 0.45
+    max_candidates: int = 400
+    max_detections: int = 200
+
+
+class Head(nn.Module, ABC):
+    """A task on top of feature maps.
+
+    The constructor takes `channels` and `strides` of the maps and `num_classes`, then options. `forward` never
+    reads `self.training`, so that one forward serves the validation loss and the predictions.
+
+    Attributes:
+        task: what it does, and the name of the folder of its runs: "detect".
+        needs: the fields of Target that its loss reads; checked against the data set at the start.
+        postprocess: used by decode; may be replaced between calls.
+    """
+
+    task: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    postprocess: Postprocess
+
+    @abstractmethod
+    def forward(self, features: list[Tensor], inputs: Inputs) -> Any:
+        """Raw outputs for feature maps [(B, C_i, h_i, w_i)]."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """Scalars by name, to be summed; finite also when no image has an object."""
+
+    @abstractmethod
+    def decode(self, outputs: Any) -> list[Detections]:
+        """One result for each image, in pixels of the network's input."""

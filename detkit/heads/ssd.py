@@ -1,0 +1,184 @@
+"""The single-shot detector: a class and four offsets for every anchor of every feature map (Liu et al. 2016)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.boxes.coding import decode, encode
+from detkit.boxes.convert import clip
+from detkit.boxes.matching import match_bipartite, match_ssd
+from detkit.boxes.nms import nms
+from detkit.boxes.sampling import hard_negatives
+from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
+from detkit.heads.base import Head, Postprocess
+from detkit.losses import BoxLoss, box_loss
+from detkit.registry import heads
+from detkit.types import Detections, Inputs, Match, Target
+
+MATCHERS = {"ssd": match_ssd, "bipartite": match_bipartite}
+
+
+class SSDOutputs(NamedTuple):
+    """Raw outputs of the SSD head; a tuple, which wrappers for devices and precision know how to walk through.
+
+    Args:
+        logits: (B, A, C + 1), column 0 is background.
+        offsets: (B, A, 4), see detkit.boxes.coding.
+        anchors: (A, 4) xyxy pixels of the network's input.
+        sizes: (height, width) of each image, without padding.
+    """
+
+    logits: Tensor
+    offsets: Tensor
+    anchors: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
+@heads.register("ssd")
+class SSD(Head):
+    """Class and box predictors, one 3x3 convolution each, on every feature map.
+
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: C, without background.
+        anchors: `name` of an anchor layout (default_boxes, per_pixel, pyramid) and its options.
+        matching: ssd gives every truth its best anchor and every anchor a truth it overlaps enough; bipartite
+            assigns greedily one to one first (Dive into Deep Learning, 14.4.3).
+        iou_threshold: an anchor that overlaps a truth at least this much becomes positive.
+        negatives_per_positive: negatives with the highest loss that count; null counts all of them.
+        box_loss: l1, smooth_l1, giou, diou or ciou.
+        box_weight: factor of the box loss.
+        tower: convolutions with batch norm before the predictors on each level.
+        tower_width: their channels.
+        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        anchors: dict[str, Any] | None = None,
+        matching: Literal["ssd", "bipartite"] = "ssd",
+        iou_threshold: float = 0.5,
+        negatives_per_positive: float | None = 3.0,
+        box_loss: BoxLoss = "smooth_l1",
+        box_weight: float = 1.0,
+        tower: int = 0,
+        tower_width: int = 128,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.45,
+        max_detections: int = 200,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.layout: AnchorLayout = anchor_layouts.build(anchors or {"name": "default_boxes"}, "head.anchors")
+        self.match = MATCHERS[matching]
+        self.iou_threshold = iou_threshold
+        self.negatives_per_positive = negatives_per_positive
+        self.box_loss: BoxLoss = box_loss
+        self.box_weight = box_weight
+        self.postprocess = Postprocess(score_threshold, nms_threshold, max_detections=max_detections)
+        counts = self.layout.per_location(len(channels))
+        widths = [tower_width if tower else width for width in channels]
+        self.class_towers = nn.ModuleList(_tower(width, tower_width, tower) for width in channels)
+        self.box_towers = nn.ModuleList(_tower(width, tower_width, tower) for width in channels)
+        self.class_predictors = nn.ModuleList(
+            nn.Conv2d(width, count * (num_classes + 1), 3, padding=1) for width, count in zip(widths, counts)
+        )
+        self.box_predictors = nn.ModuleList(
+            nn.Conv2d(width, count * 4, 3, padding=1) for width, count in zip(widths, counts)
+        )
+        for predictor in (*self.class_predictors, *self.box_predictors):
+            nn.init.xavier_uniform_(predictor.weight)
+            nn.init.zeros_(predictor.bias)
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> SSDOutputs:
+        """Logits and offsets of all anchors, for feature maps [(B, C_i, h_i, w_i)]."""
+        logits, offsets = [], []
+        for level, feature in enumerate(features):
+            logits.append(_per_anchor(self.class_predictors[level](self.class_towers[level](feature)), self.num_classes + 1))
+            offsets.append(_per_anchor(self.box_predictors[level](self.box_towers[level](feature)), 4))
+        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
+        anchors = self.layout(map_sizes, inputs.size).to(features[0].device)
+        # Softmax, exponentials and sums over thousands of anchors lose too much in half precision.
+        return SSDOutputs(torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, inputs.sizes)
+
+    def loss(self, outputs: SSDOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`class` (cross-entropy) and `box`, each summed and divided by the positives of the batch.
+
+        Raises:
+            ValueError: there is not one target for each image.
+        """
+        if len(targets) != len(outputs.sizes):
+            raise ValueError(f"{len(outputs.sizes)} images but {len(targets)} targets")
+        anchors = outputs.anchors
+        matches = [self._match(anchors, target) for target in targets]
+        positive = torch.stack([match.positive for match in matches])
+        ignored = torch.stack([match.ignored for match in matches])
+        classes = torch.zeros_like(positive, dtype=torch.int64)
+        boxes_loss = outputs.offsets.sum() * 0.0
+        for row, (match, target) in enumerate(zip(matches, targets)):
+            truth = match.truth_index[match.positive]
+            classes[row, match.positive] = target.labels[truth] + 1
+            matched = anchors[match.positive]
+            true_offsets = encode(target.boxes[truth], matched)
+            boxes_loss = boxes_loss + box_loss(
+                outputs.offsets[row, match.positive], matched, true_offsets, self.box_loss
+            )
+        cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1), classes.flatten(), reduction="none")
+        cross_entropy = cross_entropy.view_as(classes)
+        counted = positive | self._negatives(cross_entropy.detach(), positive, ignored)
+        normaliser = positive.sum().clamp(min=1)
+        return {
+            "class": cross_entropy[counted].sum() / normaliser,
+            "box": self.box_weight * boxes_loss / normaliser,
+        }
+
+    def _match(self, anchors: Tensor, target: Target) -> Match:
+        return self.match(anchors, target.boxes, target.ignored, threshold=self.iou_threshold)
+
+    def _negatives(self, losses: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
+        """(B, A) bool: the background anchors whose loss counts."""
+        if self.negatives_per_positive is None:
+            return ~(positive | ignored)
+        return hard_negatives(losses, positive, ignored, self.negatives_per_positive)
+
+    @torch.no_grad()
+    def decode(self, outputs: SSDOutputs) -> list[Detections]:
+        """Detections after per-class suppression, in pixels of the network's input."""
+        scores = outputs.logits.softmax(-1)[..., 1:]
+        return [
+            self._decode_image(image_scores, offsets, outputs.anchors, size)
+            for image_scores, offsets, size in zip(scores, outputs.offsets, outputs.sizes)
+        ]
+
+    def _decode_image(self, scores: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int]) -> Detections:
+        limits = self.postprocess
+        best, index = scores.topk(min(limits.max_candidates, len(scores)), dim=0)
+        rank, labels = torch.nonzero(best > limits.score_threshold, as_tuple=True)
+        candidates, candidate_scores = index[rank, labels], best[rank, labels]
+        boxes = clip(decode(offsets[candidates], anchors[candidates]), size)
+        kept = nms(
+            boxes, candidate_scores, limits.iou_threshold, labels=labels, max_detections=limits.max_detections
+        )
+        return Detections(boxes[kept], candidate_scores[kept], labels[kept])
+
+
+def _tower(channels: int, width: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers)
+
+
+def _per_anchor(prediction: Tensor, values: int) -> Tensor:
+    """(B, anchors * values, h, w) to (B, h * w * anchors, values)."""
+    return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)

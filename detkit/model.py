@@ -1,0 +1,197 @@
+"""A model: backbone, neck and head as one network, with its classes, its input, and its file of weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detkit.backbones.base import Backbone, Neck
+from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
+from detkit.data.transforms import Fit
+from detkit.errors import CheckpointError, ConfigError, nearest
+from detkit.heads.base import Head
+from detkit.registry import backbones, heads, necks
+from detkit.types import ClassList, Inputs
+
+FORMAT = "detkit 1"
+PARTS = ("backbone", "neck", "head")
+
+
+class Model(nn.Module):
+    """From images in 0..1 to the raw outputs of the head.
+
+    Args:
+        experiment: what the parts were built from; it travels with the weights.
+        classes: the data set's classes, which the labels index.
+    """
+
+    def __init__(
+        self, backbone: Backbone, neck: Neck | None, head: Head, experiment: Experiment, classes: ClassList
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.experiment, self.classes = experiment, classes
+        self.fit = Fit(experiment.input.size, experiment.input.letterbox)
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, sizes: tuple[tuple[int, int], ...]) -> Any:
+        """The head's raw outputs.
+
+        Args:
+            images: (B, 3, H, W) float32 RGB in 0..1.
+            sizes: (height, width) of each image inside the tensor.
+        """
+        features = self.backbone((images - self.mean) / self.std)
+        if self.neck is not None:
+            features = self.neck(features)
+        return self.head(features, Inputs((images.shape[2], images.shape[3]), sizes))
+
+    def parameter_groups(self, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimiser: the backbone apart from the rest, and no decay for biases and norms.
+
+        Decay is for the weights of convolutions and linear layers; a bias or the scale of a norm has one
+        dimension, and pulling it to zero only hurts.
+        """
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": lr * (backbone_lr_factor if in_backbone else 1.0),
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (in_backbone, decays), parameters in groups.items()
+        ]
+
+    def save(self, path: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights (its own, or `state` of the same shape), experiment and classes to a .safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or self.state_dict()).items()}
+        metadata = {
+            "format": FORMAT,
+            "experiment": json.dumps(experiment_to_dict(self.experiment)),
+            "class_names": json.dumps(self.classes.names),
+            "raw_ids": json.dumps(self.classes.raw_ids),
+        }
+        # A run killed while it writes must leave the last good file behind.
+        temporary = path.with_name(path.name + ".part")
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+
+
+def build_model(experiment: Experiment, classes: ClassList) -> Model:
+    """The model that a config describes, with random weights but for what the backbone loads.
+
+    Raises:
+        ConfigError: a part or option is unknown, or the parts do not fit together.
+        CheckpointError: the backbone's weights cannot be had.
+    """
+    backbone: Backbone = backbones.build(experiment.backbone, "backbone")
+    channels, strides = backbone.channels, backbone.strides
+    neck: Neck | None = None
+    if experiment.neck is not None:
+        neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
+        channels, strides = neck.channels, neck.strides
+    head: Head = heads.build(experiment.head, "head", channels=channels, strides=strides, num_classes=len(classes))
+    return Model(backbone, neck, head, experiment, classes)
+
+
+def load_model(path: str | Path) -> Model:
+    """The model in a checkpoint file, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
+    """
+    tensors, metadata = read_checkpoint(path)
+    experiment = experiment_from_dict(json.loads(metadata["experiment"]))
+    classes = ClassList(tuple(json.loads(metadata["class_names"])), tuple(json.loads(metadata["raw_ids"])))
+    # The checkpoint has all weights; the backbone must not look for those it started from.
+    without_weights = {key: value for key, value in experiment.backbone.items() if key != "weights"}
+    model = build_model(replace(experiment, backbone=without_weights), classes)
+    model.experiment = experiment
+    load_tensors(model, tensors, str(path))
+    return model.eval()
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a checkpoint file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        found = [str(file) for file in sorted(path.parent.glob("*.safetensors"))] if path.parent.is_dir() else []
+        raise CheckpointError(f"There is no checkpoint '{path}'. {nearest(str(path), found)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The checkpoint '{path}' cannot be read: {error}. It may be cut off; use another one.") from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"'{path}' is a safetensors file, but no checkpoint of detkit: its format is "
+            f"{metadata.get('format')!r}, not '{FORMAT}'. Weights of a backbone alone go to --backbone.weights."
+        )
+    return tensors, metadata
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load all of `tensors` into `module`; a name or shape that does not fit is a CheckpointError naming it."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise CheckpointError(f"'{source}' lacks the tensor '{name}', which this model needs.")
+        if name not in expected:
+            raise CheckpointError(f"'{source}' has a tensor '{name}', for which this model has no place.")
+        if tensors[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"The tensor '{name}' of '{source}' is {tuple(tensors[name].shape)}, but this model's is "
+                f"{tuple(expected[name].shape)}. Was it trained with other options or another list of classes?"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def check_classes(model: ClassList, data: ClassList, source: str) -> None:
+    """Refuse a checkpoint whose labels mean other classes than the data set's."""
+    if model.names == data.names:
+        return
+    missing = [name for name in data.names if name not in model.names]
+    extra = [name for name in model.names if name not in data.names]
+    difference = "the same names in another order" if not missing and not extra else (
+        f"only in the data: {', '.join(missing) or 'none'}; only in the checkpoint: {', '.join(extra) or 'none'}"
+    )  # fmt: skip
+    raise CheckpointError(
+        f"The checkpoint '{source}' was trained on other classes than this data set has: {difference}. Fix the order "
+        f"with --data.class_names, or to train on new classes start from its backbone and neck alone: "
+        f"--weights {source} --weights_parts '[backbone, neck]'."
+    )
+
+
+def start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:
+    """Load `parts` (backbone, neck, head) of a detkit checkpoint into a model about to be trained.
+
+    Raises:
+        CheckpointError: the weights do not fit, or the head is asked for and has other classes.
+        ConfigError: a part has an unknown name.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(f"'weights_parts' names '{part}'. {nearest(part, PARTS)}")
+    tensors, metadata = read_checkpoint(path)
+    if "head" in parts:
+        names, raw_ids = json.loads(metadata["class_names"]), json.loads(metadata["raw_ids"])
+        check_classes(ClassList(tuple(names), tuple(raw_ids)), model.classes, path)
+    for part in parts:
+        module = getattr(model, part)
+        if module is not None:
+            prefix = f"{part}."
+            chosen = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            load_tensors(module, chosen, path)

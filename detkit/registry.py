@@ -1,0 +1,127 @@
+"""Names for parts: a backbone, neck, head, data format or augmentation registered once, built from a config.
+
+A part is a class; its constructor signature is the only list of its options and their defaults.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from detkit.errors import ConfigError, nearest
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+
+
+class Registry:
+    """Parts of one kind by name.
+
+    The modules of `package` are imported at the first look-up, so that a new part is one new file
+    with `@heads.register("name")` in it and no existing file is touched.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._parts: dict[str, Callable[..., Any]] = {}
+        self._imported = False
+
+    def register(self, name: str) -> Callable[[Part], Part]:
+        """Decorator that registers a class or factory under `name`; a name taken already is refused."""
+
+        def add(part: Part) -> Part:
+            if name in self._parts:
+                raise ValueError(f"{self.kind} '{name}' is registered already, by {self._parts[name]!r}")
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._import_package()
+        return sorted(self._parts)
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The part registered as `name`.
+
+        Raises:
+            ConfigError: no part has this name; the message has the nearest one.
+        """
+        self._import_package()
+        if name not in self._parts:
+            raise ConfigError(f"There is no {self.kind} named '{name}'. {nearest(name, self._parts)}")
+        return self._parts[name]
+
+    def build(self, options: Mapping[str, Any], path: str, **injected: Any) -> Any:
+        """Build `{name: ..., option: value, ...}`.
+
+        Args:
+            options: `name` and any options of that part's constructor.
+            path: where in the config this stands ("head"), for messages.
+            injected: arguments that the program supplies (channels, class count), not the user.
+
+        Raises:
+            ConfigError: the name is missing or unknown, an option is not one of the constructor's or
+                has the wrong type; the message has the dotted path and the nearest valid key.
+        """
+        if "name" not in options:
+            raise ConfigError(f"'{path}' needs a 'name'. Valid names: {', '.join(self.names())}.")
+        part = self.get(options["name"])
+        given = {key: value for key, value in options.items() if key != "name"}
+        valid = option_names(part) - set(injected)
+        for key in given:
+            if key not in valid:
+                raise ConfigError(
+                    f"'{path}.{key}' is not an option of the {self.kind} '{options['name']}'. {nearest(key, valid)}"
+                )
+        missing = required_names(part) - set(given) - set(injected)
+        if missing:
+            raise ConfigError(
+                f"The {self.kind} '{options['name']}' needs '{path}.{sorted(missing)[0]}'; give it in the config "
+                f"or as --{path}.{sorted(missing)[0]} VALUE."
+            )
+        return part(**injected, **_typed(part, given, set(injected), path))
+
+    def _import_package(self) -> None:
+        if not self._imported:
+            self._imported = True
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+
+
+def option_names(part: Callable[..., Any]) -> set[str]:
+    """The keyword arguments that `part` takes."""
+    return set(inspect.signature(part).parameters)
+
+
+def required_names(part: Callable[..., Any]) -> set[str]:
+    """The keyword arguments of `part` without a default."""
+    parameters = inspect.signature(part).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+
+
+def _typed(part: Callable[..., Any], given: dict[str, Any], injected: set[str], path: str) -> dict[str, Any]:
+    """`given` checked against and converted to the annotations of `part` ("0.1" to 0.1, [3, 4] to (3, 4))."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    if isinstance(part, type):
+        parser.add_class_arguments(part, skip=injected)
+    else:
+        parser.add_function_arguments(part, skip=injected)
+    try:
+        parsed = parser.parse_object(given).as_dict()
+    except ArgumentError as error:
+        reason = " ".join(str(error).replace('Parser key "', f"'{path}.").replace('":', "':").split())
+        raise ConfigError(f"The config has a value of the wrong type. {reason}") from None
+    return {key: parsed[key] for key in given}
+
+
+backbones = Registry("backbone", "detkit.backbones")
+necks = Registry("neck", "detkit.backbones")
+heads = Registry("head", "detkit.heads")
+datasets = Registry("data format", "detkit.data")
+augmentations = Registry("augmentation", "detkit.data")

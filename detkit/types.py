@@ -1,0 +1,320 @@
+"""The values that flow through detkit, validated where they are built.
+
+file -> Sample -> Batch -> raw outputs of a head -> Detections.
+
+Boxes are xyxy float32 in absolute pixels of the image they travel with, with exclusive right and bottom
+edges; sizes are (height, width); labels are 0..C-1, and no index ever means background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import supervision
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The classes of a data set: names by index, and the raw id that each has in the files.
+
+    Args:
+        names: C names; the index in this list is the label.
+        raw_ids: the id of each class in the data set's own files (COCO's category_id), in the same order.
+    """
+
+    names: tuple[str, ...]
+    raw_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.raw_ids):
+            raise ValueError(f"{len(self.names)} class names but {len(self.raw_ids)} raw ids")
+        for what, values in (("name", self.names), ("raw id", self.raw_ids)):
+            if len(set(values)) != len(values):
+                twice = next(value for value in values if values.count(value) > 1)  # type: ignore[arg-type]
+                raise ValueError(f"the class {what} {twice!r} stands twice in the list of classes")
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], first_raw_id: int = 0) -> ClassList:
+        """Classes whose raw ids count up from `first_raw_id`."""
+        return cls(tuple(names), tuple(range(first_raw_id, first_raw_id + len(names))))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{i}: {name} (raw id {raw})" for i, (name, raw) in enumerate(zip(self.names, self.raw_ids)))
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The truth of one image.
+
+    Args:
+        boxes: (N, 4) float32 xyxy pixels.
+        labels: (N,) int64 in 0..C-1.
+        crowd: (N,) bool, COCO's iscrowd: a region that holds many objects. Default none.
+        difficult: (N,) bool, VOC's difficult. Default none.
+        area: (N,) float32 area of the object in square pixels, by which COCO tells small from large;
+            default the area of the boxes.
+        masks: (N, H, W) bool, or None where the data has none.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor = None  # type: ignore[assignment]
+    difficult: Tensor = None  # type: ignore[assignment]
+    area: Tensor = None  # type: ignore[assignment]
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = _check_boxes(self.boxes)
+        for name in ("crowd", "difficult"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.zeros(count, dtype=torch.bool, device=self.boxes.device))
+        if self.area is None:
+            widths_heights = self.boxes[:, 2:] - self.boxes[:, :2]
+            object.__setattr__(self, "area", widths_heights.prod(1))
+        _check(self.labels, "labels", (count,), torch.int64)
+        _check(self.crowd, "crowd", (count,), torch.bool)
+        _check(self.difficult, "difficult", (count,), torch.bool)
+        _check(self.area, "area", (count,), torch.float32)
+        if self.masks is not None:
+            _check(self.masks, "masks", (count, *self.masks.shape[1:]), torch.bool)
+
+    @classmethod
+    def empty(cls) -> Target:
+        """A target with no objects."""
+        return cls(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def ignored(self) -> Tensor:
+        """(N,) bool: regions that are neither positive nor negative in training."""
+        return self.crowd | self.difficult
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Target:
+        """The objects that `index` (a bool mask or indices, 1-D) selects."""
+        masks = None if self.masks is None else self.masks[index]
+        return Target(
+            self.boxes[index], self.labels[index], self.crowd[index], self.difficult[index], self.area[index], masks
+        )
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target with its tensors on `device`."""
+        masks = None if self.masks is None else self.masks.to(device)
+        tensors = (self.boxes, self.labels, self.crowd, self.difficult, self.area)
+        return Target(*(tensor.to(device) for tensor in tensors), masks)
+
+
+@dataclass(frozen=True, eq=False)
+class Meta:
+    """Where an image came from, and how to get back there.
+
+    Args:
+        image_id: the data set's own id of the image.
+        source: the file, or whatever names the image in a message.
+        size: (height, width) of the source in pixels, after its Exif rotation.
+        matrix: (3, 3) float64, takes homogeneous (x, y, 1) source pixels to pixels of the image at hand
+            (scale, pad, crop and flip in one); None after an augmentation that has no inverse.
+    """
+
+    image_id: int | str
+    source: str
+    size: tuple[int, int]
+    matrix: np.ndarray | None = field(default_factory=lambda: np.eye(3))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image with its truth, before batching.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+    """
+
+    image: np.ndarray
+    target: Target
+    meta: Meta
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise ValueError(
+                f"an image must be (H, W, 3) uint8, but {self.meta.source} is {self.image.shape} {self.image.dtype}"
+            )
+        if 0 in self.image.shape:
+            raise ValueError(f"the image {self.meta.source} is empty: its shape is {self.image.shape}")
+        if self.target.masks is not None and tuple(self.target.masks.shape[1:]) != self.image.shape[:2]:
+            raise ValueError(
+                f"the masks of {self.meta.source} are {tuple(self.target.masks.shape[1:])}, "
+                f"its image {self.image.shape[:2]}"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image in pixels."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of one size for a network.
+
+    Args:
+        images: (B, 3, H, W) float32 RGB in 0..1; not yet normalised.
+        sizes: (height, width) of each image inside the tensor, without padding.
+        targets: one for each image, in pixels of `images`.
+        metas: one for each image.
+    """
+
+    images: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    targets: tuple[Target, ...]
+    metas: tuple[Meta, ...]
+
+    def __post_init__(self) -> None:
+        count = self.images.shape[0]
+        if self.images.ndim != 4 or not count == len(self.sizes) == len(self.targets) == len(self.metas):
+            raise ValueError(
+                f"a batch needs (B, 3, H, W) images and B sizes, targets and metas, but got images "
+                f"{tuple(self.images.shape)}, {len(self.sizes)}, {len(self.targets)} and {len(self.metas)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its images and targets on `device`."""
+        targets = tuple(target.to(device) for target in self.targets)
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its images in page-locked memory, for the loader."""
+        return replace(self, images=self.images.pin_memory())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a head may know of the images besides their features.
+
+    Args:
+        size: (height, width) of the batched tensor in pixels.
+        sizes: (height, width) of each image inside it, without padding.
+    """
+
+    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Which truth each anchor is responsible for; no index value has a second meaning.
+
+    Args:
+        truth_index: (A,) int64 index of a truth; to be read only where `positive`.
+        positive: (A,) bool.
+        ignored: (A,) bool: neither positive nor negative, takes no part in the loss.
+    """
+
+    truth_index: Tensor
+    positive: Tensor
+    ignored: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.truth_index.shape)
+        _check(self.truth_index, "truth_index", shape, torch.int64)
+        _check(self.positive, "positive", shape, torch.bool)
+        _check(self.ignored, "ignored", shape, torch.bool)
+
+    @property
+    def negative(self) -> Tensor:
+        """(A,) bool: background."""
+        return ~(self.positive | self.ignored)
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What a detector found in one image, best score first.
+
+    Args:
+        boxes: (N, 4) float32 xyxy pixels.
+        scores: (N,) float32 in 0..1.
+        labels: (N,) int64 in 0..C-1.
+        masks: (N, H, W) bool, or None for a detector without masks.
+        class_names: names by label; empty inside the network, filled by the predictor.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = _check_boxes(self.boxes)
+        _check(self.scores, "scores", (count,), torch.float32)
+        _check(self.labels, "labels", (count,), torch.int64)
+        if self.masks is not None:
+            _check(self.masks, "masks", (count, *self.masks.shape[1:]), torch.bool)
+
+    @classmethod
+    def empty(cls) -> Detections:
+        """No detections."""
+        return cls(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[tuple[list[float], float, str | int]]:
+        """(box, score, class name) of each detection; the label stands in where there are no names."""
+        for box, score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()):
+            yield box, score, self.class_names[label] if self.class_names else label
+
+    def __getitem__(self, index: Tensor) -> Detections:
+        """The detections that `index` (a bool mask or indices, 1-D) selects."""
+        masks = None if self.masks is None else self.masks[index]
+        return replace(
+            self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index], masks=masks
+        )
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The same detections with their tensors on `device`."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return replace(
+            self, boxes=self.boxes.to(device), scores=self.scores.to(device), labels=self.labels.to(device), masks=masks
+        )
+
+    def to_supervision(self) -> supervision.Detections:
+        """As supervision.Detections, for its annotators, trackers and zones."""
+        import supervision
+
+        data: dict[str, Any] = {}
+        if self.class_names:
+            data["class_name"] = np.array([self.class_names[label] for label in self.labels.tolist()], dtype=str)
+        return supervision.Detections(
+            xyxy=self.boxes.cpu().numpy(),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            mask=None if self.masks is None else self.masks.cpu().numpy(),
+            data=data,
+        )
+
+
+def _check_boxes(boxes: Tensor) -> int:
+    """The number of boxes; raises where they are not (N, 4) float32."""
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
+        raise ValueError(f"boxes must be (N, 4) float32, but got {tuple(boxes.shape)} {boxes.dtype}")
+    return boxes.shape[0]
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {shape} {dtype}, but got {tuple(tensor.shape)} {tensor.dtype}")
