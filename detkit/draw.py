@@ -166,13 +166,17 @@ def _annotate(
         return image.copy()
     height, width = image.shape[:2]
     palette = _palette(int(labels.max()) + 1)
-    drawn = supervision.Detections(xyxy=_inside(boxes, height, width), class_id=labels)
+    boxes = _inside(boxes, height, width)
     thickness = _line_width(image.shape)
+
+    def chosen(mask: np.ndarray) -> supervision.Detections:
+        return supervision.Detections(xyxy=boxes[mask], class_id=labels[mask])
+
     # Supervision takes arrays to be BGR.
     scene = np.ascontiguousarray(image[:, :, ::-1])
-    scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, drawn[~corners_only])
+    scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, chosen(~corners_only))
     corner = max(4, min(height, width) // 30)
-    scene = supervision.BoxCornerAnnotator(palette, thickness, corner).annotate(scene, drawn[corners_only])
+    scene = supervision.BoxCornerAnnotator(palette, thickness, corner).annotate(scene, chosen(corners_only))
 
     size = _text_size(image.shape, len(texts))
     font_path, texts = _readable(texts, labels)
@@ -184,7 +188,9 @@ def _annotate(
         text_padding=max(1, size // 6),
         smart_position=True,
     )
-    return np.ascontiguousarray(annotator.annotate(scene, drawn, labels=texts)[:, :, ::-1])
+    return np.ascontiguousarray(
+        annotator.annotate(scene, chosen(np.ones(len(boxes), dtype=bool)), labels=texts)[:, :, ::-1]
+    )
 
 
 def _captioned(image: np.ndarray, text: str) -> np.ndarray:

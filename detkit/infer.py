@@ -1,6 +1,5 @@
 """What `detkit infer` writes: pictures with boxes, COCO JSON, YOLO text, crops."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from detkit.boxes.convert import xyxy_to_cxcywh
 from detkit.data.image import find_images, read_image
 from detkit.draw import draw_detections, write_image
 from detkit.errors import DataError
-from detkit.metrics.detection import coco_results
+from detkit.metrics.detection import coco_results, write_coco_results
 from detkit.predict import Predictor
 from detkit.types import ClassList, Detections, Meta
 
@@ -71,8 +70,7 @@ def infer(
             if save_crop:
                 _write_crops(output / "crops", name, image, found)
     if save_json:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "predictions.json").write_text(json.dumps(results), encoding="utf-8")
+        write_coco_results(output / "predictions.json", results)
     for message in broken:
         console.print(f"left out: {message}")
     console.print(f"{len(files) - len(broken)} pictures, {len(results)} detections, {len(broken)} left out -> {output}")

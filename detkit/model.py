@@ -14,6 +14,7 @@ from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.data.transforms import Fit
 from detkit.errors import CheckpointError, ConfigError, nearest
 from detkit.heads.base import Head
+from detkit.published import is_published, read_published
 from detkit.registry import backbones, heads, necks
 from detkit.types import ClassList, Inputs
 
@@ -105,14 +106,12 @@ def build_model(experiment: Experiment, classes: ClassList) -> Model:
 
 
 def load_model(path: str | Path) -> Model:
-    """The model in a checkpoint file, on the CPU.
+    """The model in a checkpoint file, or torchvision's published one (see detkit.published), on the CPU.
 
     Raises:
         CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
     """
-    tensors, metadata = read_checkpoint(path)
-    experiment = experiment_from_dict(json.loads(metadata["experiment"]))
-    classes = ClassList(tuple(json.loads(metadata["class_names"])), tuple(json.loads(metadata["raw_ids"])))
+    tensors, experiment, classes = read_checkpoint(path)
     # The checkpoint has all weights; the backbone must not look for those it started from.
     without_weights = {key: value for key, value in experiment.backbone.items() if key != "weights"}
     model = build_model(replace(experiment, backbone=without_weights), classes)
@@ -121,10 +120,12 @@ def load_model(path: str | Path) -> Model:
     return model.eval()
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a checkpoint file."""
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+    """The tensors of a checkpoint file, the experiment that trained them, and its classes."""
     from safetensors import SafetensorError, safe_open
 
+    if is_published(str(path)):
+        return read_published(str(path))
     path = Path(path)
     if not path.is_file():
         found = [str(file) for file in sorted(path.parent.glob("*.safetensors"))] if path.parent.is_dir() else []
@@ -140,7 +141,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
             f"'{path}' is a safetensors file, but no checkpoint of detkit: its format is "
             f"{metadata.get('format')!r}, not '{FORMAT}'. Weights of a backbone alone go to --backbone.weights."
         )
-    return tensors, metadata
+    classes = ClassList(tuple(json.loads(metadata["class_names"])), tuple(json.loads(metadata["raw_ids"])))
+    return tensors, experiment_from_dict(json.loads(metadata["experiment"])), classes
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -185,10 +187,9 @@ def start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:
     for part in parts:
         if part not in PARTS:
             raise ConfigError(f"'weights_parts' names '{part}'. {nearest(part, PARTS)}")
-    tensors, metadata = read_checkpoint(path)
+    tensors, _, classes = read_checkpoint(path)
     if "head" in parts:
-        names, raw_ids = json.loads(metadata["class_names"]), json.loads(metadata["raw_ids"])
-        check_classes(ClassList(tuple(names), tuple(raw_ids)), model.classes, path)
+        check_classes(classes, model.classes, path)
     for part in parts:
         module = getattr(model, part)
         if module is not None:

@@ -45,7 +45,7 @@ class Predictor:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.device = torch.device(device)
-            self.model = model.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            self.model = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"The device '{device}' cannot be used: {str(error).splitlines()[0]} Use cpu or auto.") from None
         self.class_names = model.classes.names

@@ -16,7 +16,7 @@ from detkit.registry import necks
 
 # (channels between, channels out, kernel, stride, padding) of conv8, conv9 ... of the paper.
 _EXTRA = [(256, 512, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 3, 1, 0), (128, 256, 3, 1, 0)]
-_EXTRA_512 = [*_EXTRA, (128, 256, 4, 1, 0)]
+_EXTRA_512 = [*_EXTRA[:2], (128, 256, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 4, 1, 1)]
 
 # Index in VGG-16 of the max pool before block 5. torchvision's SSD ends `features` there and starts `extra.0`
 # with it, whose layers 0..6 are thus block 5, and whose layer 7 holds fc6 and fc7.
@@ -30,10 +30,10 @@ class SSDVGG(Neck):
     The map of block 4 is divided by its L2 norm over channels, whose values are far larger than those of the
     deeper maps, and multiplied by a learned scale per channel. The map of block 5 goes through a 3x3 max pool of
     stride 1 and VGG's fully connected layers rewritten as convolutions, fc6 dilated; then come the extra maps.
-    The layers are those of torchvision's SSDFeatureExtractorVGG. For 512 pixels they differ from the paper's
-    in the last three maps: 6, 4 and 1 wide here, 4, 2 and 1 there.
+    For 300 pixels the layers are those of torchvision's SSDFeatureExtractorVGG, for 512 those of the paper.
 
-    The strides are those of the image size the network is made for: SSD300's maps are 38, 19, 10, 5, 3 and 1 wide.
+    The strides are those of the image size the network is made for: SSD300's maps are 38, 19, 10, 5, 3 and 1 wide,
+    SSD512's 64, 32, 16, 8, 4, 2 and 1.
 
     Args:
         channels: (512, 512).
@@ -71,7 +71,7 @@ class SSDVGG(Neck):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.channels = (512, *widths)
-        self.strides = (8, 16, 32, 64, 100, 300) if size == 300 else (8, 16, 32, 64, 86, 128, 512)
+        self.strides = (8, 16, 32, 64, 100, 300) if size == 300 else (8, 16, 32, 64, 128, 256, 512)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Six or seven maps [(B, channels[i], h_i, w_i)].

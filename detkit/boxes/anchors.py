@@ -38,8 +38,8 @@ def per_pixel_anchors(
     height, width = image_size
     pairs = [(size, ratios[0]) for size in sizes] + [(sizes[0], ratio) for ratio in ratios[1:]]
     shapes = torch.tensor([(s * math.sqrt(r) * width, s / math.sqrt(r) * height) for s, r in pairs])
-    centres = _grid(map_size) + 0.5
-    centres *= torch.tensor((width / map_size[1], height / map_size[0]))
+    rows, columns = map_size
+    centres = (_grid(map_size) + 0.5) / torch.tensor((columns, rows)) * torch.tensor((width, height))
     return _anchors_at(centres, shapes)
 
 
@@ -152,7 +152,8 @@ def kmeans_priors(widths_heights: Tensor, count: int, seed: int = 0, iterations:
     """
     if widths_heights.ndim != 2 or widths_heights.shape[1] != 2:
         raise ValueError(f"widths_heights must be (N, 2), but got {tuple(widths_heights.shape)}")
-    shapes = widths_heights.to(torch.float64)
+    # Distinct in float32 means that their IoU in float64 is less than 1.
+    shapes = widths_heights.to(torch.float32).to(torch.float64)
     wrong = ~((shapes > 0) & shapes.isfinite()).all(1)
     if wrong.any():
         index = int(wrong.nonzero()[0])

@@ -45,4 +45,5 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def area(boxes: Tensor) -> Tensor:
     """(...) area of xyxy boxes (..., 4) in square pixels; 0 for a box whose sides are swapped."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    return width * height

@@ -6,7 +6,7 @@ centres and c the diagonal of that smallest box:
     iou  = I / U                            in 0..1
     giou = iou - (C - U) / C                in -1..1   Rezatofighi et al. 2019, arXiv 1902.09630, algorithm 1
     diou = iou - d^2 / c^2                  in -1..1   Zheng et al. 2020, arXiv 1911.08287, equation 6
-    ciou = diou - alpha v                              the same, equations 8 to 11, where
+    ciou = diou - alpha v                   in -2..1   the same, equations 8 to 11, where
            v = 4 / pi^2 (atan(w_a / h_a) - atan(w_b / h_b))^2 and alpha = v / (1 - iou + v) is held constant
            in the gradient.
 
@@ -94,12 +94,12 @@ def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
     iou = _ratio(intersection, union)
     if kind == "iou":
         return iou
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
+    hull_width, hull_height = (_hull_side(a, b, axis) for axis in (0, 1))
     if kind == "giou":
-        hull_area = hull.prod(-1)
+        hull_area = hull_width * hull_height
         return iou - _ratio(hull_area - union, hull_area)
-    between_centres = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
-    diou = iou - _ratio(between_centres.square().sum(-1), hull.square().sum(-1))
+    across, down = ((a[..., i] + a[..., i + 2] - b[..., i] - b[..., i + 2]) / 2 for i in (0, 1))
+    diou = iou - _ratio(across.square() + down.square(), hull_width.square() + hull_height.square())
     if kind == "diou":
         return diou
     shape_difference = 4 / math.pi**2 * (_shape_angle(a) - _shape_angle(b)).square()
@@ -109,9 +109,23 @@ def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
-    top_left = torch.maximum(a[..., :2], b[..., :2])
-    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
-    return (bottom_right - top_left).clamp(min=0).prod(-1)
+    # Axis by axis: operations over a last dimension of 2 take ten times as long.
+    width, height = (
+        (torch.minimum(a[..., axis + 2], b[..., axis + 2]) - torch.maximum(a[..., axis], b[..., axis])).clamp(min=0)
+        for axis in (0, 1)
+    )
+    return width * height
+
+
+def _hull_side(a: Tensor, b: Tensor, axis: int) -> Tensor:
+    """Width (axis 0) or height (axis 1) of the smallest box around both.
+
+    An untrained network predicts boxes whose sides are swapped. They have no area, but the hull must hold their
+    centres too, or the quotients leave their ranges.
+    """
+    lows = [torch.minimum(boxes[..., axis], boxes[..., axis + 2]) for boxes in (a, b)]
+    highs = [torch.maximum(boxes[..., axis], boxes[..., axis + 2]) for boxes in (a, b)]
+    return torch.maximum(*highs) - torch.minimum(*lows)
 
 
 def _shape_angle(boxes: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ def _bind_greedily(iou: Tensor) -> tuple[Tensor, Tensor]:
     remaining = list(range(len(values)))
     bound: list[tuple[int, int]] = []
     while remaining and len(bound) < len(iou):
-        truth = min(remaining, key=lambda n: (-values[n], rows[n], n))
+        # Of equal values the lowest truth, which binds as row-major order does: equal entries of different anchors
+        # do not compete, and of those of one anchor the lowest truth comes first.
+        truth = max(remaining, key=lambda n: values[n])
         anchor = rows[truth]
         bound.append((anchor, truth))
         remaining.remove(truth)

@@ -91,12 +91,12 @@ class Problems:
         first = fatal[0]
         raise DataError(
             f"{self.source} has {len(fatal)} problem{'s' if len(fatal) > 1 else ''} ({counts}). "
-            f"The first: {first.where}: {first.message}. Mend the files, or set data.broken to 'repair' (mends what can "
-            f"be mended, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists all of them."
+            f"The first: {first.where}: {first.message}. Mend the files, or set data.broken to 'repair' (mends what "
+            f"can be mended, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists them all."
         )
 
     def summary(self) -> str:
-        """A report for people: the count of each kind and action, with the first place."""
+        """A report for people: "no problems", or the count of each kind and action with its first place."""
         lines = []
         groups = Counter((problem.kind, problem.action) for problem in self.found)
         for (kind, action), count in groups.most_common():
@@ -106,7 +106,9 @@ class Problems:
             lines.append(f"  {self.rounded} x box over the edge by a rounding error: clipped")
         if self.unlabelled:
             lines.append(f"  {self.unlabelled} x image without a label file: taken as an image without objects")
-        return "\n".join([f"{self.source} (broken: {self.policy}): {len(self.found)} problems", *lines])
+        count = len(self.found)
+        head = f"{count} problem{'s' if count > 1 else ''} (broken: {self.policy})" if count else "no problems"
+        return "\n".join([head, *lines])
 
     def to_json(self) -> list[dict[str, str]]:
         """The problems as plain values for a JSON file."""
@@ -236,8 +238,8 @@ class FileDataset(Dataset):
             ) from error
         if image.shape[:2] != record.size:
             raise DataError(
-                f"The picture '{record.path}' is {_by(image.shape[:2])} but was {_by(record.size)} when the data set was "
-                f"scanned. Start again, and leave the files alone during a run."
+                f"The picture '{record.path}' is {_by(image.shape[:2])} but was {_by(record.size)} when the data set "
+                f"was scanned. Start again, and leave the files alone during a run."
             )
         return Sample(image, self.target(index), Meta(record.image_id, record.path, record.size))
 
@@ -246,9 +248,15 @@ class FileDataset(Dataset):
         masks = None
         if "masks" in self.fields:
             masks = torch.from_numpy(mask_coding.decode(record.masks, record.size))
-        arrays = (record.boxes, record.labels, record.crowd, record.difficult, record.area)
-        # Copies, because a tensor made from an array shares its memory and the caller may write into it.
-        return Target(*(torch.tensor(array) for array in arrays), masks=masks)
+        # torch.tensor copies; a tensor that shared the record's memory would let the caller write into the data set.
+        return Target(
+            boxes=torch.tensor(record.boxes),
+            labels=torch.tensor(record.labels),
+            crowd=torch.tensor(record.crowd),
+            difficult=torch.tensor(record.difficult),
+            area=torch.tensor(record.area),
+            masks=masks,
+        )
 
     def size(self, index: int) -> tuple[int, int]:
         return self._records[index].size
@@ -276,7 +284,10 @@ class FileDataset(Dataset):
         for picture, result in zip(pictures, results):
             if picture.image_id in seen:
                 self.problems.add(
-                    "duplicate image", picture.where, f"the image {picture.image_id!r} stands here twice", LEFT_OUT_IMAGE
+                    "duplicate image",
+                    picture.where,
+                    f"the image {picture.image_id!r} stands here twice",
+                    LEFT_OUT_IMAGE,
                 )
             elif isinstance(result, DataError):
                 kind = "unreadable image" if picture.path.is_file() else "missing image"
@@ -346,7 +357,7 @@ class FileDataset(Dataset):
         """
         self.problems.raise_if_fatal()
         if not self._records:
-            raise DataError(f"None of the images can be used. {self.problems.summary()}\nMend the files.")
+            raise DataError(f"{self.problems.source} has no image left, mend the files: {self.problems.summary()}")
 
 
 @dataclass(frozen=True)
@@ -399,8 +410,12 @@ def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         return BoxCheck(None, "box outside the image", message.replace("reaches", "lies"))
     if inverted:
-        return BoxCheck(clipped, "inverted box", f"{shown} has its right left of its left, or its bottom above its top",
-                        "swapped the corners" + (" and clipped" if outside else ""))
+        return BoxCheck(
+            clipped,
+            "inverted box",
+            f"{shown} has its right left of its left, or its bottom above its top",
+            "swapped the corners" + (" and clipped" if outside else ""),
+        )
     if outside:
         return BoxCheck(clipped, "box outside the image", message, "clipped to the image")
     return BoxCheck(clipped, rounded=clipped != edges)
@@ -416,6 +431,19 @@ def check_root(root: str, layout: str) -> Path:
     if not path.is_dir():
         raise DataError(f"The data folder '{root}' does not exist. Set data.root to a folder with {layout}.")
     return path
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a list of images that are not blank, stripped, each with its number.
+
+    Raises:
+        DataError: the file is not UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"The list of images '{path}' is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def missing_split(split: str, path: Path, available: Iterable[str]) -> DataError:
@@ -446,7 +474,9 @@ def checked_classes(build: Callable[[], ClassList], where: str) -> ClassList:
     try:
         return build()
     except ValueError as error:
-        raise DataError(f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own.") from error
+        raise DataError(
+            f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own."
+        ) from error
 
 
 def unknown_class(name: str, classes: ClassList) -> str:

@@ -38,17 +38,32 @@ def read_image(path: str | Path) -> np.ndarray:
             fixed range (32-bit, floating point).
     """
     with _open(path) as image:
-        try:
-            orientation = _orientation(image)
-            if orientation != 1:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _eight_bit(image, path)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-        except DataError:
-            raise
-        except _PILLOW_ERRORS as error:
-            raise _undecodable(path, error) from error
+        return rgb_uint8(image, str(path))
+
+
+def rgb_uint8(image: Image.Image, name: str = "in memory") -> np.ndarray:
+    """The pixels of a Pillow image, as `read_image` gives them.
+
+    Args:
+        image: of any mode; it is left as it is.
+        name: the file, for messages.
+
+    Returns:
+        (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+        DataError: the file behind it is damaged, or its pixels have no fixed range.
+    """
+    try:
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            return _eight_bit(image, name)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except DataError:
+        raise
+    except _PILLOW_ERRORS as error:
+        raise _undecodable(name, error) from error
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -71,7 +86,8 @@ def check_image(path: str | Path, decode: bool) -> tuple[int, int]:
     Args:
         path: a picture.
         decode: decode all of it. Otherwise only where its last bytes look cut off, which costs one look at the
-            end of a JPEG or PNG and does not find damage in the middle.
+            end of a JPEG or PNG and does not find damage in the middle. (Of a JPEG even a decode finds only what
+            libjpeg does not paint over in grey.)
 
     Raises:
         DataError: as `read_image`.
@@ -150,13 +166,13 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(_EXIF_ORIENTATION, 1))
 
 
-def _eight_bit(image: Image.Image, path: str | Path) -> np.ndarray:
+def _eight_bit(image: Image.Image, name: str) -> np.ndarray:
     """A grey picture of more than 8 bits as (H, W, 3) uint8."""
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise DataError(
-            f"The picture '{path}' has {values.dtype} pixels from {values.min()} to {values.max()}, which have no fixed "
-            f"range that could be brought to 8 bits. Convert it to 8 or 16 bits with the range that you want."
+            f"The picture '{name}' has {values.dtype} pixels from {values.min()} to {values.max()}, which have no "
+            f"fixed range that could be brought to 8 bits. Convert it to 8 or 16 bits with the range that you want."
         )
     grey = (values.astype(np.uint16) >> 8).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)

@@ -112,6 +112,11 @@ class _EvaluationReader(TorchDataset[Fitted]):
 
 
 def _loader(reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_size: int, workers: int) -> DataLoader[Any]:
+    import cv2
+
+    # Worker processes are the parallelism. In the parent, because a forked worker that finds OpenCV's pool of
+    # threads waits for ever for threads that only the parent has.
+    cv2.setNumThreads(0)
     return DataLoader(
         reader,
         batch_size=batch_size,
@@ -120,13 +125,4 @@ def _loader(reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_si
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0 and sampler is not None,
-        worker_init_fn=_single_threaded,
     )
-
-
-def _single_threaded(worker: int) -> None:
-    """Worker processes are the parallelism; threads inside them would only take turns."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)

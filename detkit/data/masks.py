@@ -95,6 +95,11 @@ def rle_from_coco(segmentation: object, size: tuple[int, int]) -> Rle:
         raise ValueError(f"its run lengths are for the size {segmentation['size']}, the image is {list(size)}")
     counts = segmentation["counts"]
     if isinstance(counts, list):
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
+            raise ValueError(
+                f"its run lengths {_short(counts)} must be whole numbers that add up to the {size[0] * size[1]} pixels "
+                f"of the image"
+            )
         return coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
     if not isinstance(counts, str | bytes):
         raise ValueError(f"'counts' must be a list of run lengths or a string, not {_short(counts)}")

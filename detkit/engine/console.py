@@ -107,7 +107,10 @@ class TrainingConsole:
             row |= {f"val_{name}": value for name, value in evaluation.losses.items()}
             row |= {name: evaluation.scores.coco[name] for name in ("mAP", "mAP50", "mAP75")}
             best = "  best" if progress.evaluations_since_best == 0 else ""
-            line += f"  val loss {sum(evaluation.losses.values()):.3f}  {evaluation.scores.summary()}{best}"
+            line += f"  val loss {sum(evaluation.losses.values()):.3f}  "
+            line += f"mAP {evaluation.scores.coco['mAP']:.3f}  mAP50 {evaluation.scores.coco['mAP50']:.3f}{best}"
+            if not evaluation.scores.detections:
+                line += f"  ({evaluation.scores.summary})"
         self.folder.append_metrics(row)
         self.console.print(line)
         if self._events is not None:

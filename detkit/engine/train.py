@@ -19,6 +19,7 @@ from detkit.data.transforms import Augment
 from detkit.engine.average import AveragedModel
 from detkit.engine.console import TrainingConsole
 from detkit.engine.evaluate import Evaluation, evaluate
+from detkit.engine.memory import keep_freed_memory
 from detkit.engine.pictures import write_predictions, write_training_batch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
@@ -75,6 +76,8 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder:
     options = experiment.train
     fabric = Fabric(accelerator=options.device, devices=options.devices, precision=options.precision)
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     fabric.seed_everything(options.seed, verbose=False)
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     train_set, val_set = open_train_and_val(experiment.data, head.needs)
@@ -177,11 +180,11 @@ def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer
     betas = (options.momentum, 0.999)
     match options.optimizer:
         case "sgd":
-            return SGD(groups, lr=options.lr, momentum=options.momentum)
+            return SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
         case "adam":
-            return Adam(groups, lr=options.lr, betas=betas)
+            return Adam(groups, lr=options.lr, betas=betas, fused=True)
         case "adamw":
-            return AdamW(groups, lr=options.lr, betas=betas)
+            return AdamW(groups, lr=options.lr, betas=betas, fused=True)
 
 
 def _validate(

@@ -1,6 +1,7 @@
 """The single-shot detector: a class and four offsets for every anchor of every feature map (Liu et al. 2016)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -12,12 +13,14 @@ from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_bipartite, match_ssd
 from detkit.boxes.nms import nms
 from detkit.boxes.sampling import hard_negatives
+from detkit.errors import CheckpointError
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess
 from detkit.losses import BoxLoss, box_loss
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
 
+MINIMUM_NEGATIVES = 8
 MATCHERS = {"ssd": match_ssd, "bipartite": match_bipartite}
 
 
@@ -148,7 +151,8 @@ class SSD(Head):
         """(B, A) bool: the background anchors whose loss counts."""
         if self.negatives_per_positive is None:
             return ~(positive | ignored)
-        return hard_negatives(losses, positive, ignored, self.negatives_per_positive)
+        # A picture without objects has no positives to count by; its worst anchors still teach background.
+        return hard_negatives(losses, positive, ignored, self.negatives_per_positive, minimum=MINIMUM_NEGATIVES)
 
     @torch.no_grad()
     def decode(self, outputs: SSDOutputs) -> list[Detections]:
@@ -182,3 +186,27 @@ def _tower(channels: int, width: int, depth: int) -> nn.Sequential:
 def _per_anchor(prediction: Tensor, values: int) -> Tensor:
     """(B, anchors * values, h, w) to (B, h * w * anchors, values)."""
     return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The head's part of torchvision's `ssd300_vgg16` under detkit's names, and its number of classes.
+
+    Torchvision's predictors have the same layout: anchor by anchor, background first.
+
+    Raises:
+        CheckpointError: a tensor is unknown or missing.
+    """
+    renamed: dict[str, Tensor] = {}
+    kinds = {"classification_head": "class_predictors", "regression_head": "box_predictors"}
+    for name, tensor in state.items():
+        if not name.startswith("head."):
+            continue
+        found = re.fullmatch(r"head\.(classification_head|regression_head)\.module_list\.(\d+\.(?:weight|bias))", name)
+        if found is None:
+            raise CheckpointError(f"'{name}' is no tensor of torchvision's ssd300_vgg16.")
+        renamed[f"{kinds[found[1]]}.{found[2]}"] = tensor
+    try:
+        anchors = len(renamed["box_predictors.0.bias"]) // 4
+        return renamed, len(renamed["class_predictors.0.bias"]) // anchors - 1
+    except KeyError as error:
+        raise CheckpointError(f"The state dict is not torchvision's ssd300_vgg16: it lacks {error}.") from None

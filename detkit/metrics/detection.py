@@ -281,28 +281,20 @@ def coco_results(detections: Detections, meta: Meta, classes: ClassList) -> list
     ]
 
 
-def write_coco_results(
-    path: str | Path, detections: Sequence[Detections], metas: Sequence[Meta], classes: ClassList
-) -> None:
-    """Write the detections of many images as one COCO result file, which pycocotools' loadRes reads.
+def write_coco_results(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write the records of many images as one COCO result file, which pycocotools' loadRes reads.
 
     Args:
         path: a JSON file; its folder is made, and a file that is there is replaced.
-        detections: one for each image, in pixels of the source.
-        metas: one for each image.
-        classes: gives the raw ids.
+        records: of `coco_results`, image after image.
 
     Raises:
-        ValueError: detections and metas differ in length, or a label is out of range.
         DetkitError: the file can't be written.
     """
-    if len(detections) != len(metas):
-        raise ValueError(f"{len(detections)} detections but {len(metas)} metas")
-    records = [record for found, meta in zip(detections, metas) for record in coco_results(found, meta, classes)]
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(records), encoding="utf-8")
+        path.write_text(json.dumps(list(records)), encoding="utf-8")
     except OSError as error:
         raise DetkitError(f"The COCO results can't be written to {path}: {error.strerror}.") from error
 

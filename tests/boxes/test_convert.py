@@ -1,12 +1,11 @@
 import pytest
 import torch
+from box_samples import random_boxes
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
 from detkit.boxes import area, clip, cxcywh_to_xyxy, xywh_to_xyxy, xyxy_to_cxcywh, xyxy_to_xywh
-
-from .boxes import random_boxes
 
 CONVERSIONS = [
     (xyxy_to_xywh, "xyxy", "xywh"),

@@ -247,12 +247,10 @@ def test_difficult_truths_are_neither_right_nor_wrong() -> None:
     assert (scores.coco["mAP"], scores.voc07, scores.voc12) == pytest.approx((1, 1, 1))
     assert (scores.truths, scores.ignored, scores.detections) == (1, 1, 2)
     # A small box inside the difficult object is wrong, where a crowd region would forgive it.
-    inside = Detections(torch.cat([BOX, BOX[:, [0, 1, 0, 1]] + torch.tensor([100.0, 100, 110, 110])]), *found_pair())
+    inside = Detections(
+        torch.cat([BOX, BOX[:, [0, 1, 0, 1]] + torch.tensor([100.0, 100, 110, 110])]), found.scores, CAT.repeat(2)
+    )
     assert one_image(target, inside).coco["mAP"] == pytest.approx(0.5)
-
-
-def found_pair() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([0.5, 0.9]), torch.tensor([0, 0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -317,7 +315,7 @@ def test_mistakes_are_named() -> None:
         evaluator.update([Detections(BOX, torch.tensor([0.9]), CAT + 2)], [truth], [meta_of(6)])
     with pytest.raises(DataError, match=r"truth of image 7 .* label -1"):
         evaluator.update([found], [Target(BOX, CAT - 1)], [meta_of(7)])
-    with pytest.raises(ValueError, match="image 8 .* not finite"):
+    with pytest.raises(ValueError, match=r"image 8 .* not finite"):
         evaluator.update([Detections(BOX * math.nan, torch.tensor([0.9]), CAT)], [truth], [meta_of(8)])
     with pytest.raises(ValueError, match="above 10"):
         DetectionEvaluator(ClassList.from_names(["cat"]), max_detections=10)
@@ -354,7 +352,9 @@ def test_the_result_file_scores_as_the_evaluator(tmp_path: Path) -> None:
     case = random_case(8)
     detections, targets, metas, classes = case
     path = tmp_path / "made" / "results.json"
-    write_coco_results(path, detections, metas, classes)
+    write_coco_results(
+        path, [record for found, meta in zip(detections, metas) for record in coco_results(found, meta, classes)]
+    )
     records = json.loads(path.read_text())
     assert set(records[0]) == {"image_id", "category_id", "bbox", "score"}
     assert_equal_figures(evaluate(case), reference(annotations_of(targets, metas, classes), records), classes)
@@ -373,4 +373,4 @@ def test_result_records_carry_raw_ids_and_pixels() -> None:
 def test_a_result_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DetkitError, match=r"file/results\.json: "):
-        write_coco_results(tmp_path / "file" / "results.json", [], [], ClassList.from_names(["cat"]))
+        write_coco_results(tmp_path / "file" / "results.json", [])

@@ -13,7 +13,9 @@ from detkit.types import Detections, Target
 
 def detections_of(rows: list[tuple[list[float], float, int]]) -> Detections:
     boxes = torch.tensor([box for box, _, _ in rows], dtype=torch.float32).reshape(-1, 4)
-    return Detections(boxes, torch.tensor([s for _, s, _ in rows]).float(), torch.tensor([c for _, _, c in rows]).long())
+    return Detections(
+        boxes, torch.tensor([s for _, s, _ in rows]).float(), torch.tensor([c for _, _, c in rows]).long()
+    )
 
 
 def truths_of(rows: list[tuple[list[float], int, bool]]) -> Target:
@@ -71,7 +73,9 @@ def random_rows(random_: random.Random, images: int, num_classes: int) -> tuple[
 
     found, truth = [], []
     for _ in range(images):
-        objects = [(box(), random_.randrange(num_classes), random_.random() < 0.25) for _ in range(random_.randrange(6))]
+        objects = [
+            (box(), random_.randrange(num_classes), random_.random() < 0.25) for _ in range(random_.randrange(6))
+        ]
         near = [([edge + random_.choice([0, 0, 0, 1]) for edge in b], c) for b, c, _ in objects for _ in range(2)]
         others = [(box(), random_.randrange(num_classes)) for _ in range(random_.randrange(6))]
         found.append([(b, random_.randrange(11) / 10, c) for b, c in near + others])

@@ -1,0 +1,59 @@
+"""`detkit check`: read a data set from end to end, and say what is in it and what is broken."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from detkit.data.dataset import Dataset
+from detkit.data.splits import Split, open_split
+
+
+def check(data: dict[str, Any]) -> int:
+    """Print every problem of both splits, and the counts of pictures and objects.
+
+    The data are read with `broken: repair`, which looks for everything and decodes every picture; nothing on disk
+    is changed.
+
+    Returns:
+        The number of problems.
+
+    Raises:
+        DataError: a split cannot be opened at all.
+        ConfigError: `data` has an unknown option.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    problems = 0
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
+        dataset = open_split(options, split, frozenset())
+        for problem in dataset.problems.found:
+            console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}", markup=False)
+        problems += len(dataset.problems.found)
+        console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
+    return problems
+
+
+def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
+    """Objects by class, and how large they are."""
+    counts = [0] * len(dataset.classes)
+    sides: list[list[float]] = [[] for _ in counts]
+    empty = 0
+    for index in track(range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True):
+        target = dataset.target(index)
+        empty += not len(target)
+        for box, label in zip(target.boxes.tolist(), target.labels.tolist()):
+            counts[label] += 1
+            sides[label].append(((box[2] - box[0]) * (box[3] - box[1])) ** 0.5)
+    table = Table(title=f"{title}: {len(dataset)} pictures, {empty} of them without objects, {sum(counts)} objects")
+    table.add_column("class")
+    for header in ("raw id", "objects", "smallest", "median", "largest"):
+        table.add_column(header, justify="right")
+    for name, raw_id, count, side in zip(dataset.classes.names, dataset.classes.raw_ids, counts, sides):
+        side.sort()
+        figures = [f"{side[0]:.0f} px", f"{side[len(side) // 2]:.0f} px", f"{side[-1]:.0f} px"] if side else ["", "", ""]
+        table.add_row(name, str(raw_id), str(count), *figures)
+    return table
+

@@ -1,0 +1,248 @@
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from box_samples import DEGENERATE, random_boxes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision import ops
+
+from detkit.boxes import nms
+
+THRESHOLDS = [0.0, 1e-30, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.999999, 1.0]
+
+
+def random_scores(count, seed, steps=None):
+    """Scores in 0..1; `steps` rounds them, so that many are equal."""
+    scores = torch.rand(count, generator=torch.Generator().manual_seed(seed + 77))
+    return scores if steps is None else (scores * steps).floor() / steps
+
+
+def crowded_boxes(count, seed):
+    """What a detector puts out before suppression: clusters of boxes that nearly agree."""
+    generator = torch.Generator().manual_seed(seed)
+    objects = random_boxes(max(1, count // 12), seed, extent=1000)
+    boxes = objects[torch.randint(len(objects), (count,), generator=generator)]
+    return boxes + torch.randn(count, 4, generator=generator) * 12
+
+
+def plain_nms(boxes, scores, threshold):
+    order = sorted(range(len(boxes)), key=lambda i: -scores[i].item())
+    kept = []
+    iou = ops.box_iou(boxes, boxes)
+    for i in order:
+        if not any(iou[k, i] > threshold for k in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("count", [0, 1, 2, 30, 700])
+def test_equals_torchvision(count, threshold):
+    for seed in range(4):
+        for boxes in (
+            crowded_boxes(count, seed),
+            random_boxes(count, seed),
+            random_boxes(count, seed, whole=True),
+            random_boxes(count, seed) * 1e-23,  # areas are subnormal numbers
+            random_boxes(count, seed) * 1e18,  # areas overflow to infinity
+        ):
+            for steps in (None, 5):
+                scores = random_scores(count, seed, steps)
+                kept = nms(boxes, scores, threshold)
+                assert kept.dtype == torch.int64
+                assert kept.tolist() == ops.nms(boxes, scores, threshold).tolist()
+
+
+def test_equals_torchvision_on_many_boxes():
+    # more kept boxes than one block of the kernel holds
+    boxes, scores = crowded_boxes(6000, 1), random_scores(6000, 1)
+    kept = nms(boxes, scores, 0.6)
+    assert len(kept) > 1000
+    assert torch.equal(kept, ops.nms(boxes, scores, 0.6))
+
+
+def test_equals_a_plain_loop():
+    for seed in range(20):
+        boxes, scores = crowded_boxes(50, seed), random_scores(50, seed, steps=8)
+        assert nms(boxes, scores, 0.4).tolist() == plain_nms(boxes, scores, 0.4)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_degenerate_boxes_equal_torchvision(threshold):
+    for seed in range(20):
+        mixed = torch.cat((DEGENERATE, DEGENERATE, random_boxes(20, seed), random_boxes(20, seed)[:, [2, 3, 0, 1]]))
+        scores = random_scores(len(mixed), seed, steps=4)
+        assert torch.equal(nms(mixed, scores, threshold), ops.nms(mixed, scores, threshold))
+
+
+coordinate = st.one_of(st.integers(-3, 6).map(float), st.floats(-(2.0**100), 2.0**100, width=32))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate, st.integers(0, 3)), max_size=12),
+    st.one_of(st.sampled_from(THRESHOLDS), st.floats(0, 1)),
+)
+def test_any_finite_boxes_equal_torchvision(rows, threshold):
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    boxes, scores = table[:, :4], table[:, 4]
+    assert torch.equal(nms(boxes, scores, threshold), ops.nms(boxes, scores, threshold))
+
+
+def test_iou_of_exactly_the_threshold_is_kept():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
+    scores = torch.tensor([0.9, 0.8])
+    assert nms(boxes, scores, 0.5).tolist() == [0, 1]
+    assert nms(boxes, scores, 0.4999).tolist() == [0]
+
+
+def test_equal_scores_go_by_index():
+    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(5, 1)
+    assert nms(boxes, torch.full((5,), 0.5), 0.5).tolist() == [0]
+    apart = boxes + torch.arange(5)[:, None] * 100
+    assert nms(apart, torch.full((5,), 0.5), 0.5).tolist() == [0, 1, 2, 3, 4]
+
+
+def by_group(boxes, scores, threshold, labels, images):
+    """torchvision on each image and class by itself, the results merged by score."""
+    kept = []
+    for image in images.unique():
+        for label in labels.unique():
+            members = ((images == image) & (labels == label)).nonzero().flatten()
+            kept += members[ops.nms(boxes[members], scores[members], threshold)].tolist()
+    return sorted(kept, key=lambda i: (-scores[i].item(), i))
+
+
+@pytest.mark.parametrize("steps", [None, 6])
+def test_images_and_classes_equal_torchvision_on_each(steps):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        boxes, scores = crowded_boxes(300, seed), random_scores(300, seed, steps)
+        labels = torch.randint(4, (300,), generator=generator)
+        images = torch.randint(3, (300,), generator=generator)
+        nowhere = torch.zeros_like(images)
+        assert nms(boxes, scores, 0.4, labels, images).tolist() == by_group(boxes, scores, 0.4, labels, images)
+        assert nms(boxes, scores, 0.4, labels).tolist() == by_group(boxes, scores, 0.4, labels, nowhere)
+        assert nms(boxes, scores, 0.4, image_index=images).tolist() == by_group(boxes, scores, 0.4, nowhere, images)
+
+
+def test_classes_far_out_are_exact():
+    # torchvision's batched_nms moves classes apart by adding to coordinates, and loses digits by it
+    box = torch.tensor([[1e6, 1e6, 1e6 + 3, 1e6 + 3], [1e6 + 1, 1e6, 1e6 + 4, 1e6 + 3]])
+    boxes, labels = box.repeat(2, 1), torch.tensor([0, 0, 2**40, 2**40])
+    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), 0.49, labels).tolist() == [0, 2]
+
+
+def test_score_threshold_is_exclusive():
+    boxes = random_boxes(4, 1) + torch.arange(4)[:, None] * 1000
+    scores = torch.tensor([0.25, 0.5, 0.75, 0.1])
+    assert nms(boxes, scores, 0.5, score_threshold=0.25).tolist() == [2, 1]
+    assert nms(boxes, scores, 0.5, score_threshold=0.0).tolist() == [2, 1, 0, 3]
+    assert nms(boxes, scores, 0.5, score_threshold=0.75).shape == (0,)
+
+
+def test_score_threshold_is_as_if_the_others_were_not_there():
+    boxes, scores = crowded_boxes(200, 3), random_scores(200, 3)
+    labels = torch.arange(200) % 3
+    above = (scores > 0.6).nonzero().flatten()
+    expected = above[nms(boxes[above], scores[above], 0.5, labels[above])]
+    assert torch.equal(nms(boxes, scores, 0.5, labels, score_threshold=0.6), expected)
+
+
+def test_max_detections_is_for_each_image():
+    boxes, scores = crowded_boxes(400, 4), random_scores(400, 4, steps=20)
+    images = torch.arange(400) % 5
+    images[images == 3] = 7  # an image without boxes between
+    everything = nms(boxes, scores, 0.5, image_index=images)
+    for limit in (0, 1, 6, 1000):
+        seen: dict[int, int] = {}
+        expected = []
+        for index in everything.tolist():
+            image = int(images[index])
+            seen[image] = seen.get(image, 0) + 1
+            if seen[image] <= limit:
+                expected.append(index)
+        assert nms(boxes, scores, 0.5, image_index=images, max_detections=limit).tolist() == expected
+    assert torch.equal(nms(boxes, scores, 0.5, max_detections=9), nms(boxes, scores, 0.5)[:9])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_float_dtypes(dtype):
+    boxes, scores = crowded_boxes(200, 5).to(dtype), random_scores(200, 5).to(dtype)
+    assert torch.equal(nms(boxes, scores, 0.5), ops.nms(boxes.float(), scores.float(), 0.5))
+
+
+def test_double_scores_are_not_rounded():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]])
+    scores = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64)
+    assert nms(boxes, scores, 0.5).tolist() == [1]
+
+
+def test_layout_gradient_and_arguments():
+    table = torch.cat((crowded_boxes(100, 6), random_scores(100, 6)[:, None]), dim=1).requires_grad_()
+    boxes, scores = table[:, :4], table[:, 4]  # neither is contiguous
+    before = table.detach().clone()
+    kept = nms(boxes, scores, 0.5)
+    assert torch.equal(kept, ops.nms(boxes.detach().contiguous(), scores.detach().contiguous(), 0.5))
+    assert not kept.requires_grad
+    assert torch.equal(table.detach(), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_by_name(value):
+    boxes, scores = random_boxes(30, 1), random_scores(30, 1)
+    broken = scores.clone()
+    broken[17] = value
+    with pytest.raises(ValueError, match=rf"scores\[17\] is {value}"):
+        nms(boxes, broken, 0.5, score_threshold=0.9)
+    broken = boxes.clone()
+    broken[3, 2] = value
+    with pytest.raises(ValueError, match=rf"boxes\[3, 2\] is {value}"):
+        nms(broken, scores, 0.5)
+
+
+def test_boxes_beyond_float32_are_refused():
+    with pytest.raises(ValueError, match=r"boxes\[0, 2\] is inf"):
+        nms(torch.tensor([[0, 0, 1e300, 1]], dtype=torch.float64), torch.ones(1), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(N, 4\) of a float dtype, but got \(3, 5\)"),
+        ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, "boxes must be .* torch.int64"),
+        ({"scores": torch.zeros(2)}, r"scores must be \(3,\)"),
+        ({"scores": torch.zeros(3, 1)}, r"scores must be \(3,\)"),
+        ({"scores": torch.zeros(3, dtype=torch.int64)}, "scores must be .* torch.int64"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels must be \(3,\) integers"),
+        ({"labels": torch.zeros(3)}, r"labels must be \(3,\) integers"),
+        ({"image_index": torch.zeros(3, dtype=torch.bool)}, r"image_index must be \(3,\) integers"),
+        ({"iou_threshold": 1.5}, r"iou_threshold must be in 0..1, but is 1.5"),
+        ({"iou_threshold": math.nan}, "iou_threshold must be in"),
+        ({"max_detections": -1}, "max_detections must be 0 or more"),
+        ({"scores": torch.zeros(3, device="meta")}, "on the device of the boxes, cpu"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message):
+    arguments = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3), "iou_threshold": 0.5, **change}
+    with pytest.raises(ValueError, match=message):
+        nms(**arguments)
+
+
+def test_importing_boxes_does_not_import_numba():
+    code = "import sys, detkit.boxes; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_tensors(caplog):
+    boxes, scores, labels = crowded_boxes(300, 1), random_scores(300, 1), torch.arange(300) % 2
+    with caplog.at_level(logging.DEBUG, "detkit.boxes.nms"):
+        kept = nms(boxes.cuda(), scores.cuda(), 0.5, labels.cuda(), labels.cuda(), 0.1, 20)
+    assert kept.device.type == "cuda"
+    assert torch.equal(kept.cpu(), nms(boxes, scores, 0.5, labels, labels, 0.1, 20))
+    assert "on the CPU" in caplog.text

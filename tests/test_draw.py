@@ -1,0 +1,209 @@
+"""Pictures: what is drawn where, in which colours, and what is left untouched."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detkit.draw import compare, draw_detections, draw_targets, grid, write_image
+from detkit.errors import DetkitError
+from detkit.types import Detections, Target
+
+RED = (230, 25, 75)  # of label 0
+GREEN = (60, 180, 75)  # of label 1
+GREY = 128
+
+
+def blank(height: int = 480, width: int = 640) -> np.ndarray:
+    return np.full((height, width, 3), GREY, dtype=np.uint8)
+
+
+def detections_at(*boxes: tuple[int, ...], labels: list[int] | None = None, names: tuple[str, ...] = ()) -> Detections:
+    labels_ = torch.tensor(labels or [0] * len(boxes))
+    return Detections(torch.tensor(boxes).float(), torch.full((len(boxes),), 0.93), labels_, class_names=names)
+
+
+def drawn(image: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels that are no longer blank."""
+    return (image != GREY).any(2)
+
+
+def has_color(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    return (image == color).all(2)
+
+
+def test_boxes_and_labels_have_the_colour_of_their_class_in_rgb() -> None:
+    found = detections_at((100, 100, 200, 200), (300, 300, 400, 400), labels=[0, 1], names=("cat", "dog"))
+    picture = draw_detections(blank(), found)
+    assert has_color(picture, RED)[150, 100]
+    assert has_color(picture, GREEN)[350, 300]
+    # The label stands right above its box.
+    assert has_color(picture, RED)[85:99, 100:160].any()
+    assert not drawn(picture)[210:275].any()
+
+
+def test_the_image_given_is_untouched() -> None:
+    image = blank()
+    found = detections_at((10, 10, 600, 400))
+    target = Target(found.boxes, found.labels)
+    for picture in (
+        draw_detections(image, found),
+        draw_targets(image, target, ["cat"]),
+        draw_detections(image, Detections.empty()),
+        draw_targets(image, Target.empty(), []),
+        grid([image], 1),
+    ):
+        assert not np.shares_memory(picture, image)
+        picture[:] = 0
+    assert not drawn(image).any()
+
+
+def test_a_read_only_or_strided_image_is_drawn_too() -> None:
+    image = np.full((640, 480, 3), GREY, dtype=np.uint8).transpose(1, 0, 2)
+    image.setflags(write=False)
+    assert drawn(draw_detections(image, detections_at((10, 10, 600, 400)))).any()
+
+
+@pytest.mark.parametrize("box", [(0, 0, 640, 480), (600, 0, 640, 30), (0, 460, 30, 480), (639, 479, 640, 480)])
+def test_labels_and_lines_stay_inside_the_picture(box: tuple[int, ...]) -> None:
+    # The text is as wide in the middle of the picture, where nothing can be cut off.
+    names = ("a rather long name",)
+    middle = has_color(draw_detections(blank(), detections_at((300, 200, 301, 201), names=names)), RED).sum()
+    at_border = has_color(draw_detections(blank(), detections_at(box, names=names)), RED)
+    assert at_border.sum() > 0.9 * middle
+    if box == (0, 0, 640, 480):
+        assert at_border[:, 0].mean() > 0.9
+        assert at_border[:, -1].mean() > 0.9
+        assert at_border[-1].mean() > 0.9
+
+
+def test_lines_and_text_grow_with_the_picture() -> None:
+    def shares(scale: int) -> float:
+        picture = draw_detections(
+            blank(480 * scale, 640 * scale), detections_at((100 * scale, 100 * scale, 300 * scale, 300 * scale))
+        )
+        return float(drawn(picture).mean())
+
+    # Lines of the same width in both would cover a sixth of the share.
+    assert shares(6) == pytest.approx(shares(1), rel=0.4)
+
+
+def test_scores_can_be_left_out() -> None:
+    found = detections_at((100, 100, 400, 400), names=("cat",))
+    with_scores, without = (
+        drawn(draw_detections(blank(), found)),
+        drawn(draw_detections(blank(), found, show_scores=False)),
+    )
+    assert with_scores.sum() > without.sum()
+
+
+def test_the_best_score_is_on_top() -> None:
+    boxes = torch.tensor([[100.0, 100, 300, 300]] * 2)
+    for scores in ([0.9, 0.5], [0.5, 0.9]):
+        best = int(np.argmax(scores))
+        picture = draw_detections(blank(), Detections(boxes, torch.tensor(scores), torch.tensor([0, 1])))
+        assert has_color(picture, (RED, GREEN)[best])[200, 100]
+
+
+def test_ignored_truths_show_their_corners_only() -> None:
+    box = torch.tensor([[100.0, 100, 400, 400]])
+    label, flag = torch.tensor([0]), torch.tensor([True])
+    plain = draw_targets(blank(), Target(box, label), ["cat"])
+    for ignored in (Target(box, label, crowd=flag), Target(box, label, difficult=flag)):
+        marked = draw_targets(blank(), ignored, ["cat"])
+        assert has_color(plain, RED)[250, 100]
+        assert has_color(marked, RED)[395, 100]
+        assert not drawn(marked)[250, 100]
+        # "cat (crowd)" is longer than "cat".
+        assert has_color(marked, RED)[90].sum() > has_color(plain, RED)[90].sum()
+
+
+def test_eighty_classes_have_eighty_colours_that_depend_on_the_label_alone() -> None:
+    colors = {}
+    for label in range(80):
+        colors[label] = tuple(draw_detections(blank(), detections_at((100, 100, 400, 400), labels=[label]))[250, 100])
+    assert len(set(colors.values())) == 80
+    both = draw_detections(blank(), detections_at((100, 100, 200, 200), (300, 100, 400, 200), labels=[79, 21]))
+    assert tuple(both[150, 100]) == colors[79]
+    assert tuple(both[150, 300]) == colors[21]
+
+
+def test_names_beyond_ascii_are_drawn_each_differently() -> None:
+    pictures = [
+        draw_detections(blank(), detections_at((100, 100, 400, 400), names=(name,))) for name in ("é", "ß", "Ж", "Ω")
+    ]
+    for index, picture in enumerate(pictures):
+        assert all((picture != other).any() for other in pictures[:index])
+
+
+def test_a_name_that_no_font_has_becomes_the_number_and_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    private_use = "\U0010fffd"  # no font has a glyph for it
+    with caplog.at_level(logging.WARNING):
+        odd = draw_detections(blank(), detections_at((100, 100, 400, 400), names=(private_use,)))
+    assert "No font" in caplog.text
+    np.testing.assert_array_equal(odd, draw_detections(blank(), detections_at((100, 100, 400, 400), names=("0:",))))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 300), (300, 8)])
+def test_tiny_pictures_and_many_objects_are_drawn(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    corner = torch.tensor(rng.uniform(0, max(size), (200, 2))).float()
+    found = Detections(torch.cat([corner, corner + 5], 1), torch.rand(200), torch.randint(50, (200,)))
+    assert draw_detections(blank(*size), found).shape == (*size, 3)
+
+
+def test_compare_has_the_truth_on_the_left() -> None:
+    found = detections_at((300, 300, 400, 400), labels=[1])
+    target = Target(torch.tensor([[300.0, 300, 400, 400]]), torch.tensor([0]))
+    picture = compare(blank(), found, target, ["cat", "dog"])
+    assert picture.shape[0] > 480
+    assert picture.shape[1] > 1280
+    assert has_color(picture[:, :640], RED).any()
+    assert not has_color(picture[:, :640], GREEN).any()
+    assert has_color(picture[:, -640:], GREEN).any()
+    assert not has_color(picture[:, -640:], RED).any()
+
+
+def test_grid_keeps_every_pixel_of_images_of_different_sizes() -> None:
+    images = [np.full((20 + 10 * k, 60 - 10 * k, 3), 50 * (k + 1), dtype=np.uint8) for k in range(5)]
+    sheet = grid(images, 3)
+    assert sheet.shape == (2 * 64, 3 * 64, 3)
+    for k, image in enumerate(images):
+        row, column = divmod(k, 3)
+        cell = sheet[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
+        assert has_color(cell, (50 * (k + 1),) * 3).sum() == image.shape[0] * image.shape[1]
+    assert grid(images[:2], 8).shape[1] == 2 * 64
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".JPG", ".jpeg", ".webp"])
+def test_a_written_image_reads_back_in_rgb(tmp_path: Path, suffix: str) -> None:
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    image[:] = (200, 100, 30)
+    path = tmp_path / "made" / f"picture{suffix}"
+    write_image(path, image)
+    np.testing.assert_allclose(np.asarray(Image.open(path).convert("RGB"), dtype=int), image, atol=4)
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DetkitError, match=r"picture\.xyz: the suffix '\.xyz' names no image format"):
+        write_image(tmp_path / "picture.xyz", blank())
+    with pytest.raises(DetkitError, match="the suffix '' names no image format"):
+        write_image(tmp_path / "picture", blank())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DetkitError, match=r"can't be written to .*file/picture\.png: "):
+        write_image(tmp_path / "file" / "picture.png", blank())
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    for wrong in (np.zeros((5, 5), dtype=np.uint8), np.zeros((5, 5, 3)), np.zeros((3, 5, 5), dtype=np.uint8)):
+        with pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
+            draw_detections(wrong, Detections.empty())
+        with pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
+            write_image(tmp_path / "a.png", wrong)
+    with pytest.raises(ValueError, match="at least one column"):
+        grid([], 2)
+    with pytest.raises(ValueError, match="at least one column"):
+        grid([blank()], 0)
