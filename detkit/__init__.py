@@ -1,8 +1,8 @@
 """detkit: train, evaluate and run object detectors and segmenters on your own data.
 
-    import detkit
-    detector = detkit.load("runs/detect/quickstart")
-    detections = detector.predict("street.jpg")      # boxes in pixels of street.jpg
+import detkit
+detector = detkit.load("runs/detect/quickstart")
+detections = detector.predict("street.jpg")      # boxes in pixels of street.jpg
 """
 
 from typing import TYPE_CHECKING, Any

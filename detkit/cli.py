@@ -29,7 +29,7 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
     if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
-        print("usage: detkit eval RUN_OR_CHECKPOINT [CONFIG.yaml] [--data.root PATH] [--data.val SPLIT] [--save-json FILE]")
+        print("usage: detkit eval RUN_OR_CHECKPOINT [--data.root PATH] [--data.val SPLIT] [--save-json FILE]")
         if not _wants_help(arguments):
             raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
         return
@@ -183,7 +183,9 @@ def _experiment(configs: list[str], overrides: list[str], command: str) -> Any:
     from detkit.config import experiment_to_dict, load_experiment
 
     if not configs:
-        raise DetkitError(f"detkit {command} needs a config first, for example: detkit {command} configs/quickstart.yaml")
+        raise DetkitError(
+            f"detkit {command} needs a config first, for example: detkit {command} configs/quickstart.yaml"
+        )
     show = "--print_config" in overrides
     experiment = load_experiment(configs, [override for override in overrides if override != "--print_config"])
     if show:

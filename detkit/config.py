@@ -196,7 +196,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}.")
+        raise ConfigError(
+            f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}."
+        )
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = str((file.parent / Path(data["root"]).expanduser()).resolve())
@@ -209,9 +211,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -242,7 +246,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
         old = merged.get(key)
-        renamed = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        renamed = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        )
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not renamed else value
     return merged
 
@@ -260,7 +266,9 @@ def _check_key(dotted: str, where: str) -> None:
     top = {option.name for option in dataclasses.fields(Experiment)}
     first, _, rest = dotted.partition(".")
     if first not in top:
-        valid = top | {f"{group}.{option.name}" for group, schema in groups.items() for option in dataclasses.fields(schema)}
+        valid = top | {
+            f"{group}.{option.name}" for group, schema in groups.items() for option in dataclasses.fields(schema)
+        }
         raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(dotted, valid)}")
     if rest and first in groups:
         valid = {option.name for option in dataclasses.fields(groups[first])}

@@ -83,7 +83,11 @@ def unique_names(files: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for file in files:
-        name = file.stem if stems.count(file.stem) == 1 else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
+        name = (
+            file.stem
+            if stems.count(file.stem) == 1
+            else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
+        )
         unique, number = name, 2
         while unique in taken:
             unique, number = f"{name}_{number}", number + 1

@@ -30,6 +30,9 @@ class Model(nn.Module):
         classes: the data set's classes, which the labels index.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, backbone: Backbone, neck: Neck | None, head: Head, experiment: Experiment, classes: ClassList
     ) -> None:
@@ -135,7 +138,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Cl
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"The checkpoint '{path}' cannot be read: {error}. It may be cut off; use another one.") from None
+        raise CheckpointError(
+            f"The checkpoint '{path}' cannot be read: {error}. It may be cut off; use another one."
+        ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"'{path}' is a safetensors file, but no checkpoint of detkit: its format is "

@@ -47,7 +47,9 @@ class Predictor:
             self.device = torch.device(device)
             self.model = model.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"The device '{device}' cannot be used: {str(error).splitlines()[0]} Use cpu or auto.") from None
+            raise ConfigError(
+                f"The device '{device}' cannot be used: {str(error).splitlines()[0]} Use cpu or auto."
+            ) from None
         self.class_names = model.classes.names
 
     def predict(
@@ -113,7 +115,8 @@ class Predictor:
         fit = self.model.fit
         images = torch.stack([fit.image(array) for array in arrays]).to(self.device)
         metas = [
-            Meta("", "", (array.shape[0], array.shape[1]), fit.matrix((array.shape[0], array.shape[1]))) for array in arrays
+            Meta("", "", (array.shape[0], array.shape[1]), fit.matrix((array.shape[0], array.shape[1])))
+            for array in arrays
         ]
         sizes = tuple(fit.inner_size(meta.size) for meta in metas)
         head = self.model.head

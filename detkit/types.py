@@ -37,7 +37,7 @@ class ClassList:
             raise ValueError(f"{len(self.names)} class names but {len(self.raw_ids)} raw ids")
         for what, values in (("name", self.names), ("raw id", self.raw_ids)):
             if len(set(values)) != len(values):
-                twice = next(value for value in values if values.count(value) > 1)  # type: ignore[arg-type]
+                twice = next(value for value in values if values.count(value) > 1)
                 raise ValueError(f"the class {what} {twice!r} stands twice in the list of classes")
 
     @classmethod
@@ -111,8 +111,14 @@ class Target:
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
         masks = None if self.masks is None else self.masks.to(device)
-        tensors = (self.boxes, self.labels, self.crowd, self.difficult, self.area)
-        return Target(*(tensor.to(device) for tensor in tensors), masks)
+        return Target(
+            self.boxes.to(device),
+            self.labels.to(device),
+            self.crowd.to(device),
+            self.difficult.to(device),
+            self.area.to(device),
+            masks,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +287,7 @@ class Detections:
     def __getitem__(self, index: Tensor) -> Detections:
         """The detections that `index` (a bool mask or indices, 1-D) selects."""
         masks = None if self.masks is None else self.masks[index]
-        return replace(
-            self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index], masks=masks
-        )
+        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index], masks=masks)
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections with their tensors on `device`."""

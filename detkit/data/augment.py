@@ -23,7 +23,11 @@ def flip(horizontal: float = 0.5, vertical: float = 0.0) -> Any:
 
 @augmentations.register("photometric")
 def photometric(
-    brightness: float = 0.125, contrast: float = 0.5, saturation: float = 0.5, hue: float = 0.05, probability: float = 0.5
+    brightness: float = 0.125,
+    contrast: float = 0.5,
+    saturation: float = 0.5,
+    hue: float = 0.05,
+    probability: float = 0.5,
 ) -> Any:
     """SSD's colour distortion (Liu et al. 2016, section 2.2), in random order; each a strength around no change."""
     return A.ColorJitter(
@@ -54,7 +58,7 @@ class _Expand(A.Pad):
 def expand(
     max_ratio: float = 4.0, fill: tuple[float, float, float] = (123.0, 117.0, 104.0), probability: float = 0.5
 ) -> Any:
-    """SSD's zoom out: the picture at random on a canvas up to `max_ratio` times as wide and high, filled with `fill`."""
+    """SSD's zoom out: the picture at random on a canvas up to `max_ratio` times as wide and high, of colour `fill`."""
     if max_ratio < 1:
         raise ConfigError(f"'expand.max_ratio' must be at least 1, but is {max_ratio}.")
     return _Expand(max_ratio, fill, probability)
@@ -63,7 +67,9 @@ def expand(
 class _IoUCrop(BaseCrop):
     """A random window whose overlap with at least one object reaches a random minimum."""
 
-    def __init__(self, min_scale: float, max_scale: float, min_ratio: float, max_ratio: float, trials: int, p: float) -> None:
+    def __init__(
+        self, min_scale: float, max_scale: float, min_ratio: float, max_ratio: float, trials: int, p: float
+    ) -> None:
         super().__init__(p=p)
         self.scales, self.ratios, self.trials = (min_scale, max_scale), (min_ratio, max_ratio), trials
 
@@ -149,7 +155,11 @@ def albumentations(transform: str, options: dict[str, Any] | None = None) -> Any
             about a misspelt one and goes on without it.
     """
     if not (isinstance(getattr(A, transform, None), type) and issubclass(getattr(A, transform), A.BasicTransform)):
-        names = [name for name in dir(A) if isinstance(getattr(A, name), type) and issubclass(getattr(A, name), A.BasicTransform)]
+        names = [
+            name
+            for name in dir(A)
+            if isinstance(getattr(A, name), type) and issubclass(getattr(A, name), A.BasicTransform)
+        ]
         raise ConfigError(f"There is no albumentations transform named '{transform}'. {nearest(transform, names)}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -30,7 +30,9 @@ def check(data: dict[str, Any]) -> int:
         options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
         dataset = open_split(options, split, frozenset())
         for problem in dataset.problems.found:
-            console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}", markup=False)
+            console.print(
+                f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}", markup=False
+            )
         problems += len(dataset.problems.found)
         console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
     return problems
@@ -41,7 +43,9 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
     counts = [0] * len(dataset.classes)
     sides: list[list[float]] = [[] for _ in counts]
     empty = 0
-    for index in track(range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True):
+    for index in track(
+        range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True
+    ):
         target = dataset.target(index)
         empty += not len(target)
         for box, label in zip(target.boxes.tolist(), target.labels.tolist()):
@@ -53,7 +57,8 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
         table.add_column(header, justify="right")
     for name, raw_id, count, side in zip(dataset.classes.names, dataset.classes.raw_ids, counts, sides):
         side.sort()
-        figures = [f"{side[0]:.0f} px", f"{side[len(side) // 2]:.0f} px", f"{side[-1]:.0f} px"] if side else ["", "", ""]
+        figures = (
+            [f"{side[0]:.0f} px", f"{side[len(side) // 2]:.0f} px", f"{side[-1]:.0f} px"] if side else ["", "", ""]
+        )
         table.add_row(name, str(raw_id), str(count), *figures)
     return table
-

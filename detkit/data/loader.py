@@ -111,7 +111,9 @@ class _EvaluationReader(TorchDataset[Fitted]):
         return self.fit(self.dataset[index])
 
 
-def _loader(reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_size: int, workers: int) -> DataLoader[Any]:
+def _loader(
+    reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_size: int, workers: int
+) -> DataLoader[Any]:
     import cv2
 
     # Worker processes are the parallelism. In the parent, because a forked worker that finds OpenCV's pool of

@@ -28,10 +28,12 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     if missing := needs - dataset.fields:
         raise DataError(
             f"The head needs {', '.join(sorted(missing))}, which the data set '{options['name']}' of split "
-            f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use another head or data."
+            f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use another head."
         )
     if not len(dataset):
-        raise DataError(f"The split '{injected['split']}' of data '{options['name']}' has no pictures. Check data.{split}.")
+        raise DataError(
+            f"The split '{injected['split']}' of data '{options['name']}' has no pictures. Check data.{split}."
+        )
     return dataset
 
 

@@ -90,7 +90,9 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
     masks = target.masks
     if masks is not None and tuple(masks.shape[1:]) != size:
         resized = F.interpolate(masks[None].float(), inner, mode="nearest-exact")[0] > 0.5 if len(masks) else masks
-        masks = F.pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0])) if len(masks) else masks.new_zeros(0, *size)
+        masks = (
+            F.pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0])) if len(masks) else masks.new_zeros(0, *size)
+        )
     area = target.area * float(matrix[0, 0] * matrix[1, 1])
     return replace(target, boxes=clip(map_boxes(target.boxes, matrix), inner), area=area, masks=masks)
 

@@ -130,9 +130,9 @@ class TrainingConsole:
             f"classes    {train_set.classes}\n"
             f"training   {len(train_set)} pictures; {train_set.problems.summary()}\n"
             f"validation {len(val_set)} pictures; {val_set.problems.summary()}\n"
-            f"model      {experiment.backbone['name']} + {experiment.head['name']}, {parameters / 1e6:.2f} M parameters, "
-            f"{trained / 1e6:.2f} M of them trained, input {experiment.input.size[0]} x {experiment.input.size[1]}\n"
-            f"batch      {options.batch_size} pictures a step: {fabric.world_size} x {per_device} on {fabric.device.type}"
-            f", accumulated over {options.accumulate}\n"
+            f"model      {experiment.backbone['name']} + {experiment.head['name']}, {parameters / 1e6:.2f} M parameters"
+            f", {trained / 1e6:.2f} M of them trained, input {experiment.input.size[0]} x {experiment.input.size[1]}\n"
+            f"batch      {options.batch_size} pictures a step: {fabric.world_size} x {per_device} on "
+            f"{fabric.device.type}, accumulated over {options.accumulate}\n"
             f"precision  {options.precision}"
         )

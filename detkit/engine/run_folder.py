@@ -90,5 +90,7 @@ def resolve_checkpoint(path: str) -> Path:
             for checkpoint in (folder.best, folder.last):
                 if checkpoint.is_file():
                     return checkpoint
-        raise CheckpointError(f"The folder '{path}' holds no checkpoints/best.safetensors. Give a run's folder or a file.")
+        raise CheckpointError(
+            f"The folder '{path}' holds no checkpoints/best.safetensors. Give a run's folder or a file."
+        )
     return given

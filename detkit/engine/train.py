@@ -125,7 +125,9 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             setup.fabric.backward(torch.stack(list(losses.values())).sum() / options.accumulate)
         if whole_step:
             if options.clip_norm is not None:
-                setup.fabric.clip_gradients(setup.wrapped, optimizer, max_norm=options.clip_norm, error_if_nonfinite=False)
+                setup.fabric.clip_gradients(
+                    setup.wrapped, optimizer, max_norm=options.clip_norm, error_if_nonfinite=False
+                )
             optimizer.step()
             optimizer.zero_grad()
             if setup.average is not None:
@@ -196,9 +198,7 @@ def _validate(
         model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
         batch_size = setup.options.batch_size // setup.options.accumulate
         with console.validation(len(val_set)) as advance:
-            evaluation = evaluate(
-                model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance
-            )
+            evaluation = evaluate(model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance)
         score = evaluation.scores.coco["mAP"]
         if score > progress.best_score:
             progress.best_score, progress.evaluations_since_best = score, 0

@@ -118,9 +118,7 @@ class Pyramid(AnchorLayout):
         return torch.cat([region_proposal_anchors(m, stride, s, self.ratios) for m, stride, s in levels])
 
 
-def _for_levels(
-    values: tuple[tuple[float, ...], ...], levels: int, option: str
-) -> tuple[tuple[float, ...], ...]:
+def _for_levels(values: tuple[tuple[float, ...], ...], levels: int, option: str) -> tuple[tuple[float, ...], ...]:
     """One entry for each level; a single entry serves all."""
     if len(values) == 1:
         return values * levels

@@ -106,7 +106,9 @@ class SSD(Head):
         """Logits and offsets of all anchors, for feature maps [(B, C_i, h_i, w_i)]."""
         logits, offsets = [], []
         for level, feature in enumerate(features):
-            logits.append(_per_anchor(self.class_predictors[level](self.class_towers[level](feature)), self.num_classes + 1))
+            logits.append(
+                _per_anchor(self.class_predictors[level](self.class_towers[level](feature)), self.num_classes + 1)
+            )
             offsets.append(_per_anchor(self.box_predictors[level](self.box_towers[level](feature)), 4))
         map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
         anchors = self.layout(map_sizes, inputs.size).to(features[0].device)
@@ -169,9 +171,7 @@ class SSD(Head):
         rank, labels = torch.nonzero(best > limits.score_threshold, as_tuple=True)
         candidates, candidate_scores = index[rank, labels], best[rank, labels]
         boxes = clip(decode(offsets[candidates], anchors[candidates]), size)
-        kept = nms(
-            boxes, candidate_scores, limits.iou_threshold, labels=labels, max_detections=limits.max_detections
-        )
+        kept = nms(boxes, candidate_scores, limits.iou_threshold, labels=labels, max_detections=limits.max_detections)
         return Detections(boxes[kept], candidate_scores[kept], labels[kept])
 
 

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from torchvision.models import vgg16
-from torchvision.models.detection import ssd, ssd300_vgg16
+from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detkit.backbones.ssd_vgg import from_torchvision
+from detkit.backbones.ssd_vgg import SSDVGG, from_torchvision
 from detkit.errors import CheckpointError, ConfigError
 from detkit.registry import backbones, necks
 

@@ -1,7 +1,5 @@
 """detkit's SSD300 against torchvision's own, with random weights and real pictures."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +16,7 @@ from detkit.types import ClassList, Target
 
 
 @pytest.fixture(scope="module", params=[0, 1])
-def reference(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+def reference(request: pytest.FixtureRequest) -> nn.Module:
     """Torchvision's model with random weights, scaled with its class scores spread out."""
     torch.manual_seed(request.param)
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).eval()
@@ -26,7 +24,7 @@ def reference(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
         for predictor in model.head.classification_head.module_list:
             predictor.weight.mul_(0.1)
             predictor.bias.normal_(0, 1.5)
-    yield model
+    return model
 
 
 def converted(reference: nn.Module) -> Model:
