@@ -81,7 +81,9 @@ def check(arguments: list[str]) -> None:
         return
     from detkit.data.check import check as run
 
-    run(experiment.data)
+    problems = run(experiment.data)
+    if problems:
+        raise DetkitError(f"{problems} problem{'s' if problems > 1 else ''} found, listed above.")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "eval": evaluate, "infer": infer, "check": check}

@@ -268,6 +268,8 @@ class FileDataset(Dataset):
         left out is settled before training.
         """
         if not pictures:
+            # Where all annotations are broken, that is what the user must hear of.
+            self.problems.raise_if_fatal()
             raise DataError(f"{self.problems.source} has no images. Give a split that lists some.")
         decode = self.problems.policy != "fail"
 

@@ -1,0 +1,80 @@
+"""Rules of the architecture, held by tests."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "detkit"
+
+# Imports run one way: a module may import from layers before its own, and from its own.
+LAYERS = [
+    {"errors"},
+    {"types", "registry", "config"},
+    {"boxes"},
+    {"data", "backbones", "losses"},
+    {"heads"},
+    {"published"},
+    {"model"},
+    {"metrics", "draw"},
+    {"engine"},
+    {"predict"},
+    {"infer"},
+    {"cli_options", "cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """First-level modules of detkit that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "detkit" else [f"detkit.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("detkit.")}
+    return found
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    level = LEVEL[module_of(path)]
+    for name in imported_modules(path) - {"__version__"}:
+        assert LEVEL[name] <= level, f"{path.name} imports detkit.{name}, which stands above it"
+
+
+def test_layers_name_every_module_and_no_other() -> None:
+    assert set(LEVEL) == {module_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("statement", "arguments"),
+    [("import detkit", []), ("from detkit.cli import main; main(['--help'])", [])],
+)
+def test_start_is_light(statement: str, arguments: list[str]) -> None:
+    """Nothing heavy is imported for `import detkit` and `detkit --help`; that is what keeps them fast."""
+    heavy = ["torch", "torchvision", "timm", "albumentations", "cv2", "numba", "matplotlib", "supervision", "numpy"]
+    code = f"{statement}\nimport sys\nprint('loaded:', [name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("loaded: []")
+
+
+def test_registering_a_name_twice_is_refused() -> None:
+    from detkit.registry import Registry
+
+    registry = Registry("part", "detkit.heads")
+    registry.register("a")(dict)
+    with pytest.raises(ValueError, match="part 'a' is registered already"):
+        registry.register("a")(list)

@@ -1,0 +1,245 @@
+"""The command line, as a user meets it: what it writes, and one paragraph for each mistake."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detkit.cli import main
+from detkit.data.shapes import Shapes
+from detkit.model import build_model
+from detkit.config import load_experiment
+from detkit.types import ClassList
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def fails(result: tuple[int, str, str], *parts: str) -> None:
+    """One paragraph on stderr that holds all of `parts`."""
+    status, _, error = result
+    assert status == 1
+    assert error.startswith("detkit: ")
+    assert error.strip().count("\n") == 0
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error, error
+
+
+@pytest.fixture
+def checkpoint(tiny_config: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    build_model(load_experiment([str(tiny_config)]), Shapes("val", val_count=1).classes).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    data = Shapes("val", val_count=3, size=96)
+    Image.fromarray(data[0].image).save(folder / "000012.png")
+    Image.fromarray(data[1].image).save(folder / "deep" / "second one.jpg")
+    Image.fromarray(data[2].image).save(folder / "dritte ü.webp")
+    return folder
+
+
+def voc(root: Path, box: tuple[int, int, int, int] = (2, 3, 30, 40), name: str = "cell") -> Path:
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    for index, split in enumerate(("train", "val")):
+        stem = f"p{index}"
+        Image.fromarray(np.full((60, 80, 3), 99, dtype=np.uint8)).save(root / "JPEGImages" / f"{stem}.jpg")
+        corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        (root / "Annotations" / f"{stem}.xml").write_text(
+            f"<annotation><size><width>80</width><height>60</height></size>\n"
+            f"<object><name>{name}</name>\n<bndbox>{corners}</bndbox></object>\n</annotation>"
+        )
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{stem}\n")
+    return root
+
+
+def test_train_then_eval_then_infer(run: Run, tiny_config: Path, pictures: Path, tmp_path: Path) -> None:
+    status, output, error = run("train", tiny_config)
+    assert status == 0, error
+    folder = tmp_path / "runs" / "detect" / "tiny"
+    assert str(folder / "checkpoints" / "best.safetensors") in output
+    assert "0: circle (raw id 0)" in output
+    assert "batch      4 pictures a step: 1 x 4 on" in output
+    status, output, error = run("eval", folder, "--save-json", tmp_path / "found.json")
+    assert status == 0, error
+    assert "VOC07" in output
+    assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
+    status, output, error = run("infer", folder, "--source", pictures, "--output", tmp_path / "out", "--conf", "0.05")
+    assert status == 0, error
+    assert "3 pictures" in output
+
+
+def test_print_config(run: Run, tiny_config: Path) -> None:
+    status, output, _ = run("train", tiny_config, "--train.epochs=77", "--print_config")
+    assert status == 0
+    assert "epochs: 77" in output
+    assert "final_lr_factor: 0.01" in output
+
+
+def test_infer_writes_what_is_asked_for(run: Run, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, _, error = run(
+        *("infer", checkpoint, "--source", pictures, "--output", out, "--conf", "0", "--max-det", "5"),
+        *("--save-txt", "--save-conf", "--save-crop"),
+    )
+    assert status == 0, error
+    names = ["000012", "dritte ü", "second one"]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == [f"{name}.jpg" for name in names]
+    assert Image.open(out / "pictures" / "000012.jpg").size == (96, 96)
+    records = json.loads((out / "predictions.json").read_text())
+    assert {record["image_id"] for record in records} == {12, "dritte ü", "second one"}
+    assert len(records) == 15
+    lines = (out / "labels" / "000012.txt").read_text().splitlines()
+    assert len(lines) == 5
+    values = [float(value) for value in lines[0].split()]
+    record = next(record for record in records if record["image_id"] == 12)
+    x, y, width, height = record["bbox"]
+    expected = [record["category_id"], (x + width / 2) / 96, (y + height / 2) / 96, width / 96, height / 96]
+    assert values == pytest.approx([*expected, record["score"]], abs=1e-5)
+    assert len(list((out / "crops").rglob("*.jpg"))) == 15
+
+
+def test_infer_takes_one_picture_and_a_glob(run: Run, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    for source, count in ((pictures / "000012.png", 1), (f"{pictures}/*", 2), (f"{pictures}/**/*.jpg", 1)):
+        status, output, error = run("infer", checkpoint, "--source", source, "--output", tmp_path / "out")
+        assert status == 0, error
+        assert f"{count} pictures" in output
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a/x.png", "b/x.png", "b/x.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
+    assert run("infer", checkpoint, "--source", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 3
+
+
+def test_no_detection_still_writes_everything(run: Run, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, output, _ = run("infer", checkpoint, "--source", pictures, "--output", out, "--conf", "1", "--save-txt")
+    assert status == 0
+    assert "nothing found" in output
+    assert json.loads((out / "predictions.json").read_text()) == []
+    assert (out / "labels" / "000012.txt").read_text() == ""
+    assert len(list((out / "pictures").iterdir())) == 3
+
+
+class TestBadInput:
+    def test_commands_and_options(self, run: Run, tiny_config: Path, checkpoint: Path) -> None:
+        fails(run("trian"), "Did you mean 'train'")
+        fails(run("train"), "needs a config")
+        fails(run("train", "missing.yaml"), "missing.yaml")
+        fails(run("train", tiny_config, "--train.epoch", "3"), "'train.epoch'", "Did you mean 'epochs'")
+        fails(run("train", tiny_config, "--train.epochs", "few"), "train.epochs", "few")
+        fails(run("train", tiny_config, "--head.nams", "3"), "'head.nams' is not an option")
+        fails(run("infer", checkpoint, "--soruce", "x"), "'--soruce'", "Did you mean 'source'")
+        fails(run("infer", checkpoint), "source")
+        fails(run("infer", checkpoint, "--source", "x", "--conf", "abc"), "conf", "abc")
+        fails(run("eval"), "needs a run's folder")
+
+    def test_a_misspelt_key_in_a_config(self, run: Run, tiny_config: Path) -> None:
+        tiny_config.write_text(tiny_config.read_text().replace("warmup_epochs", "warm_up_epochs"))
+        fails(run("train", tiny_config), "'train.warm_up_epochs'", str(tiny_config), "Did you mean 'warmup_epochs'")
+
+    def test_missing_folders_and_pictures(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
+        data = ("--data", '{name: voc, root: "' + str(tmp_path / "nowhere") + '"}')
+        fails(run("train", tiny_config, *data), str(tmp_path / "nowhere"))
+        fails(run("infer", checkpoint, "--source", tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+        (tmp_path / "void").mkdir()
+        fails(run("infer", checkpoint, "--source", tmp_path / "void"), str(tmp_path / "void"))
+
+    def test_broken_annotations(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        root = voc(tmp_path / "voc", box=(30, 3, 2, 40))
+        data = ("--data", f'{{name: voc, root: "{root}"}}')
+        fails(run("train", tiny_config, *data), "p0.xml", "repair", "skip")
+        fails(run("check", tiny_config, "--data", f'{{name: voc, root: "{root}x"}}'), "vocx")
+        status, output, error = run("check", tiny_config, *data)
+        assert status == 1
+        assert "p0.xml" in output
+        assert "p1.xml" in output
+        fails((status, output, error), "2 problems")
+
+    def test_a_class_that_is_not_in_the_list(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        root = voc(tmp_path / "voc", name="cel")
+        data = ("--data", f'{{name: voc, root: "{root}", class_names: [cell, other]}}')
+        fails(run("train", tiny_config, *data), "'cel'", "p0.xml", "cell")
+
+    def test_an_absent_picture_and_malformed_xml(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        root = voc(tmp_path / "voc")
+        data = ("--data", f'{{name: voc, root: "{root}"}}')
+        (root / "JPEGImages" / "p1.jpg").unlink()
+        fails(run("train", tiny_config, *data), "p1")
+        (root / "Annotations" / "p0.xml").write_text("<annotation>\n<object>\n</annotation>")
+        fails(run("train", tiny_config, *data), "p0.xml:3")
+
+    def test_truncated_and_empty_pictures(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
+        root = voc(tmp_path / "voc")
+        data = ("--data", f'{{name: voc, root: "{root}"}}')
+        path = root / "JPEGImages" / "p0.jpg"
+        path.write_bytes(path.read_bytes()[:400])
+        fails(run("train", tiny_config, *data), "p0.jpg")
+        fails(run("infer", checkpoint, "--source", path), "p0.jpg", "--skip-broken")
+        (root / "JPEGImages" / "empty.jpg").write_bytes(b"")
+        status, output, _ = run(
+            *("infer", checkpoint, "--source", root / "JPEGImages", "--output", tmp_path / "out", "--skip-broken")
+        )
+        assert status == 0
+        assert "1 pictures" in output
+        assert "2 left out" in output
+        assert "p0.jpg" in output
+        assert "empty.jpg" in output
+
+    def test_malformed_json(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        (tmp_path / "coco" / "annotations").mkdir(parents=True)
+        (tmp_path / "coco" / "train").mkdir()
+        (tmp_path / "coco" / "annotations" / "instances_train.json").write_text('{"images": [\n')
+        data = ("--data", f'{{name: coco, root: "{tmp_path / "coco"}"}}')
+        fails(run("train", tiny_config, *data), "instances_train.json:2")
+
+    def test_a_checkpoint_of_another_class_list(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        path = tmp_path / "other.safetensors"
+        names = ClassList.from_names(["circle", "rhombus"])
+        build_model(load_experiment([str(tiny_config)]), names).save(path)
+        fails(run("eval", path), "other.safetensors", "rhombus", "square", "weights_parts")
+        fails(run("train", tiny_config, "--weights", path), "rhombus", "weights_parts")
+        status, _, error = run(
+            *("train", tiny_config, "--weights", path, "--weights_parts", "[backbone]", "--train.epochs", "1")
+        )
+        assert status == 0, error
+
+    def test_boxes_outside_are_repaired_and_counted(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+        root = voc(tmp_path / "voc", box=(10, 10, 300, 40))
+        data = ("--data", f'{{name: voc, root: "{root}", broken: repair}}', "--train.epochs", "1")
+        status, output, error = run("train", tiny_config, *data)
+        assert status == 0, error
+        assert "1 problem (broken: repair)" in output
+
+
+@pytest.mark.parametrize("script", ["train", "infer", "eval"])
+def test_tools_are_doors_to_the_same_commands(script: str) -> None:
+    path = Path(__file__).parents[1] / "tools" / f"{script}.py"
+    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: detkit {script}" in result.stdout

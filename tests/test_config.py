@@ -1,0 +1,113 @@
+"""Configs: merged, overridden, strict."""
+
+from pathlib import Path
+
+import pytest
+
+from detkit.config import experiment_from_dict, experiment_to_dict, load_experiment
+from detkit.errors import ConfigError
+from detkit.model import build_model
+from detkit.types import ClassList
+
+CONFIG = """
+data: {name: voc, root: pictures}
+backbone: {name: small_ssd}
+head: {name: ssd, iou_threshold: 0.5}
+augment: [{name: flip, horizontal: 0.5}]
+train: {epochs: 5, lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "a.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_overrides_win_over_files_and_files_over_defaults(config: Path) -> None:
+    experiment = load_experiment([str(config)], ["--train.epochs", "7", "--head.box_loss=giou", "--input.size=[64,96]"])
+    assert (experiment.train.epochs, experiment.train.lr, experiment.train.batch_size) == (7, 1e-3, 16)
+    assert experiment.head == {"name": "ssd", "iou_threshold": 0.5, "box_loss": "giou"}
+    assert experiment.input.size == (64, 96)
+
+
+def test_later_files_win_key_by_key(config: Path, tmp_path: Path) -> None:
+    other = tmp_path / "b.yaml"
+    other.write_text("head: {iou_threshold: 0.4}\ntrain: {epochs: 9}")
+    experiment = load_experiment([str(config), str(other)])
+    assert experiment.head == {"name": "ssd", "iou_threshold": 0.4}
+    assert (experiment.train.epochs, experiment.train.lr) == (9, 1e-3)
+    other.write_text("backbone: {name: resnet18}\nhead: {name: other, depth: 3}")
+    assert load_experiment([str(config), str(other)]).head == {"name": "other", "depth": 3}
+
+
+def test_a_relative_root_belongs_to_its_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert load_experiment([str(config)]).data["root"] == str(config.parent / "pictures")
+    assert load_experiment([str(config)], ["--data.root", "here"]).data["root"] == "here"
+
+
+def test_round_trip(config: Path) -> None:
+    experiment = load_experiment([str(config)])
+    assert experiment_from_dict(experiment_to_dict(experiment)) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {epochs: 3}", r"'trian' in .*a\.yaml is not a key.*Did you mean 'train'"),
+        ("train: {epoch: 3}", r"'train\.epoch' in .*a\.yaml is not a key.*Did you mean 'epochs'"),
+        ("train: {epochs: many}", r"train\.epochs.*int.*many"),
+        ("train: {epochs: 0}", r"'train\.epochs' must be greater than 0"),
+        ("train: {optimizer: sdg}", r"train\.optimizer"),
+        ("train: {batch_size: 7, accumulate: 2}", r"must be a multiple"),
+        ("train: {epochs: 3, epochs: 4}", r"the key 'epochs' stands twice.*line"),
+        ("train: [1, 2", r"a\.yaml' is not valid YAML.*line"),
+        ("- 3", r"a\.yaml' must hold keys and values"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    parts = "" if text.startswith("-") else "data: {name: voc}\nbackbone: {name: small_ssd}\nhead: {name: ssd}\n"
+    path.write_text(parts + text)
+    with pytest.raises(ConfigError, match=message):
+        load_experiment([str(path)])
+
+
+def test_a_missing_file_and_missing_part_are_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no config file .*Did you mean .*a\.yaml"):
+        load_experiment([str(config.with_name("aa.yaml"))])
+    config.write_text("data: {name: voc}")
+    with pytest.raises(ConfigError, match="backbone"):
+        load_experiment([str(config)])
+
+
+def test_an_unknown_override_is_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'train\.learning_rat' in the command line.*Valid: "):
+        load_experiment([str(config)], ["--train.learning_rat", "1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--head.name", "sdd"], r"no head named 'sdd'\. Did you mean 'ssd'"),
+        (["--head.iou_treshold", "0.3"], r"'head\.iou_treshold' is not an option .*Did you mean 'iou_threshold'"),
+        (["--head.iou_threshold", "high"], r"'head\.iou_threshold'.*float.*high"),
+        (["--head.anchors", "{name: pyramid, strides: [8]}"], r"needs 'head\.anchors\.sizes'"),
+        (["--head.anchors", "{name: default_boxes, ratios: [[2.0], [3.0]]}"], r"2 levels, but the model has 5"),
+        (["--backbone.nmae", "x"], r"'backbone\.nmae' is not an option"),
+        (["--head.num_classes", "3"], r"'head\.num_classes' is not an option"),
+    ],
+)
+def test_options_of_parts_are_strict(config: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(load_experiment([str(config)], overrides), ClassList.from_names(["a", "b"]))
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_in_the_repository_builds(path: Path) -> None:
+    overrides = ["--backbone.weights", "null"] if "weights:" in path.read_text().split("neck:")[0] else []
+    experiment = load_experiment([str(path)], overrides)
+    assert path.read_text().startswith("#")
+    assert build_model(experiment, ClassList.from_names(["a", "b", "c"]))
