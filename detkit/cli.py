@@ -22,6 +22,8 @@ def train(arguments: list[str]) -> None:
     from detkit.engine.train import train as run
 
     folder = run(experiment, resume)
+    if folder is None:
+        return
     print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
     _evaluate(str(folder.best), [])
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from detkit.cli import main
+from detkit.config import load_experiment
 from detkit.data.shapes import Shapes
 from detkit.model import build_model
-from detkit.config import load_experiment
 from detkit.types import ClassList
 
 Run = Callable[..., tuple[int, str, str]]
@@ -243,3 +243,13 @@ def test_tools_are_doors_to_the_same_commands(script: str) -> None:
     result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"usage: detkit {script}" in result.stdout
+
+
+def test_two_processes_share_an_epoch_and_one_folder(tiny_config: Path, tmp_path: Path) -> None:
+    """Two processes on the CPU: whole batches, one run, the classes of the gradient in step."""
+    command = [sys.executable, "-m", "detkit.cli", "train", str(tiny_config)]
+    options = ["--train.device", "cpu", "--train.devices", "2", "--train.epochs", "1"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "batch      4 pictures a step: 2 x 2 on cpu" in result.stdout
+    assert [path.name for path in (tmp_path / "runs" / "detect").iterdir()] == ["tiny"]

@@ -44,6 +44,7 @@ class TrainingConsole:
             disable=not fabric.is_global_zero or not self.console.is_terminal,
         )
         self._introduce(experiment, model, train_set, val_set, fabric)
+        self._pictures_an_epoch = len(train_set)
         self._started: float | None = None
         self._pictures = 0
         self._lr = 0.0
@@ -102,6 +103,7 @@ class TrainingConsole:
         row: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step, "lr": self._lr, "seconds": seconds}
         row |= {f"train_{name}": value for name, value in losses.items()}
         line = f"epoch {progress.epoch}/{self.options.epochs}  loss {sum(losses.values()):.3f}  {seconds:.1f} s"
+        line += f"  {self._pictures_an_epoch / seconds:.1f} pictures/s"
         row |= dict.fromkeys((f"val_{name}" for name in losses), "") | dict.fromkeys(("mAP", "mAP50", "mAP75"), "")
         if evaluation is not None:
             row |= {f"val_{name}": value for name, value in evaluation.losses.items()}

@@ -1,5 +1,6 @@
 """Pictures that show a person what a run learns from and what it has learned."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from detkit.data.transforms import undo
 from detkit.draw import compare, draw_targets, grid, write_image
 from detkit.engine.run_folder import RunFolder
 from detkit.model import Model, load_model
-from detkit.types import ClassList, Detections
+from detkit.types import ClassList, Detections, Sample, Target
 
 SHOWN_SCORE = 0.4
+SMALLEST_SIDE = 320
 
 
 def write_training_batch(reader: Any, path: Path, classes: ClassList, count: int = 12) -> None:
@@ -22,7 +24,9 @@ def write_training_batch(reader: Any, path: Path, classes: ClassList, count: int
     for index in range(min(count, len(reader.dataset))):
         image, _, target, _ = reader[0, index]
         pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        pictures.append(draw_targets(pixels, target, classes.names))
+        factor = _enlargement(pixels)
+        enlarged = Target(target.boxes * factor, target.labels, target.crowd, target.difficult)
+        pictures.append(draw_targets(_enlarge(pixels, factor), enlarged, classes.names))
     write_image(path, grid(pictures, columns=4))
 
 
@@ -31,15 +35,27 @@ def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> No
     model = load_model(folder.best)
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
         sample = dataset[index]
-        found = predict_one(model, sample)
-        name = Path(sample.meta.source).stem.replace(":", "_").replace("/", "_")
-        picture = compare(sample.image, found[found.scores > SHOWN_SCORE], sample.target, dataset.classes.names)
-        write_image(folder.pictures / f"val_{name}.jpg", picture)
+        found = predict_sample(model, sample)
+        found = found[found.scores > SHOWN_SCORE]
+        factor, truth = _enlargement(sample.image), sample.target
+        truth = Target(truth.boxes * factor, truth.labels, truth.crowd, truth.difficult)
+        picture = compare(
+            _enlarge(sample.image, factor), replace(found, boxes=found.boxes * factor), truth, dataset.classes.names
+        )
+        write_image(folder.pictures / f"val_{index:05d}.jpg", picture)
 
 
 @torch.inference_mode()
-def predict_one(model: Model, sample: Any) -> Detections:
+def predict_sample(model: Model, sample: Sample) -> Detections:
     """Detections of one sample in its own pixels."""
     image, inner, _, meta = model.fit(sample)
-    outputs = model(image[None], (inner,))
-    return undo(model.head.decode(outputs)[0], meta)
+    return undo(model.head.decode(model(image[None], (inner,)))[0], meta)
+
+
+def _enlargement(image: np.ndarray) -> int:
+    """By how much a picture must grow for its labels to be read; 1 for all but very small ones."""
+    return -(-SMALLEST_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < SMALLEST_SIDE else 1
+
+
+def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -60,14 +60,15 @@ class Setup:
     steps_per_epoch: int
 
 
-def train(experiment: Experiment, resume: str | None = None) -> RunFolder:
+def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None:
     """Train, evaluate and save what `experiment` describes.
 
     Args:
         resume: the folder of an unfinished run, which goes on exactly where its last whole epoch ended.
 
     Returns:
-        The run's folder, with checkpoints/best.safetensors and metrics.csv in it.
+        The run's folder, with checkpoints/best.safetensors and metrics.csv in it; None in all processes but the
+        first, which alone evaluates and writes.
 
     Raises:
         DetkitError: a mistake in config, data or weights, found before the first step where possible.
@@ -83,7 +84,7 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder:
     train_set, val_set = open_train_and_val(experiment.data, head.needs)
     setup = _set_up(fabric, experiment, train_set)
     progress = Progress()
-    folder = RunFolder(Path(resume)) if resume else RunFolder.create(experiment, head.task)
+    folder = _run_folder(fabric, experiment, head.task, resume)
     if resume:
         progress = _resume(setup, folder)
     elif fabric.is_global_zero:
@@ -101,9 +102,18 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder:
                 console.epoch(progress, losses, evaluation, seconds)
                 _save(setup, progress, folder)
             fabric.barrier()
-    if fabric.is_global_zero:
-        write_predictions(folder, val_set)
+    if not fabric.is_global_zero:
+        return None
+    write_predictions(folder, val_set)
     return folder
+
+
+def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str | None) -> RunFolder:
+    """The run's folder, made by the first process and the same in all."""
+    path = resume
+    if path is None and fabric.is_global_zero:
+        path = str(RunFolder.create(experiment, task).path)
+    return RunFolder(Path(fabric.broadcast(path)))
 
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:

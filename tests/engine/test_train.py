@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from detkit.data.shapes import Shapes
 from detkit.engine.average import AveragedModel
 from detkit.engine.evaluate import evaluate
 from detkit.engine.train import LossNotFiniteError, train
-from detkit.data.shapes import Shapes
 from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.heads.ssd import SSD
 from detkit.model import build_model, load_model, read_checkpoint
@@ -180,7 +180,7 @@ def test_starting_from_a_checkpoint(tiny: Any, tmp_path: Path) -> None:
     mine, theirs = weights(second.last), weights(first.last)
     for name, tensor in load_model(second.last).named_parameters():
         assert torch.allclose(mine[name], theirs[name], atol=1e-6), (name, tensor.shape)
-    with pytest.raises(ConfigError, match="'weights_parts' names 'hed'.*Did you mean 'head'"):
+    with pytest.raises(ConfigError, match=r"'weights_parts' names 'hed'.*Did you mean 'head'"):
         train(tiny("--weights", str(first.last), "--weights_parts", "[hed]"))
 
 
