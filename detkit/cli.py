@@ -11,6 +11,8 @@ def train(arguments: list[str]) -> None:
     """Train a detector, evaluate it, draw what it finds: detkit train CONFIG.yaml [--train.epochs 50 ...]."""
     configs, rest = _leading_configs(arguments)
     resume, rest = _take_option(rest, "--resume")
+    if resume == "":
+        raise DetkitError("--resume needs the folder of a run, but got an empty text. Is a variable unset?")
     if resume is not None and not configs:
         configs = [f"{resume}/config.yaml"]
     if _wants_help(rest):
@@ -47,12 +49,13 @@ def infer(arguments: list[str]) -> None:
         return
     from pathlib import Path
 
-    from detkit.infer import class_list, numbered_folder
     from detkit.infer import infer as run
+    from detkit.infer import numbered_folder
+    from detkit.model import resolve_checkpoint
     from detkit.predict import load
 
     predictor = load(options.checkpoint, options.device)
-    print(class_list(predictor.model.classes))
+    print(f"checkpoint {resolve_checkpoint(options.checkpoint)}\nclasses    {predictor.model.classes}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
     run(
         predictor,
@@ -61,7 +64,7 @@ def infer(arguments: list[str]) -> None:
         conf=options.conf,
         iou=options.iou,
         max_det=options.max_det,
-        classes=options.classes,
+        classes=[name.strip() for name in options.classes.strip("[]").split(",")] if options.classes else None,
         batch=options.batch,
         skip_broken=options.skip_broken,
         save_images=options.save_images,
@@ -88,6 +91,7 @@ def check(arguments: list[str]) -> None:
         raise DetkitError(f"{problems} problem{'s' if problems > 1 else ''} found, listed above.")
 
 
+EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "eval": evaluate, "infer": infer, "check": check}
 
 
@@ -112,32 +116,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DetkitError as error:
         print(f"detkit: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"detkit: {error.strerror}: '{error.filename}'. Check the path, the space and the rights.", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
-        print("detkit: stopped. A training run goes on from its last whole epoch with --resume RUN.", file=sys.stderr)
+        hint = " The run goes on from its last whole epoch with --resume RUN." if given[0] == "train" else ""
+        print(f"detkit: stopped.{hint}", file=sys.stderr)
         return 130
     return 0
 
 
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
-    configs, rest = _leading_configs(arguments)
-    save_json, rest = _take_option(rest, "--save-json")
+    save_json, rest = _take_option(arguments, "--save-json")
+    for argument in rest:
+        key = argument[2:].split("=")[0]
+        if argument.startswith("--") and not key.startswith("data.") and key not in EVAL_KEYS:
+            raise DetkitError(
+                f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
+                f"{nearest(key, {'data.*', 'save-json', *EVAL_KEYS})}"
+            )
     from rich.console import Console
 
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
     from detkit.engine.evaluate import evaluate as run
-    from detkit.engine.run_folder import resolve_checkpoint
     from detkit.metrics.detection import write_coco_results
-    from detkit.model import check_classes, load_model
+    from detkit.model import check_classes, load_model, resolve_checkpoint
+    from detkit.predict import to_device
 
     path = resolve_checkpoint(checkpoint)
     model = load_model(path)
-    experiment = load_experiment(configs, rest, base=experiment_to_dict(model.experiment))
+    experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
     dataset = open_split(experiment.data, "val", model.head.needs)
     check_classes(model.classes, dataset.classes, str(path))
     options = experiment.train
-    found = run(model, dataset, batch_size=options.batch_size // options.accumulate, workers=options.workers)
-    console = Console(highlight=False, soft_wrap=True)
+    model = to_device(model, options.device)
+    batch_size = max(1, options.batch_size // (options.accumulate * options.devices))
+    found = run(model, dataset, batch_size=batch_size, workers=options.workers)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
     console.print(found.scores.table())
     if save_json is not None:

@@ -19,7 +19,7 @@ class InferOptions:
         conf: detections need a higher score, 0..1.
         iou: of two boxes of one class that overlap more, the weaker goes; default as trained.
         max_det: at most so many detections a picture; default as trained.
-        classes: names or numbers of the classes to keep: '[WBC, RBC]'; default all.
+        classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
         device: auto, cpu, cuda, cuda:1, mps.
         batch: pictures that go through the network together.
         skip_broken: leave unreadable pictures out, and list them at the end, instead of stopping.
@@ -36,7 +36,7 @@ class InferOptions:
     conf: float = 0.25
     iou: float | None = None
     max_det: int | None = None
-    classes: tuple[str, ...] | None = None
+    classes: str | None = None
     device: str = "auto"
     batch: int = 1
     skip_broken: bool = False

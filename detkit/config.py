@@ -30,6 +30,10 @@ class InputOptions:
     size: tuple[int, int] = (320, 320)
     letterbox: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"'input.size' is the height and width in pixels, at least 1, but is {list(self.size)}.")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -93,7 +97,15 @@ class TrainOptions:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"'train.{name}' must be greater than 0, but is {getattr(self, name)}.")
-        for name in ("workers", "weight_decay", "warmup_epochs", "freeze", "plain_epochs", "backbone_lr_factor"):
+        for name in (
+            "workers",
+            "weight_decay",
+            "warmup_epochs",
+            "freeze",
+            "plain_epochs",
+            "backbone_lr_factor",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"'train.{name}' must not be negative, but is {getattr(self, name)}.")
         if self.batch_size % (self.accumulate * self.devices):
@@ -101,6 +113,14 @@ class TrainOptions:
                 f"'train.batch_size' is the total, {self.batch_size} pictures a step: it must be a multiple of "
                 f"train.accumulate x train.devices = {self.accumulate * self.devices}."
             )
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"'train.patience' must be at least 1, or null for never, but is {self.patience}.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"'train.clip_norm' must be greater than 0, or null for never, but is {self.clip_norm}.")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"'train.momentum' must lie in 0..1, 1 excluded, but is {self.momentum}.")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ConfigError(f"'train.milestones' must be in ascending order, but are {list(self.milestones)}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"'train.ema_decay' must lie between 0 and 1, but is {self.ema_decay}.")
 
@@ -114,7 +134,8 @@ class Experiment:
         backbone: `name` of a backbone and its options.
         head: `name` of a head and its options.
         neck: `name` of a neck and its options; null for none.
-        augment: augmentations of training pictures, each a `name` and its options, in order.
+        augment: augmentations of training pictures, each a `name` and its options; those that move pixels run first,
+            in order, then the resize to the input, then those that only change colours.
         input: how a picture becomes the network's input.
         train: how the model is trained.
         weights: a detkit checkpoint to start from; null to start from the backbone's own weights.
@@ -193,6 +214,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"There is no config file '{path}'. {nearest(path, near)}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -211,7 +234,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' stands twice", key_node.start_mark
@@ -235,6 +260,9 @@ def _parse(arguments: list[str]) -> Experiment:
     try:
         parsed = parser.parse_args(arguments)
         parsed.pop("config", None)
+        if isinstance(parsed.data.get("root"), str):
+            # A run is evaluated and resumed from other folders than it was started in.
+            parsed.data["root"] = str(Path(parsed.data["root"]).expanduser().absolute())
         return Experiment(**vars(parser.instantiate(parsed)))
     except ArgumentError as error:
         reason = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """What `detkit infer` writes: pictures with boxes, COCO JSON, YOLO text, crops."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from rich.progress import track
 from detkit.boxes.convert import xyxy_to_cxcywh
 from detkit.data.image import find_images, read_image
 from detkit.draw import draw_detections, write_image
-from detkit.errors import DataError
+from detkit.errors import ConfigError, DataError
 from detkit.metrics.detection import coco_results, write_coco_results
 from detkit.predict import Predictor
-from detkit.types import ClassList, Detections, Meta
+from detkit.types import Detections, Meta
 
 
 def infer(
@@ -41,9 +42,12 @@ def infer(
     Raises:
         DataError: there is no picture, or one is broken and `skip_broken` is false.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     files = find_images(source)
+    if batch < 1:
+        raise ConfigError(f"'batch' must be at least 1, but is {batch}.")
     names = unique_names(files)
+    ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []
     broken: list[str] = []
     for start in track(range(0, len(files), batch), "detecting", console=console, disable=not console.is_terminal):
@@ -60,7 +64,7 @@ def infer(
         )
         for (file, image), found in zip(chunk, found_all):
             name = names[file]
-            meta = Meta(image_id(name), str(file), (image.shape[0], image.shape[1]))
+            meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
             results += coco_results(found, meta, predictor.model.classes)
             console.print(f"{file}: {_counts(found)}")
             if save_images:
@@ -79,15 +83,11 @@ def infer(
 
 def unique_names(files: Sequence[Path]) -> dict[Path, str]:
     """A name without suffix for each file: its stem where that is unique, else with its folder and suffix."""
-    stems = [file.stem for file in files]
+    stems = Counter(file.stem for file in files)
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for file in files:
-        name = (
-            file.stem
-            if stems.count(file.stem) == 1
-            else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
-        )
+        name = file.stem if stems[file.stem] == 1 else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
         unique, number = name, 2
         while unique in taken:
             unique, number = f"{name}_{number}", number + 1
@@ -96,9 +96,11 @@ def unique_names(files: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def image_id(name: str) -> int | str:
-    """COCO's image_id: the number that the file is named by (000000000139.jpg), else its name."""
-    return int(name) if name.isdigit() else name
+def image_ids(names: Sequence[str]) -> dict[str, int | str]:
+    """COCO's image_id of each name: the number that the file is named by (000000000139), where no other file has the
+    same number; else the name."""
+    numbers = Counter(int(name) for name in names if name.isdecimal())
+    return {name: int(name) if name.isdecimal() and numbers[int(name)] == 1 else name for name in names}
 
 
 def _counts(found: Detections) -> str:
@@ -137,8 +139,3 @@ def numbered_folder(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}{number}")
     return candidate
-
-
-def class_list(names: ClassList) -> str:
-    """The classes as the command line prints them."""
-    return f"classes    {names}"

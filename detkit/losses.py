@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,19 +30,3 @@ def box_loss(offsets: Tensor, anchors: Tensor, true_offsets: Tensor, kind: BoxLo
         return F.smooth_l1_loss(offsets, true_offsets, reduction="sum")
     overlap = elementwise_iou(decode(offsets, anchors), decode(true_offsets, anchors), kind=kind)
     return (1 - overlap).sum()
-
-
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of independent classes (Lin et al. 2017, equation 5), element by element.
-
-    Args:
-        logits: any shape.
-        targets: same shape, 0 or 1.
-        alpha: weight of positives; negatives weigh 1 - alpha.
-        gamma: how strongly easy examples are discounted; 0 gives cross-entropy.
-    """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    probability = torch.sigmoid(logits)
-    miss = probability + targets - 2 * probability * targets
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * miss**gamma * cross_entropy

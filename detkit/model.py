@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,11 @@ class Model(nn.Module):
             for (in_backbone, decays), parameters in groups.items()
         ]
 
-    def save(self, path: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write weights (its own, or `state` of the same shape), experiment and classes to a .safetensors file."""
+    def save(self, path: Path) -> None:
+        """Write weights, experiment and classes to a .safetensors file."""
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or self.state_dict()).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {
             "format": FORMAT,
             "experiment": json.dumps(experiment_to_dict(self.experiment)),
@@ -91,21 +90,31 @@ class Model(nn.Module):
         temporary.replace(path)
 
 
-def build_model(experiment: Experiment, classes: ClassList) -> Model:
+def build_model(experiment: Experiment, classes: ClassList, load_weights: bool = True) -> Model:
     """The model that a config describes, with random weights but for what the backbone loads.
+
+    Args:
+        load_weights: load what the config says about weights to start from; needless for a model whose weights come
+            from a checkpoint, which may be used where those are not at hand.
 
     Raises:
         ConfigError: a part or option is unknown, or the parts do not fit together.
         CheckpointError: the backbone's weights cannot be had.
     """
-    backbone: Backbone = backbones.build(experiment.backbone, "backbone")
+    options = experiment.backbone
+    if not load_weights:
+        options = {key: value for key, value in options.items() if key != "weights"}
+    backbone: Backbone = backbones.build(options, "backbone")
     channels, strides = backbone.channels, backbone.strides
     neck: Neck | None = None
     if experiment.neck is not None:
         neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
         channels, strides = neck.channels, neck.strides
     head: Head = heads.build(experiment.head, "head", channels=channels, strides=strides, num_classes=len(classes))
-    return Model(backbone, neck, head, experiment, classes)
+    model = Model(backbone, neck, head, experiment, classes)
+    if load_weights and experiment.weights is not None:
+        _start_from(model, experiment.weights, experiment.weights_parts)
+    return model
 
 
 def load_model(path: str | Path) -> Model:
@@ -115,20 +124,33 @@ def load_model(path: str | Path) -> Model:
         CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
     """
     tensors, experiment, classes = read_checkpoint(path)
-    # The checkpoint has all weights; the backbone must not look for those it started from.
-    without_weights = {key: value for key, value in experiment.backbone.items() if key != "weights"}
-    model = build_model(replace(experiment, backbone=without_weights), classes)
-    model.experiment = experiment
+    model = build_model(experiment, classes, load_weights=False)
     load_tensors(model, tensors, str(path))
     return model.eval()
+
+
+def resolve_checkpoint(path: str | Path) -> str:
+    """The checkpoint that a user means by a run's folder (its best), by the file itself, or by torchvision's name.
+
+    Raises:
+        CheckpointError: the folder is no run with a checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    for checkpoint in (folder / "checkpoints" / "best.safetensors", folder / "best.safetensors"):
+        if checkpoint.is_file():
+            return str(checkpoint)
+    raise CheckpointError(f"The folder '{path}' holds no checkpoints/best.safetensors. Give a run's folder or a file.")
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """The tensors of a checkpoint file, the experiment that trained them, and its classes."""
     from safetensors import SafetensorError, safe_open
 
-    if is_published(str(path)):
-        return read_published(str(path))
+    path = resolve_checkpoint(path)
+    if is_published(path):
+        return read_published(path)
     path = Path(path)
     if not path.is_file():
         found = [str(file) for file in sorted(path.parent.glob("*.safetensors"))] if path.parent.is_dir() else []
@@ -182,7 +204,7 @@ def check_classes(model: ClassList, data: ClassList, source: str) -> None:
     )
 
 
-def start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:
+def _start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:
     """Load `parts` (backbone, neck, head) of a detkit checkpoint into a model about to be trained.
 
     Raises:

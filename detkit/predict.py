@@ -11,10 +11,11 @@ from PIL import Image
 
 from detkit.data.image import read_image, rgb_uint8
 from detkit.data.transforms import undo
-from detkit.engine.run_folder import resolve_checkpoint
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.model import Model, load_model
 from detkit.types import Detections, Meta
+
+UNLIMITED = 1_000_000
 
 Picture: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
@@ -29,7 +30,7 @@ def load(checkpoint: str | Path, device: str = "auto") -> "Predictor":
     Raises:
         CheckpointError: there is no such checkpoint, or it is broken.
     """
-    return Predictor(load_model(resolve_checkpoint(str(checkpoint))), device)
+    return Predictor(load_model(checkpoint), device)
 
 
 class Predictor:
@@ -41,15 +42,8 @@ class Predictor:
     """
 
     def __init__(self, model: Model, device: str = "auto") -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-            self.model = model.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"The device '{device}' cannot be used: {str(error).splitlines()[0]} Use cpu or auto."
-            ) from None
+        self.model = to_device(model, device).eval()
+        self.device = self.model.mean.device
         self.class_names = model.classes.names
 
     def predict(
@@ -94,20 +88,24 @@ class Predictor:
         for name, value in (("conf", conf), ("iou", iou)):
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"'{name}' must lie in 0..1, but is {value}.")
-        if max_det is not None and max_det < 1:
-            raise ConfigError(f"'max_det' must be at least 1, but is {max_det}.")
+        for name, count in (("max_det", max_det), ("batch", batch_size)):
+            if count is not None and count < 1:
+                raise ConfigError(f"'{name}' must be at least 1, but is {count}.")
+        kept = default.max_detections if max_det is None else max_det
         limits = replace(
             default,
             score_threshold=conf,
             iou_threshold=default.iou_threshold if iou is None else iou,
-            max_detections=default.max_detections if max_det is None or wanted is not None else max_det,
+            max_candidates=max(default.max_candidates, kept),
+            # Where classes are chosen afterwards, those left out must not use up the places.
+            max_detections=kept if wanted is None else UNLIMITED,
         )
         for start in range(0, len(images), batch_size):
             arrays = [to_array(image) for image in images[start : start + batch_size]]
             for found in self._run(arrays, limits):
                 if wanted is not None:
                     found = found[torch.isin(found.labels, wanted)]
-                    found = found[torch.arange(min(len(found), max_det or len(found)))]
+                    found = found[torch.arange(min(len(found), kept))]
                 yield found
 
     @torch.inference_mode()
@@ -143,6 +141,21 @@ class Predictor:
             else:
                 raise ConfigError(f"'{given}' is no class of this model. {nearest(str(given), self.class_names)}")
         return torch.tensor(labels)
+
+
+def to_device(model: Model, device: str) -> Model:
+    """The model on a device by its name; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device '{device}' cannot be used: {reason} Use cpu or auto.") from None
 
 
 def to_array(image: Picture) -> np.ndarray:

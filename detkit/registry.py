@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from detkit.errors import ConfigError, nearest
+from detkit.errors import ConfigError, DetkitError, nearest
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ class Registry:
         """
         if "name" not in options:
             raise ConfigError(f"'{path}' needs a 'name'. Valid names: {', '.join(self.names())}.")
-        part = self.get(options["name"])
+        part = self.get(str(options["name"]))
         given = {key: value for key, value in options.items() if key != "name"}
         valid = option_names(part) - set(injected)
         for key in given:
@@ -82,7 +82,14 @@ class Registry:
                 f"The {self.kind} '{options['name']}' needs '{path}.{sorted(missing)[0]}'; give it in the config "
                 f"or as --{path}.{sorted(missing)[0]} VALUE."
             )
-        return part(**injected, **_typed(part, given, set(injected), path))
+        typed = _typed(part, given, set(injected), path)
+        try:
+            return part(**injected, **typed)
+        except DetkitError:
+            raise
+        except ValueError as error:
+            # What the part itself, or the library behind it, says of a value out of its range.
+            raise ConfigError(f"'{path}' cannot be built: {' '.join(str(error).split())}") from error
 
     def _import_package(self) -> None:
         if not self._imported:

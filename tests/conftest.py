@@ -8,6 +8,8 @@ import pytest
 
 # No test may reach for a network.
 os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1")
+# The networks are tiny, and threads that wait for one another on a busy machine cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from detkit.config import Experiment, load_experiment
 

@@ -121,6 +121,19 @@ def test_infer_writes_what_is_asked_for(run: Run, checkpoint: Path, pictures: Pa
     assert len(list((out / "crops").rglob("*.jpg"))) == 15
 
 
+@pytest.mark.parametrize("classes", ["circle", "[circle, 2]", "0,triangle"])
+def test_infer_keeps_only_the_classes_asked_for(
+    run: Run, checkpoint: Path, pictures: Path, tmp_path: Path, classes: str
+) -> None:
+    out = tmp_path / "out"
+    options = ("--output", out, "--conf", "0", "--classes", classes, "--max-det", "7")
+    status, _, error = run("infer", checkpoint, "--source", pictures, *options)
+    assert status == 0, error
+    records = json.loads((out / "predictions.json").read_text())
+    assert {record["category_id"] for record in records} <= {0, 2}
+    assert len(records) == 21
+
+
 def test_infer_takes_one_picture_and_a_glob(run: Run, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     for source, count in ((pictures / "000012.png", 1), (f"{pictures}/*", 2), (f"{pictures}/**/*.jpg", 1)):
         status, output, error = run("infer", checkpoint, "--source", source, "--output", tmp_path / "out")
@@ -158,6 +171,9 @@ class TestBadInput:
         fails(run("infer", checkpoint), "source")
         fails(run("infer", checkpoint, "--source", "x", "--conf", "abc"), "conf", "abc")
         fails(run("eval"), "needs a run's folder")
+        fails(run("eval", checkpoint, "--head.nms_threshold", "0.3"), "'--head.nms_threshold' cannot be changed")
+        fails(run("train", tiny_config, "--resume", ""), "--resume needs the folder")
+        fails(run("infer", checkpoint, "--source", tiny_config.parent, "--batch", "0"), "no pictures")
 
     def test_a_misspelt_key_in_a_config(self, run: Run, tiny_config: Path) -> None:
         tiny_config.write_text(tiny_config.read_text().replace("warmup_epochs", "warm_up_epochs"))

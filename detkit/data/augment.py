@@ -75,8 +75,8 @@ class _IoUCrop(BaseCrop):
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         height, width = params["shape"][:2]
-        boxes = np.asarray(data["bboxes"], dtype=np.float64).reshape(len(data["bboxes"]), -1)[:, :4]
-        boxes = boxes * [width, height, width, height]
+        boxes = np.array([box[:4] for box in data["bboxes"]], dtype=np.float64).reshape(-1, 4)
+        boxes *= [width, height, width, height]
         # 2 stands for "the whole picture", as in the paper's list of choices.
         minimum = self.py_random.choice([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 2.0])
         if minimum < 2.0:
@@ -141,7 +141,8 @@ class _ZoomCrop(BaseCrop):
         height, width = params["shape"][:2]
         scale = self.py_random.uniform(self.min_scale, 1.0)
         stretch = self.py_random.uniform(1 / self.max_ratio, self.max_ratio) ** 0.5
-        rows, columns = round(height * min(1.0, scale / stretch)), round(width * min(1.0, scale * stretch))
+        rows = max(1, round(height * min(1.0, scale / stretch)))
+        columns = max(1, round(width * min(1.0, scale * stretch)))
         top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
         return {"crop_coords": (left, top, left + columns, top + rows)}
 

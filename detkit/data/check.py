@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -23,16 +24,14 @@ def check(data: dict[str, Any]) -> int:
         DataError: a split cannot be opened at all.
         ConfigError: `data` has an unknown option.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     problems = 0
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
         options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
         dataset = open_split(options, split, frozenset())
         for problem in dataset.problems.found:
-            console.print(
-                f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}", markup=False
-            )
+            console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}")
         problems += len(dataset.problems.found)
         console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
     return problems
@@ -60,5 +59,5 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
         figures = (
             [f"{side[0]:.0f} px", f"{side[len(side) // 2]:.0f} px", f"{side[-1]:.0f} px"] if side else ["", "", ""]
         )
-        table.add_row(name, str(raw_id), str(count), *figures)
+        table.add_row(escape(name), str(raw_id), str(count), *figures)
     return table

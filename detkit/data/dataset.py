@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -109,10 +109,6 @@ class Problems:
         count = len(self.found)
         head = f"{count} problem{'s' if count > 1 else ''} (broken: {self.policy})" if count else "no problems"
         return "\n".join([head, *lines])
-
-    def to_json(self) -> list[dict[str, str]]:
-        """The problems as plain values for a JSON file."""
-        return [asdict(problem) for problem in self.found]
 
 
 class Dataset(ABC):

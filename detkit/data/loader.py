@@ -15,16 +15,33 @@ from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
 from detkit.data.transforms import Augment, Fit
+from detkit.errors import DataError
 from detkit.types import Batch, Meta, Target
 
 Key = tuple[int, int]
 Fitted = tuple[torch.Tensor, tuple[int, int], Target, Meta]
 
 
-def collate(items: Sequence[Fitted]) -> Batch:
-    """One batch of pictures that `Fit` brought to the same size."""
+def collate(items: Sequence[Fitted | DataError]) -> Batch | DataError:
+    """One batch of pictures that `Fit` brought to the same size, or the error of one that could not be read."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
     images, sizes, targets, metas = zip(*items)
     return Batch(torch.stack(images), sizes, targets, metas)
+
+
+def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
+    """The batches of a loader.
+
+    Raises:
+        DataError: a picture could not be read. It comes from the worker as a value: raised there, it would arrive
+            here with the worker's traceback for its message.
+    """
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def training_loader(
@@ -82,16 +99,19 @@ class EpochSampler(Sampler[Key]):
 
 
 @dataclass
-class _TrainingReader(TorchDataset[Fitted]):
+class _TrainingReader(TorchDataset[Fitted | DataError]):
     dataset: Dataset
     fit: Fit
     augment: Augment | None
     seed: int
     plain_from_epoch: int | None
 
-    def __getitem__(self, key: Key) -> Fitted:
+    def __getitem__(self, key: Key) -> Fitted | DataError:
         epoch, index = key
-        sample = self.dataset[index]
+        try:
+            sample = self.dataset[index]
+        except DataError as error:
+            return error
         plain = self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
         if self.augment is not None and not plain:
             seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
@@ -100,19 +120,22 @@ class _TrainingReader(TorchDataset[Fitted]):
 
 
 @dataclass
-class _EvaluationReader(TorchDataset[Fitted]):
+class _EvaluationReader(TorchDataset[Fitted | DataError]):
     dataset: Dataset
     fit: Fit
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Fitted:
-        return self.fit(self.dataset[index])
+    def __getitem__(self, index: int) -> Fitted | DataError:
+        try:
+            return self.fit(self.dataset[index])
+        except DataError as error:
+            return error
 
 
 def _loader(
-    reader: TorchDataset[Fitted], sampler: Sampler[Key] | None, batch_size: int, workers: int
+    reader: TorchDataset[Fitted | DataError], sampler: Sampler[Key] | None, batch_size: int, workers: int
 ) -> DataLoader[Any]:
     import cv2
 

@@ -32,7 +32,8 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
         )
     if not len(dataset):
         raise DataError(
-            f"The split '{injected['split']}' of data '{options['name']}' has no pictures. Check data.{split}."
+            f"The split '{injected['split']}' of data '{options['name']}' has no pictures. Check data.{split}. "
+            f"{dataset.problems.summary()}"
         )
     return dataset
 
@@ -41,8 +42,8 @@ def open_train_and_val(data: dict[str, Any], needs: frozenset[str]) -> tuple[Dat
     """Both splits; they must agree on the classes."""
     if data.get("train", "train") == data.get("val", "val"):
         raise ConfigError(
-            f"'data.train' and 'data.val' both name the split '{data.get('train')}': scores on pictures that were "
-            "trained on say nothing. Give different splits."
+            f"'data.train' and 'data.val' both name the split '{data.get('train', 'train')}': scores on pictures that "
+            "were trained on say nothing. Give different splits."
         )
     train, val = open_split(data, "train", needs), open_split(data, "val", needs)
     if train.classes != val.classes:
@@ -50,4 +51,10 @@ def open_train_and_val(data: dict[str, Any], needs: frozenset[str]) -> tuple[Dat
             f"The splits disagree on the classes: training has {train.classes}; validation has {val.classes}. "
             "Name them once with data.class_names."
         )
+    for dataset, split in ((train, "train"), (val, "val")):
+        if not any((~dataset.target(index).ignored).any() for index in range(len(dataset))):
+            raise DataError(
+                f"No picture of the split '{data.get(split, split)}' has an object that counts, so there is nothing to "
+                f"{'learn' if split == 'train' else 'score'}. Check data.{split} and its annotations (detkit check)."
+            )
     return train, val

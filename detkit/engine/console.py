@@ -31,7 +31,7 @@ class TrainingConsole:
         fabric: Fabric,
     ) -> None:
         self.folder, self.options = folder, experiment.train
-        self.console = Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True, markup=False)
         self.active = fabric.is_global_zero
         self.progress = Progress(
             TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from detkit.data.dataset import Dataset
-from detkit.data.loader import evaluation_loader
+from detkit.data.loader import batches, evaluation_loader
 from detkit.data.transforms import undo
 from detkit.heads.base import Head
 from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
@@ -51,7 +51,7 @@ def evaluate(
     loader = evaluation_loader(dataset, model.fit, batch_size=batch_size, workers=workers)
     position = 0
     with torch.inference_mode():
-        for batch in loader:
+        for batch in batches(loader):
             batch = batch.to(device)
             outputs = model(batch.images, batch.sizes)
             for name, value in _losses(model.head, outputs, batch.targets):

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 import yaml
 
-from detkit.config import Experiment, experiment_to_dict
-from detkit.errors import CheckpointError
+from detkit.config import Experiment, experiment_to_dict, load_experiment
+from detkit.errors import CheckpointError, ConfigError
 
 STATE_FORMAT = 1
+MAY_CHANGE = frozenset(
+    {"data.root", "name", "runs"}
+    | {f"train.{name}" for name in ("device", "devices", "epochs", "patience", "validate_every", "workers")}
+)
 
 
 class RunFolder:
@@ -29,19 +33,44 @@ class RunFolder:
     @classmethod
     def create(cls, experiment: Experiment, task: str) -> "RunFolder":
         """A new folder; a name that is taken gets a number: <name>2, <name>3 ..."""
+        parent = Path(experiment.runs) / task
         number = 1
-        while True:
-            path = Path(experiment.runs) / task / (experiment.name if number == 1 else f"{experiment.name}{number}")
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                path = parent / (experiment.name if number == 1 else f"{experiment.name}{number}")
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    number += 1
+        except OSError as error:
+            raise ConfigError(f"The folder of runs '{parent}' cannot be made: {error.strerror}. Set 'runs'.") from None
         folder = cls(path)
         folder.pictures.mkdir()
         folder.checkpoints.mkdir()
-        folder.config.write_text(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False), encoding="utf-8")
+        folder.write_config(experiment)
         return folder
+
+    def write_config(self, experiment: Experiment) -> None:
+        """Write config.yaml, from which `--resume` goes on."""
+        self.config.write_text(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False), encoding="utf-8")
+
+    def check_same_experiment(self, experiment: Experiment) -> None:
+        """Refuse to go on with other options than the run began with, but for those in MAY_CHANGE.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        before = _flat(experiment_to_dict(load_experiment([str(self.config)])))
+        now = _flat(experiment_to_dict(experiment))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in MAY_CHANGE:
+                raise ConfigError(
+                    f"The run '{self.path}' began with {key} = {before.get(key)!r}, and cannot go on with "
+                    f"{now.get(key)!r}. Only {', '.join(sorted(MAY_CHANGE))} may change; start a new run with "
+                    f"--weights {self.last} instead."
+                )
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.csv; the first one writes the header."""
@@ -82,15 +111,9 @@ class RunFolder:
         return state
 
 
-def resolve_checkpoint(path: str) -> Path:
-    """The checkpoint file that a user means by a run's folder (its best) or by the file itself."""
-    given = Path(path)
-    if given.is_dir():
-        for folder in (RunFolder(given), RunFolder(given.parent)):
-            for checkpoint in (folder.best, folder.last):
-                if checkpoint.is_file():
-                    return checkpoint
-        raise CheckpointError(
-            f"The folder '{path}' holds no checkpoints/best.safetensors. Give a run's folder or a file."
-        )
-    return given
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

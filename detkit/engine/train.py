@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from detkit.config import Experiment, TrainOptions
 from detkit.data.dataset import Dataset
-from detkit.data.loader import EpochSampler, training_loader
+from detkit.data.loader import EpochSampler, batches, training_loader
 from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment
 from detkit.engine.average import AveragedModel
@@ -23,9 +24,9 @@ from detkit.engine.memory import keep_freed_memory
 from detkit.engine.pictures import write_predictions, write_training_batch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
-from detkit.errors import DetkitError
+from detkit.errors import ConfigError, DetkitError
 from detkit.heads.base import Head
-from detkit.model import Model, build_model, start_from
+from detkit.model import Model, build_model, check_classes, read_checkpoint
 from detkit.registry import heads
 from detkit.types import Batch
 
@@ -75,18 +76,17 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
         LossNotFiniteError: naming the loss, the step and the pictures.
     """
     options = experiment.train
-    fabric = Fabric(accelerator=options.device, devices=options.devices, precision=options.precision)
-    fabric.launch()
+    fabric = _launch(options)
     if fabric.device.type == "cpu":
         keep_freed_memory()
     fabric.seed_everything(options.seed, verbose=False)
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     train_set, val_set = open_train_and_val(experiment.data, head.needs)
-    setup = _set_up(fabric, experiment, train_set)
+    setup = _set_up(fabric, experiment, train_set, load_weights=resume is None)
     progress = Progress()
     folder = _run_folder(fabric, experiment, head.task, resume)
-    if resume:
-        progress = _resume(setup, folder)
+    if resume is not None:
+        progress = _resume(setup, folder, experiment)
     elif fabric.is_global_zero:
         write_training_batch(setup.loader.dataset, folder.pictures / "training_batch.jpg", train_set.classes)
     with TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console:
@@ -108,6 +108,21 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     return folder
 
 
+def _launch(options: TrainOptions) -> Fabric:
+    """Start the processes, one for each device."""
+    try:
+        fabric = Fabric(accelerator=options.device, devices=options.devices, precision=options.precision)
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(
+            f"'train.device' {options.device} with 'train.devices' {options.devices} cannot be used: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    if options.precision == "16-mixed" and fabric.device.type == "cpu":
+        raise ConfigError("'train.precision' 16-mixed needs a GPU. Use bf16-mixed or 32-true on a CPU.")
+    fabric.launch()
+    return fabric
+
+
 def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str | None) -> RunFolder:
     """The run's folder, made by the first process and the same in all."""
     path = resume
@@ -122,17 +137,18 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
     setup.wrapped.train()
     setup.sampler.epoch = progress.epoch
     sums: dict[str, float] = defaultdict(float)
-    for number, batch in enumerate(setup.loader, start=1):
+    for number, batch in enumerate(batches(setup.loader), start=1):
         whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
         batch = batch.to(setup.fabric.device)
         factor = learning_rate_factor(progress.step, setup.steps_per_epoch, options)
         for group, peak in zip(optimizer.param_groups, setup.peak_lrs):
             group["lr"] = peak * factor
+        share = group_size(number, setup.sampler.batches, options.accumulate)
         with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
             outputs = setup.wrapped(batch.images, batch.sizes)
             losses = setup.model.head.loss(outputs, batch.targets)
             _check_finite(losses, progress.step, batch)
-            setup.fabric.backward(torch.stack(list(losses.values())).sum() / options.accumulate)
+            setup.fabric.backward(torch.stack(list(losses.values())).sum() / share)
         if whole_step:
             if options.clip_norm is not None:
                 setup.fabric.clip_gradients(
@@ -149,6 +165,12 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
     return {name: value / setup.sampler.batches for name, value in sums.items()}
 
 
+def group_size(number: int, batches: int, accumulate: int) -> int:
+    """How many batches make up the step of batch `number` (from 1); the last step of an epoch may have fewer."""
+    first = (number - 1) // accumulate * accumulate
+    return min(accumulate, batches - first)
+
+
 def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
     for name, value in losses.items():
         if not torch.isfinite(value):
@@ -160,11 +182,9 @@ def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
             )
 
 
-def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset) -> Setup:
+def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_weights: bool) -> Setup:
     options = experiment.train
-    model = build_model(experiment, train_set.classes)
-    if experiment.weights is not None:
-        start_from(model, experiment.weights, experiment.weights_parts)
+    model = build_model(experiment, train_set.classes, load_weights=load_weights)
     model.backbone.freeze(options.freeze)
     # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -190,13 +210,15 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset) -> Setup
 
 def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer:
     betas = (options.momentum, 0.999)
+    # A fused step unscales half-precision gradients itself, too late for clipping them.
+    fused = options.precision != "16-mixed"
     match options.optimizer:
         case "sgd":
-            return SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+            return SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
         case "adam":
-            return Adam(groups, lr=options.lr, betas=betas, fused=True)
+            return Adam(groups, lr=options.lr, betas=betas, fused=fused)
         case "adamw":
-            return AdamW(groups, lr=options.lr, betas=betas, fused=True)
+            return AdamW(groups, lr=options.lr, betas=betas, fused=fused)
 
 
 def _validate(
@@ -206,7 +228,7 @@ def _validate(
     evaluation = None
     if setup.fabric.is_global_zero:
         model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
-        batch_size = setup.options.batch_size // setup.options.accumulate
+        batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
             evaluation = evaluate(model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance)
         score = evaluation.scores.coco["mAP"]
@@ -236,17 +258,29 @@ def _save(setup: Setup, progress: Progress, folder: RunFolder) -> None:
             "optimizer": setup.optimizer.state_dict(),
             "average": setup.average.model.state_dict() if setup.average is not None else None,
             "average_updates": setup.average.updates if setup.average is not None else 0,
+            "scaler": setup.fabric.strategy.precision.state_dict(),
             "random": torch.get_rng_state(),
         }
     )
 
 
-def _resume(setup: Setup, folder: RunFolder) -> Progress:
+def _resume(setup: Setup, folder: RunFolder, experiment: Experiment) -> Progress:
+    """Put weights, optimiser and random state back to the end of the run's last whole epoch.
+
+    Raises:
+        CheckpointError: there is nothing to resume, or the data have other classes now.
+        ConfigError: the experiment differs in what cannot change within a run.
+    """
     state = folder.load_state()
+    folder.check_same_experiment(experiment)
+    check_classes(read_checkpoint(folder.last)[2], setup.model.classes, str(folder.last))
     setup.model.load_state_dict(state["model"])
     setup.optimizer.load_state_dict(state["optimizer"])
     if setup.average is not None and state["average"] is not None:
         setup.average.model.load_state_dict(state["average"])
         setup.average.updates = state["average_updates"]
+    setup.fabric.strategy.precision.load_state_dict(state["scaler"])
     torch.set_rng_state(state["random"])
+    if setup.fabric.is_global_zero:
+        folder.write_config(experiment)
     return Progress(**state["progress"])

@@ -21,8 +21,16 @@ class AnchorLayout(ABC):
         """How many anchors each of `levels` feature maps has at every location."""
 
     @abstractmethod
-    def __call__(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
-        """(A, 4) xyxy pixels, level by level, row by row, all anchors of one location together."""
+    def __call__(
+        self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
+    ) -> Tensor:
+        """(A, 4) xyxy pixels, level by level, row by row, all anchors of one location together.
+
+        Args:
+            map_sizes: (height, width) of each feature map.
+            image_size: (height, width) of the network's input in pixels.
+            strides: pixels between the locations of each map; 0 for a map pooled from the whole image.
+        """
 
 
 @anchor_layouts.register("default_boxes")
@@ -35,7 +43,7 @@ class DefaultBoxes(AnchorLayout):
         min_scale, max_scale: scales of the first and last level, evenly spaced between.
         scales: instead of these, one scale for each level and a last one for the extra square box.
         steps: for each level, pixels between anchor centres; null divides the image evenly.
-        clip: cut anchors at the border of the image, as torchvision's published weights were trained.
+        clip: limit sides to the image's (not corners), as torchvision's published weights were trained.
     """
 
     def __init__(
@@ -53,7 +61,9 @@ class DefaultBoxes(AnchorLayout):
     def per_location(self, levels: int) -> list[int]:
         return [2 + 2 * len(ratios) for ratios in _for_levels(self.ratios, levels, "ratios")]
 
-    def __call__(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
+    ) -> Tensor:
         levels = len(map_sizes)
         scales = self.scales or tuple(linear_scales(self.min_scale, self.max_scale, levels))
         if len(scales) != levels + 1:
@@ -61,6 +71,8 @@ class DefaultBoxes(AnchorLayout):
                 f"'head.anchors.scales' has {len(scales)} values; {levels} feature maps need {levels + 1}, "
                 "the last one for the extra square box."
             )
+        if self.steps is not None and len(self.steps) != levels:
+            raise ConfigError(f"'head.anchors.steps' has {len(self.steps)} values for {levels} feature maps.")
         ratios = _for_levels(self.ratios, levels, "ratios")
         return torch.cat(ssd_default_boxes(map_sizes, image_size, scales, ratios, steps=self.steps, clip=self.clip))
 
@@ -86,7 +98,9 @@ class PerPixel(AnchorLayout):
     def per_location(self, levels: int) -> list[int]:
         return [len(sizes) + len(self.ratios) - 1 for sizes in _for_levels(self.sizes, levels, "sizes")]
 
-    def __call__(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
+    ) -> Tensor:
         sizes = _for_levels(self.sizes, len(map_sizes), "sizes")
         return torch.cat([per_pixel_anchors(m, image_size, s, self.ratios) for m, s in zip(map_sizes, sizes)])
 
@@ -98,24 +112,20 @@ class Pyramid(AnchorLayout):
     Args:
         sizes: for each level, side lengths in pixels of the network's input.
         ratios: height-to-width ratios, the same on all levels.
-        strides: for each level, pixels between anchor centres.
     """
 
-    def __init__(
-        self,
-        sizes: tuple[tuple[float, ...], ...],
-        strides: tuple[int, ...],
-        ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
-    ) -> None:
-        self.sizes, self.strides, self.ratios = sizes, strides, ratios
+    def __init__(self, sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> None:
+        self.sizes, self.ratios = sizes, ratios
 
     def per_location(self, levels: int) -> list[int]:
         return [len(sizes) * len(self.ratios) for sizes in _for_levels(self.sizes, levels, "sizes")]
 
-    def __call__(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
+    ) -> Tensor:
         sizes = _for_levels(self.sizes, len(map_sizes), "sizes")
-        levels = zip(map_sizes, self.strides, sizes)
-        return torch.cat([region_proposal_anchors(m, stride, s, self.ratios) for m, stride, s in levels])
+        levels = zip(map_sizes, strides, sizes)
+        return torch.cat([region_proposal_anchors(m, stride or image_size, s, self.ratios) for m, stride, s in levels])
 
 
 def _for_levels(values: tuple[tuple[float, ...], ...], levels: int, option: str) -> tuple[tuple[float, ...], ...]:

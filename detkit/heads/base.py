@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from detkit.errors import ConfigError
 from detkit.types import Detections, Inputs, Target
 
 
@@ -24,6 +25,13 @@ class Postprocess:
     iou_threshold: float = 0.45
     max_candidates: int = 400
     max_detections: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "iou_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"The {name.replace('_', ' ')} must lie in 0..1, but is {getattr(self, name)}.")
+        if min(self.max_candidates, self.max_detections) < 1:
+            raise ConfigError(f"At least one detection must be allowed, but it is {self.max_detections}.")
 
 
 class Head(nn.Module, ABC):

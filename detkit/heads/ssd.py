@@ -80,7 +80,7 @@ class SSD(Head):
         max_detections: int = 200,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.strides = num_classes, tuple(strides)
         self.layout: AnchorLayout = anchor_layouts.build(anchors or {"name": "default_boxes"}, "head.anchors")
         self.match = MATCHERS[matching]
         self.iou_threshold = iou_threshold
@@ -111,7 +111,7 @@ class SSD(Head):
             )
             offsets.append(_per_anchor(self.box_predictors[level](self.box_towers[level](feature)), 4))
         map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-        anchors = self.layout(map_sizes, inputs.size).to(features[0].device)
+        anchors = self.layout(map_sizes, inputs.size, self.strides).to(features[0].device)
         # Softmax, exponentials and sums over thousands of anchors lose too much in half precision.
         return SSDOutputs(torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, inputs.sizes)
 

@@ -170,7 +170,7 @@ def test_broken_boxes_under_each_policy(tmp_path, box, kind, repaired):
     assert [(p.kind, p.action) for p in skipped.problems.found] == [(kind, "left out the box")]
     mended = Voc(root, "train", broken="repair")
     assert mended.target(0).boxes.tolist() == [*([repaired] if repaired else []), [0, 0, 9, 9]]
-    assert mended.problems.to_json()[0]["action"].startswith("repaired" if repaired else "left out the box")
+    assert mended.problems.found[0].action.startswith("repaired" if repaired else "left out the box")
 
 
 def test_an_overshoot_by_rounding_is_clipped_and_counted(tmp_path):
