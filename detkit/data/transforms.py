@@ -50,7 +50,7 @@ class Fit:
 
     def image(self, image: np.ndarray) -> Tensor:
         """(3, size) float32 in 0..1 from (H, W, 3) uint8."""
-        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div_(255)
+        tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).float().div_(255)
         inner = self.inner_size((image.shape[0], image.shape[1]))
         if tuple(tensor.shape[1:]) != inner:
             tensor = F.interpolate(tensor[None], inner, mode="bilinear", align_corners=False)[0]
