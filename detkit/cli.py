@@ -1,5 +1,6 @@
 """The command line: `detkit train | eval | infer | check`. Each command imports what it needs when it runs."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,7 +89,12 @@ def check(arguments: list[str]) -> None:
 
     problems = run(experiment.data)
     if problems:
-        raise DetkitError(f"{problems} problem{'s' if problems > 1 else ''} found, listed above.")
+        policy = experiment.data.get("broken", "fail")
+        outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
+        raise DetkitError(
+            f"{problems} problem{'s' if problems > 1 else ''} found, listed above. With data.broken = {policy}, as "
+            f"this config has it, training {outcome[policy]}."
+        )
 
 
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
@@ -198,7 +204,7 @@ def _experiment_help(command: str, extra: str) -> None:
 
     print(f"usage: detkit {command} CONFIG.yaml [CONFIG2.yaml ...] [--KEY VALUE ...]\n{extra}\n")
     parser = make_parser()
-    parser.usage = ""
+    parser.usage = argparse.SUPPRESS
     parser.print_help()
 
 

@@ -1,5 +1,6 @@
 """Options of the commands that take no config file, and how they are read."""
 
+import argparse
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def parse_options(schema: type[Options], command: str, arguments: list[str]) -> 
     parser.add_class_arguments(schema)
     if "-h" in arguments or "--help" in arguments:
         print(f"usage: detkit {command} {fields[0].name.upper()} [--OPTION VALUE ...]\n")
-        parser.usage = ""
+        parser.usage = argparse.SUPPRESS
         parser.print_help()
         return None
     if arguments and not arguments[0].startswith("-"):

@@ -153,7 +153,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Cl
         return read_published(path)
     path = Path(path)
     if not path.is_file():
-        found = [str(file) for file in sorted(path.parent.glob("*.safetensors"))] if path.parent.is_dir() else []
+        runs = path.parent.iterdir() if path.parent.is_dir() else ()
+        found = [str(item) for item in runs if item.is_dir() or item.suffix == ".safetensors"]
         raise CheckpointError(f"There is no checkpoint '{path}'. {nearest(str(path), found)}")
     try:
         with safe_open(path, framework="pt") as file:

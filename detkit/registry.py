@@ -6,7 +6,7 @@ A part is a class; its constructor signature is the only list of its options and
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from detkit.errors import ConfigError, DetkitError, nearest
@@ -54,12 +54,13 @@ class Registry:
             raise ConfigError(f"There is no {self.kind} named '{name}'. {nearest(name, self._parts)}")
         return self._parts[name]
 
-    def build(self, options: Mapping[str, Any], path: str, **injected: Any) -> Any:
+    def build(self, options: Mapping[str, Any], path: str, also_valid: Collection[str] = (), **injected: Any) -> Any:
         """Build `{name: ..., option: value, ...}`.
 
         Args:
             options: `name` and any options of that part's constructor.
             path: where in the config this stands ("head"), for messages.
+            also_valid: keys at the same place that the caller reads itself, for messages.
             injected: arguments that the program supplies (channels, class count), not the user.
 
         Raises:
@@ -74,7 +75,8 @@ class Registry:
         for key in given:
             if key not in valid:
                 raise ConfigError(
-                    f"'{path}.{key}' is not an option of the {self.kind} '{options['name']}'. {nearest(key, valid)}"
+                    f"'{path}.{key}' is not an option of the {self.kind} '{options['name']}'. "
+                    f"{nearest(key, valid | set(also_valid))}"
                 )
         missing = required_names(part) - set(given) - set(injected)
         if missing:

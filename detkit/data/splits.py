@@ -24,7 +24,7 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     injected: dict[str, Any] = {"split": str(data.get(split, split))}
     if "name" in options and "masks" in option_names(datasets.get(options["name"])):
         injected["masks"] = "masks" in needs
-    dataset: Dataset = datasets.build(options, "data", **injected)
+    dataset: Dataset = datasets.build(options, "data", ("train", "val"), **injected)
     if missing := needs - dataset.fields:
         raise DataError(
             f"The head needs {', '.join(sorted(missing))}, which the data set '{options['name']}' of split "

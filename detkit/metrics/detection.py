@@ -113,7 +113,7 @@ class DetectionScores:
 
         others = {name: value for name, value in self.coco.items() if name not in ("mAP", "mAP50")}
         caption = "  ".join(f"{name} {_percent(value)}" for name, value in others.items())
-        table = Table(caption=f"{self.summary}\n{caption}", show_footer=True, caption_justify="left")
+        table = Table(caption=f"{self.summary} Figures in %.\n{caption}", show_footer=True, caption_justify="left")
         table.add_column("class", "mean, or all")
         for header, footer in {
             "objects": str(self.truths),
