@@ -87,10 +87,12 @@ def check(arguments: list[str]) -> None:
         return
     from detkit.data.check import check as run
 
+    outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
+    policy = str(experiment.data.get("broken", "fail"))
+    if policy not in outcome:
+        raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
     problems = run(experiment.data)
     if problems:
-        policy = experiment.data.get("broken", "fail")
-        outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
         raise DetkitError(
             f"{problems} problem{'s' if problems > 1 else ''} found, listed above. With data.broken = {policy}, as "
             f"this config has it, training {outcome[policy]}."
