@@ -6,6 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detkit.boxes.candidates import (
+    check_candidates,
+    check_finite,
+    check_thresholds,
+    first_of_each_image,
+    sort_into_groups,
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +52,8 @@ def nms(
         ValueError: for wrong shapes, dtypes, devices or thresholds, and for boxes or scores that are not
             finite, by name: "scores[17] is nan".
     """
-    _check_arguments(boxes, scores, iou_threshold, labels, image_index, max_detections)
+    check_candidates(boxes, scores, labels=labels, image_index=image_index)
+    check_thresholds(iou_threshold, max_detections)
     device = boxes.device
     if device.type != "cpu":
         log.debug("nms of %d boxes on %s is computed on the CPU", len(boxes), device)
@@ -53,8 +62,8 @@ def nms(
     boxes = boxes.detach().to("cpu", torch.float32)
     # Not less precise than they are: rounding could make scores equal and change their order.
     scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32))
-    _check_finite(boxes, "boxes")
-    _check_finite(scores, "scores")
+    check_finite(boxes, "boxes")
+    check_finite(scores, "scores")
 
     by_score = scores.argsort(descending=True, stable=True)
     if score_threshold is not None:
@@ -63,7 +72,7 @@ def nms(
         return by_score.to(device)
     kept = by_score[_suppress(boxes, by_score, iou_threshold, labels, image_index)[by_score]]
     if max_detections is not None:
-        kept = _first_of_each_image(kept, image_index, max_detections)
+        kept = first_of_each_image(kept, image_index, max_detections)
     return kept.to(device)
 
 
@@ -74,64 +83,6 @@ def _suppress(
     # Numba takes a second to import: whoever never suppresses does not wait for it.
     from detkit.boxes.nms_numba import suppress
 
-    order, starts = _group(by_score, [key for key in (labels, image_index) if key is not None])
+    order, starts = sort_into_groups(by_score, [key for key in (labels, image_index) if key is not None])
     keep = suppress(np.ascontiguousarray(boxes.numpy()), order.numpy(), starts.numpy(), float(iou_threshold))
     return torch.from_numpy(keep)
-
-
-def _group(by_score: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The indices sorted into groups of equal keys, their order kept within each; and the G + 1 starts of groups."""
-    if not keys:
-        return by_score, torch.tensor((0, len(by_score)))
-    order = by_score
-    for key in keys:
-        order = order[key[order].argsort(stable=True)]
-    begins = torch.zeros(len(order) + 1, dtype=torch.bool)
-    begins[0] = begins[-1] = True
-    for key in keys:
-        values = key[order]
-        begins[1:-1] |= values[1:] != values[:-1]
-    return order, begins.nonzero().flatten()
-
-
-def _first_of_each_image(kept: Tensor, image_index: Tensor | None, limit: int) -> Tensor:
-    """The first `limit` of each image's indices, in the order they come."""
-    if image_index is None:
-        return kept[:limit]
-    order, starts = _group(torch.arange(len(kept)), [image_index[kept]])
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(kept)) - torch.repeat_interleave(starts[:-1], starts.diff())
-    return kept[rank < limit]
-
-
-def _check_arguments(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    labels: Tensor | None,
-    image_index: Tensor | None,
-    max_detections: int | None,
-) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"boxes must be (N, 4) of a float dtype, but got {tuple(boxes.shape)} {boxes.dtype}")
-    count = len(boxes)
-    if scores.shape != (count,) or not scores.is_floating_point():
-        raise ValueError(f"scores must be ({count},) of a float dtype, but got {tuple(scores.shape)} {scores.dtype}")
-    for name, key in (("labels", labels), ("image_index", image_index)):
-        if key is None:
-            continue
-        if key.shape != (count,) or key.is_floating_point() or key.is_complex() or key.dtype == torch.bool:
-            raise ValueError(f"{name} must be ({count},) integers, but got {tuple(key.shape)} {key.dtype}")
-    if any(tensor is not None and tensor.device != boxes.device for tensor in (scores, labels, image_index)):
-        raise ValueError(f"scores, labels and image_index must be on the device of the boxes, {boxes.device}")
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must be in 0..1, but is {iou_threshold}")
-    if max_detections is not None and max_detections < 0:
-        raise ValueError(f"max_detections must be 0 or more, or None for no limit, but is {max_detections}")
-
-
-def _check_finite(values: Tensor, name: str) -> None:
-    finite = np.isfinite(values.numpy())  # for a hundred boxes several times faster than torch's
-    if not finite.all():
-        index = np.argwhere(~finite)[0].tolist()
-        raise ValueError(f"{name}{index} is {float(values[tuple(index)])}")
