@@ -1,101 +1,500 @@
 """The CPU kernel of non-maximum suppression: exact greedy NMS, equal to torchvision.ops.nms bit for bit.
 
-Numba is imported with this module, so only `detkit.boxes.nms.nms` imports it, when it is first called. The
-first call of all compiles for some seconds; later processes load the result from Numba's cache.
+One compiled call does everything: it checks that all numbers are finite, sorts by score, partitions by image and
+class, suppresses within each group, and writes the indices that are kept. It takes addresses of torch memory, for
+a NumPy view of a tensor costs more than suppressing thirty boxes. Everything is O(N) in memory.
 
-Every candidate is compared with the boxes that were kept before it. A test without division, which LLVM turns
-into vector code, passes over most of them; it is laid out so that it never passes over a true hit, and what it
-reports is confirmed by torchvision's own formula, inter / (area_i + area_j - inter) > threshold in float32.
+Two ways to suppress a group, chosen by its size (FEW):
+- few boxes: each kept box is compared with all that follow, sixteen at a time, by torchvision's own formula;
+- many boxes: each box is compared with the boxes kept before it, and only with those near. A grid over the centres
+  holds in each cell the kept boxes that could suppress a box centred there, so that one cell is looked at for each
+  box. A test without division passes over most; what it reports is confirmed by torchvision's formula.
+
+Where a box can be that a kept box suppresses. With IoU > t in the plane, the IoU of the two intervals on each axis
+is above t as well. So the widths a (other) and b (kept) satisfy a < b / t, and the centres are nearer than
+(a + b) (1 - t) / (2 (1 + t)) where the intervals overlap in part, nearer than (a - b) / 2 where one holds the other.
+Both are at most b (1 - t) / (2 t), `reach` times b. They are also nearer than (a + b) / 2, which helps for small t.
+
+Numba is imported with this module, so only detkit.boxes.nms imports it, when it first suppresses. There, all is
+compiled (some ten seconds) or loaded from Numba's cache. All kernels are in this file because the cache does not
+notice changes in other files.
 """
 
-import numpy as np
-from numba import njit
+import math
 
-BLOCK = 256  # kept boxes tested before looking whether one of them hit
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+NOT_FINITE = -1
+"""`suppress` found NaN or infinity."""
+SPARSE_KEYS = -2
+"""`suppress` found labels and images that span too wide a range to count them; see `suppress`."""
+
+FEW = 256  # measured: at 300 boxes both ways take as long
+RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than three radix passes
+LANES = 16  # boxes compared at once: 512 bits; LLVM splits them where registers are smaller
+BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and areas or bounds
+FEW_KEYS = 4000  # measured: up to here four radix passes of 8 bits are faster than three of 11
+PER_CELL = 16  # boxes, on average, in a cell of the grid; measured
+CELL_OF_REACH = 0.75  # least cell side as a part of the mean area of effect's side; measured
 MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many confirmations
 SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
 
+ZERO = np.float32(0.0)
+INFINITY = np.float32(np.inf)
+Index = np.uint64  # of an unsigned index LLVM knows that it does not wrap, and makes vector code
 
-@njit(cache=True, nogil=True)
-def suppress(boxes, order, starts, threshold):  # type: ignore[no-untyped-def]
-    """Greedy NMS within each group.
+compiled = njit(cache=True, nogil=True, error_model="numpy")  # NumPy's: no branch for a division by zero
 
-    Args:
-        boxes: (N, 4) float32 xyxy, C-contiguous and finite.
-        order: (N,) int64 indices of boxes, group after group, the best score first in each.
-        starts: (G + 1,) int64, where in `order` each group begins, and N.
-        threshold: float64 in 0..1; a box goes whose IoU with a kept one is above it.
 
-    Returns:
-        (N,) bool, true for each box that is kept.
-    """
-    keep = np.zeros(len(boxes), dtype=np.bool_)
-    largest = 0
+def _pointer_to(element):  # type: ignore[no-untyped-def]
+    """A function for kernels that takes an address for a pointer to `element`."""
+
+    @intrinsic
+    def pointer(context, address):  # type: ignore[no-untyped-def]
+        def generate(target, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(address), generate
+
+    return pointer
+
+
+_float32_at = _pointer_to(types.float32)
+_uint32_at = _pointer_to(types.uint32)
+_int64_at = _pointer_to(types.int64)
+
+
+@compiled
+def _finite(bits):  # type: ignore[no-untyped-def]
+    """Whether no float32 has all bits of its exponent set, as NaN and infinity have."""
+    exponent = np.uint32(0x7F800000)
+    largest = np.uint32(0)
+    for i in range(len(bits)):
+        largest = max(largest, bits[i] & exponent)
+    return largest != exponent
+
+
+@compiled
+def _range(keys):  # type: ignore[no-untyped-def]
+    """The least key, and how many integers there are from it to the greatest; negative where that overflows."""
+    if len(keys) == 0:
+        return np.int64(0), np.int64(1)
+    least = greatest = keys[0]
+    for i in range(len(keys)):
+        least = min(least, keys[i])
+        greatest = max(greatest, keys[i])
+    return least, greatest - least + 1
+
+
+@compiled
+def _rank_sort(keys, indices, count):  # type: ignore[no-untyped-def]
+    """`indices` in stable ascending order of `keys`: each goes where the number of lesser keys says."""
+    lesser = np.zeros((count + LANES - 1) // LANES * LANES, dtype=np.uint32)
+    keys = keys[: len(lesser)]  # a whole number of vectors; what lies behind the last key is not read back
+    for j in range(count):
+        key = keys[j]
+        for i in range(len(keys)):
+            lesser[i] += np.uint32(key < keys[i])
+    order = np.empty(count, dtype=np.uint32)
+    equal = np.zeros(count, dtype=np.uint32)
+    for i in range(count):
+        rank = lesser[i]
+        order[rank + equal[rank]] = indices[i]
+        equal[rank] += np.uint32(1)
+    return order
+
+
+@compiled
+def _radix_sort(keys, indices, count):  # type: ignore[no-untyped-def]
+    """`indices` in stable ascending order of `keys`, which are overwritten."""
+    bits = 8 if count <= FEW_KEYS else 11
+    digits = 1 << bits
+    mask = np.uint32(digits - 1)
+    passes = (31 + bits) // bits
+    starts = np.zeros(passes * digits, dtype=np.uint32)
+    for i in range(count):
+        for level in range(passes):
+            starts[level * digits + ((keys[i] >> np.uint32(bits * level)) & mask)] += np.uint32(1)
+    other_keys = np.empty(count, dtype=np.uint32)
+    other_indices = np.empty(count, dtype=np.uint32)
+    for level in range(passes):
+        start = starts[level * digits : (level + 1) * digits]
+        total = np.uint32(0)
+        for digit in range(digits):
+            total, start[digit] = total + start[digit], total
+        shift = np.uint32(bits * level)
+        for i in range(count):
+            key = keys[i]
+            digit = (key >> shift) & mask
+            place = start[digit]
+            start[digit] = place + np.uint32(1)
+            other_keys[place] = key
+            other_indices[place] = indices[i]
+        keys, other_keys = other_keys, keys
+        indices, other_indices = other_indices, indices
+    return indices[:count]
+
+
+@compiled
+def _sort(scores, score_bits, above_score):  # type: ignore[no-untyped-def]
+    """uint32 indices of the scores above a score, the best first, equal ones in the order they come."""
+    count = len(scores)
+    keys = np.empty(count + LANES, dtype=np.uint32)
+    indices = np.empty(count, dtype=np.uint32)
+    candidates = 0
+    for i in range(count):
+        # Unsigned keys that grow as the scores fall.
+        key = score_bits[i]
+        if key == np.uint32(0x80000000):
+            key = np.uint32(0)  # -0.0 equals 0.0
+        keys[candidates] = key if key >> np.uint32(31) else key ^ np.uint32(0x7FFFFFFF)
+        indices[candidates] = i
+        candidates += scores[i] > above_score
+    if candidates <= RANK_SORT:
+        return _rank_sort(keys, indices, candidates)
+    return _radix_sort(keys, indices, candidates)
+
+
+@compiled
+def _partition(order, labels, first_label, label_range, images, first_image, image_range):  # type: ignore[no-untyped-def]
+    """Box indices group after group, best first in each; their ranks in `order`; and where each group begins."""
+    groups = np.zeros(len(order), dtype=np.uint32)
+    starts = np.zeros(label_range * image_range + 1, dtype=np.int64)
+    for rank in range(len(order)):
+        group = 0
+        if len(images):
+            group = (images[order[rank]] - first_image) * label_range
+        if len(labels):
+            group += labels[order[rank]] - first_label
+        groups[rank] = group
+        starts[group + 1] += 1
     for group in range(len(starts) - 1):
-        largest = max(largest, starts[group + 1] - starts[group])
-    # One array for each coordinate: neighbouring kept boxes fill one vector register. Rows of a single (6, N)
-    # array would not do: Numba takes them for strided ones, and the code is then ten times slower.
-    lefts, tops = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
-    rights, bottoms = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
-    areas, bounds = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
-    # inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), each box's part of which is its bound.
-    factor = np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN))
-    slack = SLACK if threshold > 0.0 else np.float32(0.0)
-
-    for group in range(len(starts) - 1):
-        kept = 0
-        for position in range(starts[group], starts[group + 1]):
-            index = order[position]
-            left, top, right, bottom = boxes[index]
-            area = (right - left) * (bottom - top)
-            if not (right > left and area > 0.0 and area < np.inf):
-                # Its intersections are 0, or its IoUs are 0 or NaN: it is kept and suppresses nothing.
-                keep[index] = True
-                continue
-            bound = factor * area - slack
-            hit = False
-            for begin in range(0, kept, BLOCK):
-                end = min(begin + BLOCK, kept)
-                if _any_near(
-                    lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], bounds[begin:end],
-                    left, top, right, bottom, bound,
-                ) and _any_hit(
-                    lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
-                    left, top, right, bottom, area, threshold,
-                ):  # fmt: skip
-                    hit = True
-                    break
-            if not hit:
-                keep[index] = True
-                lefts[kept], tops[kept], rights[kept], bottoms[kept] = left, top, right, bottom
-                areas[kept], bounds[kept] = area, bound
-                kept += 1
-    return keep
+        starts[group + 1] += starts[group]
+    following = starts[:-1].copy()
+    indices = np.empty(len(order), dtype=np.uint32)
+    ranks = np.empty(len(order), dtype=np.uint32)
+    for rank in range(len(order)):
+        place = following[groups[rank]]
+        following[groups[rank]] = place + 1
+        indices[place] = order[rank]
+        ranks[place] = rank
+    return indices, ranks, starts
 
 
-@njit(cache=True, nogil=True)
-def _any_near(lefts, tops, rights, bottoms, bounds, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
-    """Whether a kept box may overlap too much; without division or a branch, so that it is vectorised."""
-    zero = np.float32(0.0)
-    near = False
-    for j in range(len(lefts)):
-        left_j, top_j, right_j, bottom_j = lefts[j], tops[j], rights[j], bottoms[j]
+@compiled
+def _has_area(width, height):  # type: ignore[no-untyped-def]
+    """Whether a box can suppress and be suppressed: otherwise its intersections are 0, or its IoUs are 0 or NaN."""
+    area = width * height
+    return width > ZERO and area > ZERO and area < INFINITY
+
+
+@compiled
+def _put(pool, place, left, top, right, bottom):  # type: ignore[no-untyped-def]
+    pool[place] = left
+    pool[place + 16] = top
+    pool[place + 32] = right
+    pool[place + 48] = bottom
+
+
+@compiled
+def _hits(pool, start, left, top, right, bottom, threshold):  # type: ignore[no-untyped-def]
+    """A bit for each box of the block that overlaps too much, by torchvision's formula in its order of operations."""
+    hits = np.uint32(0)
+    at = Index(start)
+    area = (right - left) * (bottom - top)
+    for j in range(Index(LANES)):
+        left_j, top_j, right_j, bottom_j = (
+            pool[at + j],
+            pool[at + j + Index(16)],
+            pool[at + j + Index(32)],
+            pool[at + j + Index(48)],
+        )
         width = (right_j if right_j < right else right) - (left_j if left_j > left else left)
         height = (bottom_j if bottom_j < bottom else bottom) - (top_j if top_j > top else top)
-        inter = (width if width > zero else zero) * height
-        near |= inter - bounds[j] > bound
+        inter = (width if width > ZERO else ZERO) * (height if height > ZERO else ZERO)
+        iou = inter / ((right_j - left_j) * (bottom_j - top_j) + area - inter)
+        hits |= np.uint32(iou > threshold) << np.uint32(j)
+    return hits
+
+
+@compiled
+def _suppress_few(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
+    count = len(indices)
+    blocks = (count + LANES - 1) // LANES
+    pool = np.empty(blocks * BLOCK, dtype=np.float32)
+    gone = np.zeros(blocks, dtype=np.uint32)  # a bit for each lane
+    for i in range(blocks * LANES):
+        # What has no area stands infinitely far away: it is kept and suppresses nothing. So does what fills up the
+        # last block.
+        left, top, right, bottom = INFINITY, ZERO, -INFINITY, ZERO
+        if i < count:
+            first = 4 * Index(indices[i])
+            width = boxes[first + Index(2)] - boxes[first]
+            height = boxes[first + Index(3)] - boxes[first + Index(1)]
+            if _has_area(width, height):
+                left, top, right, bottom = (
+                    boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)],
+                )  # fmt: skip
+        _put(pool, i // LANES * BLOCK + i % LANES, left, top, right, bottom)
+    kept = 0
+    for i in range(count):
+        block = i // LANES
+        suppressed = (gone[block] >> np.uint32(i % LANES)) & np.uint32(1)
+        keep[ranks[i] if len(ranks) else i] = not suppressed and kept < limit
+        if suppressed or kept >= limit:
+            continue
+        kept += 1
+        place = block * BLOCK + i % LANES
+        left, top, right, bottom = pool[place], pool[place + 16], pool[place + 32], pool[place + 48]
+        for other in range(block, blocks):
+            gone[other] |= _hits(pool, other * BLOCK, left, top, right, bottom, threshold)
+
+
+@compiled
+def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
+    """How to divide the centres into cells: columns, rows, the origin, cells per pixel; and what boxes reach.
+
+    Returns:
+        (columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest): a box can suppress others whose centre
+        is nearer than min(reach * its width, (its width + widest) / 2), and likewise down.
+    """
+    low_x = low_y = math.inf
+    high_x = high_y = -math.inf
+    count = 0
+    width_sum = height_sum = area_sum = widest = highest = 0.0
+    ordinary = True  # areas with which the error of a float32 IoU is as small as MARGIN allows
+    for i in range(len(boxes) // 4):
+        first = 4 * Index(i)
+        left, top = boxes[first], boxes[first + Index(1)]
+        right, bottom = boxes[first + Index(2)], boxes[first + Index(3)]
+        if _has_area(right - left, bottom - top):
+            width, height = np.float64(right - left), np.float64(bottom - top)
+            ordinary &= 1e-30 < width * height < 1e30
+            x, y = 0.5 * (np.float64(left) + right), 0.5 * (np.float64(top) + bottom)
+            low_x, high_x, low_y, high_y = min(low_x, x), max(high_x, x), min(low_y, y), max(high_y, y)
+            width_sum += width
+            height_sum += height
+            area_sum += width * height
+            widest, highest = max(widest, width), max(highest, height)
+            count += 1
+    reach = math.inf if threshold == 0.0 else ((1.0 - threshold) / (2.0 * threshold) + MARGIN) * (1.0 + MARGIN)
+    widest, highest = widest * (1.0 + MARGIN), highest * (1.0 + MARGIN)
+    if count == 0 or not ordinary:
+        return 1, 1, 0.0, 0.0, 0.0, reach, widest, highest
+    # The area, and half the circumference, in which a box suppresses; the mean of all. Cells not much smaller than
+    # these keep the number of entries, and so the memory, in proportion to the number of boxes.
+    area = min(
+        4.0 * reach**2 * area_sum, area_sum + width_sum * highest + height_sum * widest + count * widest * highest
+    )
+    sides = min(2.0 * reach * (width_sum + height_sum), width_sum + height_sum + count * (widest + highest))
+    across, down = high_x - low_x, high_y - low_y
+    side = max(
+        math.sqrt(across * down * PER_CELL / count),
+        max(across, down) * PER_CELL / count,
+        CELL_OF_REACH * math.sqrt(area / count),
+        CELL_OF_REACH * sides / count / 4.0,
+    )
+    if side == 0.0:
+        return 1, 1, 0.0, 0.0, 0.0, reach, widest, highest
+    return int(across / side) + 1, int(down / side) + 1, low_x, low_y, 1.0 / side, reach, widest, highest
+
+
+@compiled
+def _clear(pool, start):  # type: ignore[no-untyped-def]
+    """Makes a block one whose boxes are near to nothing, whatever its tops and bottoms hold."""
+    pool[start : start + 16] = INFINITY
+    pool[start + 32 : start + 48] = -INFINITY
+    pool[start + 64 : start + 80] = INFINITY
+
+
+@compiled
+def _grown(array, used, size):  # type: ignore[no-untyped-def]
+    grown = np.empty(size, dtype=array.dtype)
+    grown[:used] = array[:used]
+    return grown
+
+
+@compiled
+def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
+    """Whether a box of the block may overlap too much; without division or a branch, so that it is one vector each."""
+    near = False
+    at = Index(start)
+    for j in range(Index(LANES)):
+        left_j, top_j, right_j, bottom_j = (
+            pool[at + j],
+            pool[at + j + Index(16)],
+            pool[at + j + Index(32)],
+            pool[at + j + Index(48)],
+        )
+        width = (right_j if right_j < right else right) - (left_j if left_j > left else left)
+        height = (bottom_j if bottom_j < bottom else bottom) - (top_j if top_j > top else top)
+        inter = (width if width > ZERO else ZERO) * height
+        near |= inter - pool[at + j + Index(64)] > bound
     return near
 
 
-@njit(cache=True, nogil=True)
-def _any_hit(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, threshold):  # type: ignore[no-untyped-def]
-    """Whether a kept box overlaps too much, by torchvision's formula in its order of operations."""
-    zero = np.float32(0.0)
-    for j in range(len(lefts)):
-        width = max(zero, min(right, rights[j]) - max(left, lefts[j]))
-        height = max(zero, min(bottom, bottoms[j]) - max(top, tops[j]))
-        inter = width * height
-        # Kept and candidate areas are positive, and inter is at most the lesser: the sum is never 0.
-        if inter / (areas[j] + area - inter) > threshold:
+@compiled
+def _suppressed(pool, heads, following, cell, left, top, right, bottom, bound, threshold):  # type: ignore[no-untyped-def]
+    """Whether a kept box of this cell overlaps too much."""
+    block = heads[cell]
+    while block >= 0:
+        if _any_near(pool, block * BLOCK, left, top, right, bottom, bound) and _hits(
+            pool, block * BLOCK, left, top, right, bottom, threshold
+        ):
             return True
+        block = following[block]
     return False
+
+
+@compiled
+def _gather(boxes, indices):  # type: ignore[no-untyped-def]
+    """The boxes in the order of their indices. One loop that does nothing else waits least for memory."""
+    gathered = np.empty(4 * len(indices), dtype=np.float32)
+    for i in range(len(indices)):
+        to, first = 4 * Index(i), 4 * Index(indices[i])
+        for k in range(Index(4)):
+            gathered[to + k] = boxes[first + k]
+    return gathered
+
+
+@compiled
+def _suppress_many(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
+    count = len(indices)
+    boxes = _gather(boxes, indices)
+    columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest = _grid(boxes, threshold)
+    cells = columns * rows
+    heads = np.full(cells, -1, dtype=np.int32)  # the newest block of each cell
+    filled = np.full(cells, LANES, dtype=np.uint8)  # lanes in use of that block
+    pool = np.empty((count // LANES + cells + 1) * BLOCK, dtype=np.float32)
+    following = np.empty(len(pool) // BLOCK, dtype=np.int32)  # the next older block of the same cell, or -1
+    used = 0
+    # inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), each box's part of which is its bound.
+    factor = np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN))
+    slack = SLACK if threshold > 0.0 else ZERO
+    kept = 0
+    for i in range(count):
+        first = 4 * Index(i)
+        left, top, right, bottom = (
+            boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)],
+        )  # fmt: skip
+        width, height = right - left, bottom - top
+        rank = ranks[i] if len(ranks) else i
+        keep[rank] = False
+        if kept >= limit:
+            continue
+        if not _has_area(width, height):
+            keep[rank] = True
+            kept += 1
+            continue
+        bound = factor * (width * height) - slack
+        x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
+        y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
+        home = min(int(y), rows - 1) * columns + min(int(x), columns - 1)
+        if _suppressed(pool, heads, following, home, left, top, right, bottom, bound, threshold):
+            continue
+        if cells > 1:
+            # 1e-6 of a cell is far above the rounding of x and y, which are below the square root of 2^32 cells.
+            reach_x = min(reach * width, 0.5 * (width + widest)) * per_pixel + 1e-6
+            reach_y = min(reach * height, 0.5 * (height + highest)) * per_pixel + 1e-6
+            first_column, last_column = int(max(x - reach_x, 0.0)), int(min(x + reach_x, columns - 1.0))
+            first_row, last_row = int(max(y - reach_y, 0.0)), int(min(y + reach_y, rows - 1.0))
+            hit = False
+            for row in range(first_row, last_row + 1):
+                for cell in range(row * columns + first_column, row * columns + last_column + 1):
+                    if cell != home and _suppressed(
+                        pool, heads, following, cell, left, top, right, bottom, bound, threshold
+                    ):
+                        hit = True
+                        break
+                if hit:
+                    break
+            if hit:
+                continue
+        keep[rank] = True
+        kept += 1
+        if filled[home] == LANES:
+            following[used] = heads[home]
+            heads[home] = used
+            filled[home] = 0
+            _clear(pool, used * BLOCK)
+            used += 1
+        place = heads[home] * BLOCK + filled[home]
+        _put(pool, place, left, top, right, bottom)
+        pool[place + 64] = bound
+        filled[home] += 1
+
+
+@compiled
+def _suppress_group(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
+    """Sets `keep` at the ranks of one group's boxes, whose indices are given best first. No ranks: 0, 1, 2 ..."""
+    if len(indices) <= FEW:
+        _suppress_few(boxes, indices, ranks, keep, threshold, limit)
+    else:
+        _suppress_many(boxes, indices, ranks, keep, threshold, limit)
+
+
+@njit(
+    "int64(int64, int64, int64, int64, int64, float64, float64, int64, int64)",
+    cache=True,
+    nogil=True,
+    error_model="numpy",
+)
+def suppress(boxes_at, scores_at, labels_at, images_at, count, threshold, above_score, limit, result_at):  # type: ignore[no-untyped-def]
+    """Greedy NMS of N boxes within each image and class.
+
+    Args:
+        boxes_at: address of (N, 4) float32 xyxy.
+        scores_at: address of (N,) float32.
+        labels_at: address of (N,) int64, or 0 for one class.
+        images_at: address of (N,) int64, or 0 for one image.
+        count: N, below 2^32.
+        threshold: in 0..1; a box goes whose IoU with a kept one is above it.
+        above_score: only boxes of a higher score take part.
+        limit: the most boxes kept of an image.
+        result_at: address of (N,) int64, to which the kept indices are written, best score first, ties by index.
+
+    Returns:
+        K, how many are kept; NOT_FINITE; or SPARSE_KEYS if (labels' range) x (images' range) is above 4 N + 1024,
+        to be called again with dense ones. Then nothing was written.
+    """
+    boxes = carray(_float32_at(boxes_at), 4 * count)
+    scores = carray(_float32_at(scores_at), count)
+    score_bits = carray(_uint32_at(scores_at), count)
+    labels = carray(_int64_at(labels_at), count if labels_at else 0)
+    images = carray(_int64_at(images_at), count if images_at else 0)
+    result = carray(_int64_at(result_at), count)
+    if not (_finite(carray(_uint32_at(boxes_at), 4 * count)) and _finite(score_bits)):
+        return NOT_FINITE
+
+    first_label, label_range = _range(labels)
+    first_image, image_range = _range(images)
+    # Apart, since the product of two wide ranges overflows.
+    bound = 4 * count + 1024
+    if not (0 < label_range <= bound and 0 < image_range <= bound and label_range * image_range <= bound):
+        return SPARSE_KEYS
+
+    order = _sort(scores, score_bits, above_score)
+    candidates = len(order)
+    keep = np.empty(candidates, dtype=np.bool_)
+    if label_range * image_range == 1:
+        _suppress_group(boxes, order, order[:0], keep, threshold, limit)
+    else:
+        indices, ranks, starts = _partition(order, labels, first_label, label_range, images, first_image, image_range)
+        for group in range(len(starts) - 1):
+            begin, end = starts[group], starts[group + 1]
+            if end > begin:
+                _suppress_group(boxes, indices[begin:end], ranks[begin:end], keep, threshold, limit)
+
+    seen = np.zeros(image_range, dtype=np.int64)
+    kept = 0
+    for rank in range(candidates):
+        if keep[rank]:
+            index = order[rank]
+            image = images[index] - first_image if len(images) else 0
+            if seen[image] < limit:
+                seen[image] += 1
+                result[kept] = index
+                kept += 1
+    return kept
