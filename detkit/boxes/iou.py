@@ -16,13 +16,20 @@ A quotient whose denominator is 0 counts as 0, with gradient 0: boxes without ar
 import math
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from detkit.boxes.convert import area
 from detkit.errors import nearest
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
+
+SMALL = 4096
+"""Pairs up to which `pairwise_iou` stays in torch, where that many take 0.1 ms. Compiled code takes a quarter of it,
+but to import Numba and load that code takes half a second, once. On one core 8,732 x 8 boxes are 2 times as fast as in
+torch, 8,732 x 20 5 times, 1,000 x 1,000 14 times and 20,000 x 200 27 times."""
 
 
 def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
@@ -41,6 +48,10 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor
     """
     _check_boxes(boxes_a, "boxes_a")
     _check_boxes(boxes_b, "boxes_b")
+    if kind == "iou" and len(boxes_a) * len(boxes_b) > SMALL:
+        arrays = _plain_arrays(at_least_float32(boxes_a), at_least_float32(boxes_b))
+        if arrays is not None:
+            return _compiled_pairwise_iou(*arrays)
     return _overlap(boxes_a[:, None], boxes_b[None], kind)
 
 
@@ -80,15 +91,42 @@ def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
     """
     _check_boxes(boxes, "boxes")
     _check_boxes(crowds, "crowds")
-    boxes, crowds = _at_least_float32(boxes), _at_least_float32(crowds)
+    boxes, crowds = at_least_float32(boxes), at_least_float32(crowds)
     return _ratio(_intersection(boxes[:, None], crowds[None]), area(boxes)[:, None])
+
+
+def _plain_arrays(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """The boxes as arrays for compiled code; None where only torch can do: other devices, gradients, tracing."""
+    tensors = (a, b)
+    if any(boxes.device.type != "cpu" for boxes in tensors) or a.dtype != b.dtype:
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if torch.is_grad_enabled() and any(boxes.requires_grad for boxes in tensors):
+        return None
+    if any(forward_ad.unpack_dual(boxes).tangent is not None for boxes in tensors):
+        return None
+    try:
+        return np.ascontiguousarray(a.detach().numpy()), np.ascontiguousarray(b.detach().numpy())
+    except RuntimeError:
+        return None  # Tensors without memory of their own, as in torch.vmap.
+
+
+def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor:
+    """The (N, M) IoUs written straight away, where `_overlap` makes some ten tensors of that size."""
+    # Numba takes half a second to import: whoever compares few boxes does not wait for it.
+    from detkit.boxes.overlap_numba import columns, pairwise
+
+    iou = np.empty(len(a) * len(b), dtype=a.dtype)
+    pairwise(columns(a), columns(b), iou)
+    return torch.from_numpy(iou).reshape(len(a), len(b))
 
 
 def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
     """The chosen form for boxes (..., 4) that broadcast against each other."""
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind of IoU {kind!r}. {nearest(str(kind), get_args(Kind))}")
-    a, b = _at_least_float32(a), _at_least_float32(b)
+    a, b = at_least_float32(a), at_least_float32(b)
     intersection = _intersection(a, b)
     union = area(a) + area(b) - intersection
     iou = _ratio(intersection, union)
@@ -141,7 +179,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(positive, numerator, 0) / torch.where(positive, denominator, 1)
 
 
-def _at_least_float32(boxes: Tensor) -> Tensor:
+def at_least_float32(boxes: Tensor) -> Tensor:
     # The area of a box of 300 x 300 pixels overflows float16.
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
 

@@ -9,12 +9,14 @@ Common to all three:
 - Of equal overlaps an anchor takes the truth that comes first.
 - Truths or anchors that hold NaN raise ValueError: every comparison with NaN is false, so that they would
   become background without a word.
+
+No (A, N) matrix of IoUs is made: memory grows with A + N.
 """
 
 import torch
 from torch import Tensor
 
-from detkit.boxes.iou import intersection_over_area, pairwise_iou
+from detkit.boxes.best_overlap import CompiledOverlaps, TiledOverlaps, find_overlaps
 from detkit.types import Match
 
 IGNORED_COVER = 0.5
@@ -38,12 +40,13 @@ def match_bipartite(
         ignored_truths: (N,) bool; see the module. Default none.
         threshold: least IoU of a further anchor.
     """
-    truth_indices, iou, ignored = _overlaps(anchors, truths, ignored_truths, threshold)
-    if len(truth_indices) == 0:
+    truth_indices, ignored = _set_apart(anchors, truths, ignored_truths, threshold)
+    if len(truth_indices) == 0 or len(anchors) == 0:
         return _match_nothing(ignored)
-    best_iou, best_truth = iou.max(1)
-    positive = best_iou >= threshold
-    bound_anchors, bound_truths = _bind_greedily(iou)
+    overlaps = find_overlaps(anchors, truths[truth_indices])
+    positive = overlaps.anchor_iou >= threshold
+    best_truth = overlaps.anchor_truth.clone()
+    bound_anchors, bound_truths = _bind_greedily(overlaps)
     best_truth[bound_anchors] = bound_truths
     positive[bound_anchors] = True
     return Match(truth_indices[best_truth], positive, ignored & ~positive)
@@ -62,17 +65,17 @@ def match_ssd(anchors: Tensor, truths: Tensor, ignored_truths: Tensor | None = N
         ignored_truths: (N,) bool; see the module. Default none.
         threshold: least IoU of a positive anchor.
     """
-    truth_indices, iou, ignored = _overlaps(anchors, truths, ignored_truths, threshold)
+    truth_indices, ignored = _set_apart(anchors, truths, ignored_truths, threshold)
     if len(truth_indices) == 0 or len(anchors) == 0:
         return _match_nothing(ignored)
-    best_iou, best_truth = iou.max(1)
+    overlaps = find_overlaps(anchors, truths[truth_indices])
     # The maximum, where plain indexed assignment would leave the winner to chance on a GPU.
-    latest = torch.full_like(best_truth, -1)
-    order = torch.arange(len(truth_indices), device=iou.device)
-    latest.scatter_reduce_(0, iou.max(0).indices, order, reduce="amax")
+    latest = torch.full_like(overlaps.anchor_truth, -1)
+    order = torch.arange(len(truth_indices), device=latest.device)
+    latest.scatter_reduce_(0, overlaps.truth_anchor, order, reduce="amax")
     forced = latest >= 0
-    positive = (best_iou >= threshold) | forced
-    return Match(truth_indices[torch.where(forced, latest, best_truth)], positive, ignored & ~positive)
+    positive = (overlaps.anchor_iou >= threshold) | forced
+    return Match(truth_indices[torch.where(forced, latest, overlaps.anchor_truth)], positive, ignored & ~positive)
 
 
 def match_two_thresholds(
@@ -107,25 +110,26 @@ def match_two_thresholds(
     """
     if low > high:
         raise ValueError(f"low must not be above high, but they are {low} and {high}")
-    truth_indices, iou, ignored = _overlaps(anchors, truths, ignored_truths, low)
+    truth_indices, ignored = _set_apart(anchors, truths, ignored_truths, low)
     if len(truth_indices) == 0 or len(anchors) == 0:
         return _match_nothing(ignored)
-    best_iou, best_truth = iou.max(1)
-    positive = best_iou >= high
+    overlaps = find_overlaps(anchors, truths[truth_indices])
+    positive = overlaps.anchor_iou >= high
     if force_best:
-        best_of_truth = iou.max(0).values
-        positive |= ((iou == best_of_truth) & (best_of_truth > 0)).any(1)
-    return Match(truth_indices[best_truth], positive, (ignored | (best_iou >= low)) & ~positive)
+        positive |= overlaps.attain_best()
+    return Match(truth_indices[overlaps.anchor_truth], positive, (ignored | (overlaps.anchor_iou >= low)) & ~positive)
 
 
-def _overlaps(
+def _set_apart(
     anchors: Tensor, truths: Tensor, ignored_truths: Tensor | None, negative_below: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(M,) indices of the truths that count, their (A, M) IoU with the anchors, and (A,) which anchors are ignored."""
+) -> tuple[Tensor, Tensor]:
+    """Checks the arguments; (N,) indices of the truths that count, and (A,) which anchors the others make ignored."""
     for name, boxes in (("anchors", anchors), ("truths", truths)):
-        nan = boxes.isnan().any(-1)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"{name} must be (N, 4), but got {tuple(boxes.shape)}")
+        nan = boxes.isnan()
         if nan.any():
-            index = int(nan.nonzero()[0])
+            index = int(nan.any(1).nonzero()[0])
             raise ValueError(f"{name}[{index}] holds NaN: {boxes[index].tolist()}")
     if ignored_truths is None:
         ignored_truths = torch.zeros(len(truths), dtype=torch.bool, device=truths.device)
@@ -134,37 +138,36 @@ def _overlaps(
             f"ignored_truths must be ({len(truths)},) bool like truths, "
             f"but got {tuple(ignored_truths.shape)} {ignored_truths.dtype}"
         )
-    regions = truths[ignored_truths]
-    covered = intersection_over_area(anchors, regions) >= IGNORED_COVER
-    alike = pairwise_iou(anchors, regions) >= negative_below
     truth_indices = (~ignored_truths).nonzero().flatten()
-    return truth_indices, pairwise_iou(anchors, truths[truth_indices]), (covered | alike).any(1)
+    if len(anchors) == 0 or len(truth_indices) == len(truths):
+        return truth_indices, torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    overlaps = find_overlaps(anchors, truths[ignored_truths])
+    return truth_indices, overlaps.covered(IGNORED_COVER) | (overlaps.anchor_iou >= negative_below)
 
 
 def _match_nothing(ignored: Tensor) -> Match:
     return Match(torch.zeros_like(ignored, dtype=torch.int64), torch.zeros_like(ignored), ignored)
 
 
-def _bind_greedily(iou: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) anchors and (K,) truths that `match_bipartite` binds, from the (A, N) IoUs; K = min(A, N).
+def _bind_greedily(overlaps: TiledOverlaps | CompiledOverlaps) -> tuple[Tensor, Tensor]:
+    """(K,) anchors and (K,) truths that `match_bipartite` binds; K = min(A, N).
 
-    The maximum of the whole matrix is not searched again for each truth. Each truth keeps its best anchor among
-    those that remain, and only the truths whose best anchor was just taken look for another.
+    The maximum of all IoUs is not searched again for each truth. Each truth keeps its best anchor among those that
+    remain, and only the truths whose best anchor was just taken look for another.
     """
-    by_truth = iou.T.contiguous()
-    values, rows = (column.tolist() for column in by_truth.max(1)) if iou.numel() else ([], [])
+    values, rows = overlaps.truth_iou.tolist(), overlaps.truth_anchor.tolist()
+    free = torch.ones_like(overlaps.anchor_iou, dtype=torch.bool)
     remaining = list(range(len(values)))
     bound: list[tuple[int, int]] = []
-    while remaining and len(bound) < len(iou):
+    while remaining and len(bound) < len(free):
         # Of equal values the lowest truth, which binds as row-major order does: equal entries of different anchors
         # do not compete, and of those of one anchor the lowest truth comes first.
         truth = max(remaining, key=lambda n: values[n])
         anchor = rows[truth]
         bound.append((anchor, truth))
         remaining.remove(truth)
-        by_truth[:, anchor] = -1  # less than any IoU
+        free[anchor] = False
         for loser in [n for n in remaining if rows[n] == anchor]:
-            value, row = by_truth[loser].max(0)
-            values[loser], rows[loser] = float(value), int(row)
-    anchors, truths = torch.tensor(bound, dtype=torch.int64, device=iou.device).reshape(-1, 2).unbind(1)
+            values[loser], rows[loser] = overlaps.best_free(loser, free)
+    anchors, truths = torch.tensor(bound, dtype=torch.int64, device=free.device).unbind(1)
     return anchors, truths

@@ -1,11 +1,16 @@
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 from box_samples import DEGENERATE, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torchvision import ops
 
-from detkit.boxes import elementwise_iou, intersection_over_area, pairwise_iou
+from detkit.boxes import elementwise_iou, intersection_over_area, iou, pairwise_iou
 
 TORCHVISION = {
     "iou": ops.box_iou,
@@ -32,6 +37,75 @@ def test_plain_iou_is_torchvisions_to_the_bit():
     for seed in range(20):
         a, b = random_boxes(60, seed), random_boxes(30, seed + 1000)
         assert torch.equal(pairwise_iou(a, b), ops.box_iou(a, b))
+
+
+def pair_by_pair(a, b):
+    """(N, M) IoUs by torch operations alone, which compiled code has no part in."""
+    return elementwise_iou(a.repeat_interleave(len(b), 0), b.repeat(len(a), 1)).reshape(len(a), len(b))
+
+
+def strange_boxes(count, seed, dtype):
+    """Coordinates of a few values, equal, swapped, subnormal, huge, infinite and NaN."""
+    values = torch.tensor([-math.inf, -1e30, -3, -1e-30, 0, 1e-42, 1e-20, 1, 2, 3, 7, 1e19, 1e30, math.inf, math.nan])
+    weights = torch.ones(15)
+    weights[4:11] = 6
+    choice = torch.multinomial(weights, count * 4, True, generator=torch.Generator().manual_seed(seed))
+    return values[choice].reshape(count, 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("counts", [(4097, 1), (1, 4097), (500, 9), (70, 70), (33, 300)])
+def test_compiled_iou_is_torchs_to_the_bit(counts, dtype):
+    assert counts[0] * counts[1] > iou.SMALL
+    for seed in range(3):
+        a, b = (random_boxes(n, seed + i * 100, whole=seed == 2).to(dtype) for i, n in enumerate(counts))
+        result = pairwise_iou(a, b)
+        assert result.is_contiguous()
+        bits = torch.int32 if dtype == torch.float32 else torch.int64
+        assert torch.equal(result.view(bits), pair_by_pair(a, b).view(bits))
+        a, b = (strange_boxes(n, seed + i * 100, dtype) for i, n in enumerate(counts))
+        assert torch.equal(pairwise_iou(a, b), pair_by_pair(a, b))
+
+
+def test_any_layout_and_dtype_of_many_boxes():
+    a, b = random_boxes(90, 1), random_boxes(80, 2)
+    expected = pair_by_pair(a, b)
+    assert torch.equal(pairwise_iou(a.T.contiguous().T, b.repeat(1, 2)[:, 4:]), expected)
+    assert torch.equal(pairwise_iou(a.double(), b), pair_by_pair(a.double(), b))
+    assert torch.equal(pairwise_iou(a.half(), b.bfloat16()), pair_by_pair(a.half(), b.bfloat16()))
+    assert torch.equal(pairwise_iou(a.long(), b.long()), pair_by_pair(a.long(), b.long()))
+
+
+def test_many_boxes_are_differentiable_too():
+    a, b = random_boxes(90, 1).requires_grad_(), random_boxes(80, 2)
+    result = pairwise_iou(a, b)
+    (gradient,) = torch.autograd.grad(result.sum(), a)
+    (expected,) = torch.autograd.grad(pair_by_pair(a, b).sum(), a)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(pairwise_iou(a, b), result)
+    with forward_ad.dual_level():
+        moved = pairwise_iou(forward_ad.make_dual(a.detach(), torch.ones_like(a)), b)
+        torch.testing.assert_close(forward_ad.unpack_dual(moved).tangent.sum(), gradient.sum(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_many_boxes_under_transformations():
+    a, b = torch.stack([random_boxes(90, seed) for seed in (1, 2)]), random_boxes(80, 3)
+    expected = torch.stack([pairwise_iou(one, b) for one in a])
+    assert torch.equal(torch.vmap(pairwise_iou, in_dims=(0, None))(a, b), expected)
+    compiled = torch.compile(pairwise_iou, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(a[0], b), expected[0])
+    traced = torch.jit.trace(pairwise_iou, (b, b), check_trace=False)
+    assert torch.equal(traced(a[0], b), expected[0])
+    assert pairwise_iou(a[0].to("meta"), b.to("meta")).shape == (90, 80)
+
+
+def test_few_boxes_do_not_wait_for_numba():
+    code = "import sys, torch, detkit.boxes as b; b.pairwise_iou(torch.ones(64, 4), torch.ones(64, 4))\n"
+    code += "sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,15 +1,70 @@
 import math
+import sys
 import time
 
 import pytest
 import torch
 from box_samples import DEGENERATE, random_boxes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection._utils import Matcher, SSDMatcher
 from torchvision.ops import box_iou
 
-from detkit.boxes import match_bipartite, match_ssd, match_two_thresholds, pairwise_iou
+from detkit.boxes import (
+    best_overlap,
+    elementwise_iou,
+    intersection_over_area,
+    match_bipartite,
+    match_ssd,
+    match_two_thresholds,
+    matching,
+    pairwise_iou,
+)
+from detkit.boxes.best_overlap import CompiledOverlaps, TiledOverlaps, find_overlaps
 
 MATCHERS = [match_bipartite, match_ssd, match_two_thresholds]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def small_tiles(request, monkeypatch):
+    """Both ways to find the best overlaps, with tiles so small that a few boxes fill many."""
+    monkeypatch.setattr(best_overlap, "TILE_ANCHORS", 16)
+    monkeypatch.setattr(best_overlap, "TILE_PAIRS", 150)
+    if request.param == "torch":
+        monkeypatch.setattr(matching, "find_overlaps", TiledOverlaps)
+
+
+def matrix_of_iou(anchors, truths):
+    """(A, N), by torch operations alone, which compiled code has no part in."""
+    count = len(anchors), len(truths)
+    pairs = anchors.repeat_interleave(count[1], 0), truths.repeat(count[0], 1)
+    return elementwise_iou(*pairs).reshape(count)
+
+
+def plain_ssd(iou, threshold):
+    result = torch.where(iou.max(1).values >= threshold, iou.max(1).indices, -1)
+    for truth, anchor in enumerate(iou.max(0).indices.tolist()):
+        result[anchor] = truth
+    return result
+
+
+def plain_two_thresholds(iou, low, high, force_best=True):
+    best = iou.max(1)
+    result = torch.where(best.values >= high, best.indices, torch.where(best.values >= low, -2, -1))
+    if force_best:
+        forced = ((iou == iou.max(0).values) & (iou > 0)).any(1)
+        result[forced] = best.indices[forced]
+    return result
+
+
+def plain_with_ignored(anchors, truths, ignored, low, plain):
+    """`plain`, of the matrix of IoUs, on the truths that count, then the rule of the ignored on what is negative."""
+    kept = (~ignored).nonzero().flatten()
+    result = plain(matrix_of_iou(anchors, truths[kept]))
+    alike = matrix_of_iou(anchors, truths[ignored]) >= low
+    covered = intersection_over_area(anchors, truths[ignored]) >= 0.5
+    result[(result == -1) & (alike | covered).any(1)] = -2
+    return torch.where(result >= 0, kept[result.clamp(min=0)], result)
 
 
 def plain_bipartite(iou, threshold):
@@ -31,6 +86,166 @@ def plain_bipartite(iou, threshold):
 
 def with_sentinel(match):
     return torch.where(match.positive, match.truth_index, torch.where(match.ignored, -2, -1))
+
+
+PLAIN = [
+    (match_bipartite, {"threshold": 0.3}, 0.3, lambda iou: plain_bipartite(iou, 0.3)),
+    (match_ssd, {"threshold": 0.4}, 0.4, lambda iou: plain_ssd(iou, 0.4)),
+    (match_two_thresholds, {"low": 0.2, "high": 0.6}, 0.2, lambda iou: plain_two_thresholds(iou, 0.2, 0.6)),
+    (
+        match_two_thresholds,
+        {"low": 0.2, "high": 0.6, "force_best": False},
+        0.2,
+        lambda iou: plain_two_thresholds(iou, 0.2, 0.6, force_best=False),
+    ),
+]
+PLAIN_NAMES = ["bipartite", "ssd", "two_thresholds", "two_thresholds_unforced"]
+
+
+def awkward_boxes(count, seed):
+    """Among them boxes without area or with swapped sides, equal, distant, infinite, huge and tiny ones."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(count, seed, whole=seed % 2 == 0)
+    kind = torch.randint(0, 9, (count,), generator=generator)
+    boxes[kind == 1] = boxes[kind == 1][:, [0, 1, 0, 3]]
+    boxes[kind == 2] = boxes[kind == 2][:, [2, 1, 0, 3]]
+    boxes[kind == 3] = boxes[0].clone()
+    boxes[kind == 4] += 60
+    boxes[kind == 5] *= 1e18 if seed % 3 == 0 else 1
+    boxes[kind == 6, 2] = math.inf if seed % 3 == 1 else 90
+    boxes[kind == 7] *= 1e-23 if seed % 3 == 2 else 1
+    return boxes
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("matcher", "options", "low", "plain"), PLAIN, ids=PLAIN_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_rule_on_the_matrix(matcher, options, low, plain, dtype):
+    for seed in range(18):
+        anchors = awkward_boxes((1, 16, 77)[seed % 3], seed).to(dtype)
+        truths = awkward_boxes(1 + seed % 7, seed + 500).to(dtype)
+        match = matcher(anchors, truths, **options)
+        assert with_sentinel(match).tolist() == plain(matrix_of_iou(anchors, truths)).tolist()
+        # what an anchor that is not positive points to is its best truth all the same
+        if matcher is not match_bipartite:
+            unsure = ~match.positive
+            assert torch.equal(match.truth_index[unsure], matrix_of_iou(anchors, truths).max(1).indices[unsure])
+
+        ignored = torch.arange(len(truths)) % 3 == 1
+        match = matcher(anchors, truths, ignored, **options)
+        assert with_sentinel(match).tolist() == plain_with_ignored(anchors, truths, ignored, low, plain).tolist()
+
+
+@pytest.mark.parametrize(("matcher", "options", "low", "plain"), PLAIN, ids=PLAIN_NAMES)
+def test_many_anchors_equal_the_rule_on_the_matrix(matcher, options, low, plain):
+    # tiles of the usual size, several of them
+    for whole in (False, True):
+        anchors, truths = random_boxes(3000, 1, extent=400, whole=whole), random_boxes(40, 2, extent=400, whole=whole)
+        ignored = torch.arange(40) % 4 == 3
+        match = matcher(anchors, truths, ignored, **options)
+        assert with_sentinel(match).tolist() == plain_with_ignored(anchors, truths, ignored, low, plain).tolist()
+
+
+def test_many_truths_equal_the_matrix():
+    # more than TILE_PAIRS in all, so that torch has tiles of its own size too
+    anchors, truths = random_boxes(3000, 3, whole=True), random_boxes(800, 4, whole=True)
+    iou = matrix_of_iou(anchors, truths)
+    for overlaps in (TiledOverlaps(anchors, truths), CompiledOverlaps(anchors, truths)):
+        assert torch.equal(overlaps.anchor_iou, iou.max(1).values)
+        assert torch.equal(overlaps.anchor_truth, iou.max(1).indices)
+        assert torch.equal(overlaps.truth_iou, iou.max(0).values)
+        assert torch.equal(overlaps.truth_anchor, iou.max(0).indices)
+        assert torch.equal(overlaps.attain_best(), (iou == iou.max(0).values).any(1))
+        assert torch.equal(overlaps.covered(0.3), (intersection_over_area(anchors, truths) >= 0.3).any(1))
+        free = torch.arange(3000) > 1500
+        for truth in (0, 799):
+            assert overlaps.best_free(truth, free) == (
+                iou[1501:, truth].max().item(),
+                1501 + int(iou[1501:, truth].argmax()),
+            )
+            assert overlaps.best_free(truth, torch.zeros(3000, dtype=torch.bool)) == (-1, 0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_all_that_tie_are_forced():
+    anchors = torch.tensor([[0.0, 0, 10, 5]]).repeat(100, 1)
+    anchors[50:60] += 500
+    anchors[30] = torch.tensor([0.0, 0, 10, 2])
+    match = match_two_thresholds(anchors, torch.tensor([[0.0, 0, 10, 10]]))
+    expected = torch.ones(100, dtype=torch.bool)
+    expected[30] = expected[50:60] = False
+    assert torch.equal(match.positive, expected)
+
+
+def test_who_finds_the_overlaps():
+    anchors, truths = random_boxes(20, 1), random_boxes(3, 2)
+    assert isinstance(find_overlaps(anchors, truths), CompiledOverlaps)
+    assert isinstance(find_overlaps(anchors.half(), truths.bfloat16()), CompiledOverlaps)  # both become float32
+    assert isinstance(find_overlaps(anchors.double(), truths.double()), CompiledOverlaps)
+    assert isinstance(find_overlaps(anchors.double(), truths), TiledOverlaps)
+
+
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_dtypes_layouts_and_gradients(matcher):
+    anchors, truths = random_boxes(300, 5), random_boxes(6, 6)
+    expected = matcher(anchors, truths)
+    for a, b in (
+        (anchors.T.contiguous().T, truths.repeat(1, 2)[:, 4:]),
+        (anchors.clone().requires_grad_(), truths.clone().requires_grad_()),
+        (anchors.double(), truths),
+        (anchors, truths.double()),
+    ):
+        match = matcher(a, b)
+        assert match.truth_index.dtype == torch.int64
+        assert with_sentinel(match).tolist() == with_sentinel(expected).tolist()
+    halves = anchors.half(), truths.half()
+    assert with_sentinel(matcher(*halves)).tolist() == with_sentinel(matcher(*(h.float() for h in halves))).tolist()
+    whole = (anchors.long(), truths.long())
+    assert with_sentinel(matcher(*whole)).tolist() == with_sentinel(matcher(*(w.float() for w in whole))).tolist()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs")
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_compiled_code_makes_no_matrix(matcher):
+    import resource  # not on Windows
+
+    anchors, truths = random_boxes(200_000, 1, extent=5000), random_boxes(1000, 2, extent=5000)
+    ignored = torch.arange(1000) % 2 == 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    matcher(anchors, truths, ignored)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100 * 1024  # KB; the matrix would have 400 MB for either half of the truths
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_torch_makes_no_matrix(matcher, monkeypatch):
+    monkeypatch.setattr(matching, "find_overlaps", TiledOverlaps)
+    monkeypatch.setattr(best_overlap, "TILE_PAIRS", 4000)
+    anchors, truths = random_boxes(2000, 1), random_boxes(60, 2)
+    with LargestTensor() as largest:
+        matcher(anchors, truths, torch.arange(60) % 2 == 0)
+    assert 4 * 2000 <= largest.elements < 3 * 4000  # the anchors themselves, or a tile; the matrix has 60,000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_gpu_tensors(matcher):
+    for seed in range(10):
+        anchors, truths = awkward_boxes(500, seed), awkward_boxes(9, seed + 500)
+        ignored = torch.arange(9) % 3 == 1
+        match = matcher(anchors.cuda(), truths.cuda(), ignored.cuda())
+        assert match.positive.device.type == "cuda"
+        assert with_sentinel(match).tolist() == with_sentinel(matcher(anchors, truths, ignored)).tolist()
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -185,6 +400,10 @@ def test_nan_and_wrong_masks_are_refused(matcher):
         matcher(boxes, boxes, torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"ignored_truths must be \(4,\) bool"):
         matcher(boxes, boxes, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"anchors must be \(N, 4\), but got \(4, 3\)"):
+        matcher(boxes[:, :3], boxes)
+    with pytest.raises(ValueError, match=r"truths must be \(N, 4\), but got \(4,\)"):
+        matcher(boxes, boxes[0])
 
 
 def test_swapped_thresholds_are_refused():

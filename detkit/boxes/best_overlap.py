@@ -1,0 +1,108 @@
+"""Which anchors and truths overlap most, found without the (A, N) matrix of their IoUs.
+
+One pass over tiles of anchors: compiled code for float32 and float64 on the CPU, torch for all else. Both give the
+same results, those of `pairwise_iou` and of torch's max, to the bit.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detkit.boxes.iou import at_least_float32, intersection_over_area, pairwise_iou
+
+TILE_PAIRS = 2**20
+"""IoUs of one tile in torch: 4 MB for each of the some ten tensors that `pairwise_iou` needs."""
+
+TILE_ANCHORS = 1024
+"""Anchors of one tile in compiled code: their coordinates and one row of IoUs stay in the first-level cache."""
+
+
+class TiledOverlaps:
+    """The overlaps of A anchors with N truths, in torch operations on any device.
+
+    Args:
+        anchors: (A, 4) xyxy without NaN, A > 0.
+        truths: (N, 4) xyxy without NaN, N > 0.
+
+    Attributes:
+        anchor_iou: (A,) largest IoU of each anchor.
+        anchor_truth: (A,) int64, the first truth that has it.
+        truth_iou: (N,) largest IoU of each truth.
+        truth_anchor: (N,) int64, the first anchor that has it.
+    """
+
+    def __init__(self, anchors: Tensor, truths: Tensor) -> None:
+        self._tiles = anchors.detach().split(max(1, TILE_PAIRS // len(truths)))
+        self._truths = truths.detach()
+        best_of_anchors = []
+        begin = 0
+        for tile in self._tiles:
+            iou = pairwise_iou(tile, self._truths)
+            best_of_anchors.append(iou.max(1))
+            value, index = iou.max(0)
+            if begin == 0:
+                self.truth_iou, self.truth_anchor = value, index
+            else:
+                better = value > self.truth_iou
+                self.truth_iou = torch.where(better, value, self.truth_iou)
+                self.truth_anchor = torch.where(better, begin + index, self.truth_anchor)
+            begin += len(tile)
+        self.anchor_iou, self.anchor_truth = (torch.cat(parts) for parts in zip(*best_of_anchors))
+
+    def attain_best(self) -> Tensor:
+        """(A,) bool, the anchors that have the largest IoU of some truth, all that tie; none for an IoU of 0."""
+        some = self.truth_iou > 0
+        return torch.cat([((pairwise_iou(tile, self._truths) == self.truth_iou) & some).any(1) for tile in self._tiles])
+
+    def best_free(self, truth: int, free: Tensor) -> tuple[float, int]:
+        """The largest IoU of a truth with an anchor that is `free`, (A,) bool, and the first that has it.
+
+        -1 and 0 where none is free.
+        """
+        iou = torch.cat([pairwise_iou(tile, self._truths[truth : truth + 1])[:, 0] for tile in self._tiles])
+        value, index = torch.where(free, iou, -1).max(0)
+        return float(value), int(index)
+
+    def covered(self, part: float) -> Tensor:
+        """(A,) bool, the anchors of whose own area at least `part`, above 0, lies inside one of the truths."""
+        return torch.cat([(intersection_over_area(tile, self._truths) >= part).any(1) for tile in self._tiles])
+
+
+class CompiledOverlaps:
+    """The same as `TiledOverlaps`, compiled: for tensors on the CPU that are both float32 or both float64."""
+
+    def __init__(self, anchors: Tensor, truths: Tensor) -> None:
+        # Numba takes half a second to import: whoever never matches does not wait for it.
+        from detkit.boxes import overlap_numba
+
+        self._kernels = overlap_numba
+        self._anchors, self._truths = (
+            overlap_numba.columns(np.ascontiguousarray(boxes.detach().numpy())) for boxes in (anchors, truths)
+        )
+        row = np.empty(TILE_ANCHORS, dtype=self._anchors[0].dtype)
+        self._scratch = row, row.view(f"i{row.itemsize}")
+        anchor_iou, anchor_truth, truth_bits, truth_anchor, truth_end = overlap_numba.best_overlaps(
+            self._anchors, self._truths, *self._scratch
+        )
+        self._best_of_truths = truth_bits, truth_anchor, truth_end
+        self.anchor_iou, self.anchor_truth = torch.from_numpy(anchor_iou), torch.from_numpy(anchor_truth).long()
+        self.truth_iou, self.truth_anchor = torch.from_numpy(truth_bits.view(row.dtype)), torch.from_numpy(truth_anchor)
+
+    def attain_best(self) -> Tensor:
+        attains = self._kernels.attain_best(self._anchors, self._truths, *self._best_of_truths, *self._scratch)
+        return torch.from_numpy(attains)
+
+    def best_free(self, truth: int, free: Tensor) -> tuple[float, int]:
+        value, index = self._kernels.best_free(self._anchors, self._truths, truth, free.numpy(), *self._scratch)
+        return float(value), int(index)
+
+    def covered(self, part: float) -> Tensor:
+        return torch.from_numpy(self._kernels.largest_cover(self._anchors, self._truths)) >= part
+
+
+def find_overlaps(anchors: Tensor, truths: Tensor) -> TiledOverlaps | CompiledOverlaps:
+    """Their overlaps by the compiled code where it can, else by torch; arguments as for `TiledOverlaps`."""
+    anchors, truths = at_least_float32(anchors), at_least_float32(truths)
+    if anchors.device.type == truths.device.type == "cpu" and anchors.dtype == truths.dtype:
+        return CompiledOverlaps(anchors, truths)
+    return TiledOverlaps(anchors, truths)
