@@ -1,5 +1,7 @@
 """What every suppression shares: the checks of its arguments, and the partition by image and class."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,10 +23,12 @@ def check_candidates(boxes: Tensor, scores: Tensor, **keys: Tensor | None) -> No
         raise ValueError(f"{', '.join(('scores', *keys))} must be on the device of the boxes, {boxes.device}")
 
 
-def check_thresholds(iou_threshold: float, max_detections: int | None) -> None:
-    """Raises ValueError unless the threshold is in 0..1 and the limit 0 or more, or None."""
+def check_thresholds(iou_threshold: float, max_detections: int | None, score_threshold: float | None = None) -> None:
+    """Raises ValueError unless the IoU is in 0..1, the limit 0 or more or None, the score a number or None."""
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in 0..1, but is {iou_threshold}")
+    if score_threshold is not None and math.isnan(score_threshold):
+        raise ValueError("score_threshold is NaN, which no score is above. Give a number, or None for all scores.")
     if max_detections is not None and max_detections < 0:
         raise ValueError(f"max_detections must be 0 or more, or None for no limit, but is {max_detections}")
 
@@ -49,11 +53,11 @@ def sort_into_groups(indices: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tenso
         group begins, and N.
     """
     if not keys:
-        return indices, torch.tensor((0, len(indices)))
+        return indices, torch.tensor((0, len(indices)), device=indices.device)
     order = indices
     for key in keys:
         order = order[key[order].argsort(stable=True)]
-    begins = torch.zeros(len(order) + 1, dtype=torch.bool)
+    begins = torch.zeros(len(order) + 1, dtype=torch.bool, device=order.device)
     begins[0] = begins[-1] = True
     for key in keys:
         values = key[order]
@@ -65,7 +69,7 @@ def first_of_each_image(kept: Tensor, image_index: Tensor | None, limit: int) ->
     """The first `limit` of each image's indices, in the order they come."""
     if image_index is None:
         return kept[:limit]
-    order, starts = sort_into_groups(torch.arange(len(kept)), [image_index[kept]])
+    order, starts = sort_into_groups(torch.arange(len(kept), device=kept.device), [image_index[kept]])
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(kept)) - torch.repeat_interleave(starts[:-1], starts.diff())
+    rank[order] = torch.arange(len(kept), device=kept.device) - torch.repeat_interleave(starts[:-1], starts.diff())
     return kept[rank < limit]

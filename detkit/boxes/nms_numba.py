@@ -436,12 +436,12 @@ def _suppress_group(boxes, indices, ranks, keep, threshold, limit):  # type: ign
 
 
 @njit(
-    "int64(int64, int64, int64, int64, int64, float64, float64, int64, int64)",
+    "int64(int64, int64, int64, int64, float64, float64, int64, int64[::1])",
     cache=True,
     nogil=True,
     error_model="numpy",
 )
-def suppress(boxes_at, scores_at, labels_at, images_at, count, threshold, above_score, limit, result_at):  # type: ignore[no-untyped-def]
+def suppress(boxes_at, scores_at, labels_at, images_at, threshold, above_score, limit, result):  # type: ignore[no-untyped-def]
     """Greedy NMS of N boxes within each image and class.
 
     Args:
@@ -449,22 +449,21 @@ def suppress(boxes_at, scores_at, labels_at, images_at, count, threshold, above_
         scores_at: address of (N,) float32.
         labels_at: address of (N,) int64, or 0 for one class.
         images_at: address of (N,) int64, or 0 for one image.
-        count: N, below 2^32.
         threshold: in 0..1; a box goes whose IoU with a kept one is above it.
         above_score: only boxes of a higher score take part.
         limit: the most boxes kept of an image.
-        result_at: address of (N,) int64, to which the kept indices are written, best score first, ties by index.
+        result: (N,) int64, below 2^32 of them, to which the kept indices are written, best score first, ties by index.
 
     Returns:
         K, how many are kept; NOT_FINITE; or SPARSE_KEYS if (labels' range) x (images' range) is above 4 N + 1024,
         to be called again with dense ones. Then nothing was written.
     """
+    count = len(result)
     boxes = carray(_float32_at(boxes_at), 4 * count)
     scores = carray(_float32_at(scores_at), count)
     score_bits = carray(_uint32_at(scores_at), count)
     labels = carray(_int64_at(labels_at), count if labels_at else 0)
     images = carray(_int64_at(images_at), count if images_at else 0)
-    result = carray(_int64_at(result_at), count)
     if not (_finite(carray(_uint32_at(boxes_at), 4 * count)) and _finite(score_bits)):
         return NOT_FINITE
 
