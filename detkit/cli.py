@@ -1,6 +1,7 @@
-"""The command line: `detkit train | eval | infer | check`. Each command imports what it needs when it runs."""
+"""The command line: `detkit train | eval | infer | check | bench`. Each command imports what it needs when it runs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,8 +100,45 @@ def check(arguments: list[str]) -> None:
         )
 
 
+def bench(arguments: list[str]) -> None:
+    """Time detkit beside other libraries, results checked first: detkit bench nms | iou | matching [--quick]."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: detkit bench BENCHMARK [--OPTION VALUE ...]\n")
+        for name, (summary, _) in BENCHMARKS.items():
+            print(f"  {name:9} {summary}")
+        print("\n`detkit bench BENCHMARK --help` lists its options.")
+        if not arguments:
+            raise DetkitError("detkit bench needs the name of a benchmark first, for example: detkit bench nms --quick")
+        return
+    if arguments[0] not in BENCHMARKS:
+        raise DetkitError(f"There is no benchmark '{arguments[0]}'. {nearest(arguments[0], BENCHMARKS)}")
+    import importlib
+
+    from detkit.bench import options as schemas
+    from detkit.cli_options import parse_options
+
+    name = arguments[0]
+    schema: type[schemas.BenchOptions] = getattr(schemas, BENCHMARKS[name][1])
+    options = parse_options(schema, f"bench {name}", arguments[1:], positional=False)
+    if options is None:
+        return
+    run = getattr(importlib.import_module(f"detkit.bench.{name}"), f"bench_{name}")
+    run(options, shlex.join(["detkit", "bench", *arguments]))
+
+
+BENCHMARKS = {
+    "nms": ("Non-maximum suppression: boxes a second against their number, a table, a plot, JSON.", "NmsOptions"),
+    "iou": ("Pairwise intersection over union.", "IouOptions"),
+    "matching": ("Assignment of truths to anchors: time and memory.", "MatchingOptions"),
+}
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "eval": evaluate, "infer": infer, "check": check}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "infer": infer,
+    "check": check,
+    "bench": bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,8 +48,8 @@ class InferOptions:
     save_crop: bool = False
 
 
-def parse_options(schema: type[Options], command: str, arguments: list[str]) -> Options | None:
-    """`arguments` as `schema`, or None after --help. The first field may be given without its name."""
+def parse_options(schema: type[Options], command: str, arguments: list[str], positional: bool = True) -> Options | None:
+    """`arguments` as `schema`, or None after --help. If `positional`, the first field may be given without its name."""
     import dataclasses
 
     from jsonargparse import ArgumentError, ArgumentParser
@@ -60,11 +60,12 @@ def parse_options(schema: type[Options], command: str, arguments: list[str]) -> 
     parser = ArgumentParser(prog=f"detkit {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(schema)
     if "-h" in arguments or "--help" in arguments:
-        print(f"usage: detkit {command} {fields[0].name.upper()} [--OPTION VALUE ...]\n")
+        first = f"{fields[0].name.upper()} " if positional else ""
+        print(f"usage: detkit {command} {first}[--OPTION VALUE ...]\n")
         parser.usage = argparse.SUPPRESS
         parser.print_help()
         return None
-    if arguments and not arguments[0].startswith("-"):
+    if positional and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{fields[0].name}", *arguments]
     names = {field.name for field in fields}
     normal = []

@@ -21,7 +21,7 @@ LAYERS = [
     {"metrics", "draw"},
     {"engine"},
     {"predict"},
-    {"infer"},
+    {"infer", "bench"},
     {"cli_options", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,88 @@
+"""The picture of a suppression benchmark: boxes a second against their number."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detkit.bench.harness import Case
+from detkit.bench.report import short_count
+from detkit.errors import DetkitError
+
+# The same in every panel, and in this order in the legend; told apart without colours by the markers.
+STYLES = {
+    "detkit": ("#d62728", "o"),
+    "torchvision": ("#1f77b4", "s"),
+    "torchvision per image": ("#17becf", "D"),
+    "OpenCV": ("#2ca02c", "^"),
+    "NumPy loop": ("#8c564b", "v"),
+    "lsnms": ("#9467bd", "P"),
+    "powerboxes": ("#e377c2", "X"),
+    "powerboxes r-tree": ("#ff7f0e", "*"),
+    "detkit, to the host": ("#ff9896", "<"),
+    "torchvision, to the host": ("#aec7e8", ">"),
+    "torch.sort of scores": ("#7f7f7f", "."),
+}
+
+
+def require_matplotlib() -> None:
+    """Raises DetkitError, with the remedy, where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DetkitError("The plot needs matplotlib: pip install -e '.[plot]'. To do without it: --plot false.")
+
+
+def plot_rates(cases: Sequence[Case], title: str, path: Path) -> Path:
+    """Write a PNG with a panel for each kind of input and device; its path.
+
+    Args:
+        cases: all that was measured.
+        title: names the hardware.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((case.kind, case.device) for case in cases))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 1.6 + 3.9 * lines), dpi=120, layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axis, (kind, device) in zip(axes.flatten(), panels):
+        _draw(axis, [case for case in cases if (case.kind, case.device) == (kind, device)], handles)
+        axis.set_title(f"{kind} boxes on {'the CPU' if device == 'cpu' else 'the GPU'}")
+        axis.tick_params(labelbottom=True, labelleft=True)
+    for axis in axes.flatten()[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("boxes before suppression")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("boxes a second")
+    figure.suptitle(title)
+    names = [name for name in STYLES if name in handles]
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=2 * columns + 1, frameon=False
+    )
+    figure.savefig(path)
+    return path
+
+
+def _draw(axis: Any, cases: Sequence[Case], handles: dict[str, Any]) -> None:
+    for name in dict.fromkeys(row.name for case in cases for row in case.rows):
+        points = [(case.work, row.rate) for case in cases for row in case.rows if row.name == name and row.rate]
+        colour, marker = STYLES[name]
+        ours, scale = name.startswith("detkit"), name.startswith("torch.sort")
+        (line,) = axis.plot(
+            *zip(*points),
+            color=colour,
+            marker=marker,
+            linestyle=":" if scale else "-",
+            linewidth=2.5 if ours else 1.2,
+            zorder=3 if ours else 2,
+        )
+        handles.setdefault(name, line)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter(lambda value, _: short_count(value))
+    axis.xaxis.set_minor_formatter("")
+    axis.grid(visible=True, which="major", color="#dddddd")
