@@ -31,7 +31,7 @@ NOT_FINITE = -1
 SPARSE_KEYS = -2
 """`suppress` found labels and images that span too wide a range to count them; see `suppress`."""
 
-FEW = 256  # measured: at 300 boxes both ways take as long
+FEW = 500  # measured: with so many boxes both ways take as long
 RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than three radix passes
 LANES = 16  # boxes compared at once: 512 bits; LLVM splits them where registers are smaller
 BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and areas or bounds
@@ -191,65 +191,111 @@ def _has_area(width, height):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _put(pool, place, left, top, right, bottom):  # type: ignore[no-untyped-def]
-    pool[place] = left
-    pool[place + 16] = top
-    pool[place + 32] = right
-    pool[place + 48] = bottom
+def _box(boxes, index):  # type: ignore[no-untyped-def]
+    first = 4 * Index(index)
+    return boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)]
 
 
 @compiled
-def _hits(pool, start, left, top, right, bottom, threshold):  # type: ignore[no-untyped-def]
-    """A bit for each box of the block that overlaps too much, by torchvision's formula in its order of operations."""
-    hits = np.uint32(0)
+def _bound_of_area(threshold):  # type: ignore[no-untyped-def]
+    """(factor, slack): the bound of a box is factor * area - slack.
+
+    inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), which is to be above the sum of two bounds.
+    """
+    return np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN)), SLACK if threshold > ZERO else ZERO
+
+
+@compiled
+def _lane(pool, at):  # type: ignore[no-untyped-def]
+    return pool[at], pool[at + Index(LANES)], pool[at + Index(2 * LANES)], pool[at + Index(3 * LANES)]
+
+
+@compiled
+def _clear(pool, start):  # type: ignore[no-untyped-def]
+    """Makes a block one whose boxes are near to nothing, whatever its tops and bottoms hold."""
+    pool[start : start + LANES] = INFINITY
+    pool[start + 2 * LANES : start + 3 * LANES] = -INFINITY
+    pool[start + 4 * LANES : start + 5 * LANES] = INFINITY
+
+
+@compiled
+def _put(pool, place, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
+    pool[place] = left
+    pool[place + LANES] = top
+    pool[place + 2 * LANES] = right
+    pool[place + 3 * LANES] = bottom
+    pool[place + 4 * LANES] = bound
+
+
+@compiled
+def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
+    """Whether a box of the block may overlap too much; without division or a branch, so that it is one vector each."""
+    near = False
+    at = Index(start)
+    for j in range(Index(LANES)):
+        left_j, top_j, right_j, bottom_j = _lane(pool, at + j)
+        width = (right_j if right_j < right else right) - (left_j if left_j > left else left)
+        height = (bottom_j if bottom_j < bottom else bottom) - (top_j if top_j > top else top)
+        inter = (width if width > ZERO else ZERO) * height
+        near |= inter - pool[at + j + Index(4 * LANES)] > bound
+    return near
+
+
+@compiled
+def _any_hit(pool, start, left, top, right, bottom, threshold):  # type: ignore[no-untyped-def]
+    """Whether a box of the block overlaps too much, by torchvision's formula in its order of operations."""
+    hit = False
     at = Index(start)
     area = (right - left) * (bottom - top)
     for j in range(Index(LANES)):
-        left_j, top_j, right_j, bottom_j = (
-            pool[at + j],
-            pool[at + j + Index(16)],
-            pool[at + j + Index(32)],
-            pool[at + j + Index(48)],
-        )
+        left_j, top_j, right_j, bottom_j = _lane(pool, at + j)
         width = (right_j if right_j < right else right) - (left_j if left_j > left else left)
         height = (bottom_j if bottom_j < bottom else bottom) - (top_j if top_j > top else top)
         inter = (width if width > ZERO else ZERO) * (height if height > ZERO else ZERO)
         iou = inter / ((right_j - left_j) * (bottom_j - top_j) + area - inter)
-        hits |= np.uint32(iou > threshold) << np.uint32(j)
-    return hits
+        hit |= iou > threshold
+    return hit
 
 
 @compiled
 def _suppress_few(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
-    count = len(indices)
-    blocks = (count + LANES - 1) // LANES
-    pool = np.empty(blocks * BLOCK, dtype=np.float32)
-    gone = np.zeros(blocks, dtype=np.uint32)  # a bit for each lane
-    for i in range(blocks * LANES):
-        # What has no area stands infinitely far away: it is kept and suppresses nothing. So does what fills up the
-        # last block.
-        left, top, right, bottom = INFINITY, ZERO, -INFINITY, ZERO
-        if i < count:
-            first = 4 * Index(indices[i])
-            width = boxes[first + Index(2)] - boxes[first]
-            height = boxes[first + Index(3)] - boxes[first + Index(1)]
-            if _has_area(width, height):
-                left, top, right, bottom = (
-                    boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)],
-                )  # fmt: skip
-        _put(pool, i // LANES * BLOCK + i % LANES, left, top, right, bottom)
-    kept = 0
-    for i in range(count):
-        block = i // LANES
-        suppressed = (gone[block] >> np.uint32(i % LANES)) & np.uint32(1)
-        keep[ranks[i] if len(ranks) else i] = not suppressed and kept < limit
-        if suppressed or kept >= limit:
-            continue
+    """Compares each box with all that are kept before it."""
+    pool = np.empty((len(indices) + LANES - 1) // LANES * BLOCK, dtype=np.float32)
+    factor, slack = _bound_of_area(threshold)
+    stored = kept = 0
+    for i in range(len(indices)):
+        if kept >= limit:
+            break
+        left, top, right, bottom = _box(boxes, indices[i])
+        width, height = right - left, bottom - top
+        if _has_area(width, height):
+            bound = factor * (width * height) - slack
+            hit = False
+            for start in range(0, (stored + LANES - 1) // LANES * BLOCK, BLOCK):
+                hit = _any_near(pool, start, left, top, right, bottom, bound) and _any_hit(
+                    pool, start, left, top, right, bottom, threshold
+                )
+                if hit:
+                    break
+            if hit:
+                continue
+            if stored % LANES == 0:
+                _clear(pool, stored // LANES * BLOCK)
+            _put(pool, stored // LANES * BLOCK + stored % LANES, left, top, right, bottom, bound)
+            stored += 1
+        keep[ranks[i] if len(ranks) else i] = True
         kept += 1
-        place = block * BLOCK + i % LANES
-        left, top, right, bottom = pool[place], pool[place + 16], pool[place + 32], pool[place + 48]
-        for other in range(block, blocks):
-            gone[other] |= _hits(pool, other * BLOCK, left, top, right, bottom, threshold)
+
+
+@compiled
+def _gather(boxes, indices):  # type: ignore[no-untyped-def]
+    """The boxes in the order of their indices. One loop that does nothing else waits least for memory."""
+    gathered = np.empty(4 * len(indices), dtype=np.float32)
+    for i in range(len(indices)):
+        to, first = 4 * Index(i), 4 * Index(indices[i])
+        for k in range(Index(4)):
+            gathered[to + k] = boxes[first + k]
+    return gathered
 
 
 @compiled
@@ -266,9 +312,7 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
     width_sum = height_sum = area_sum = widest = highest = 0.0
     ordinary = True  # areas with which the error of a float32 IoU is as small as MARGIN allows
     for i in range(len(boxes) // 4):
-        first = 4 * Index(i)
-        left, top = boxes[first], boxes[first + Index(1)]
-        right, bottom = boxes[first + Index(2)], boxes[first + Index(3)]
+        left, top, right, bottom = _box(boxes, i)
         if _has_area(right - left, bottom - top):
             width, height = np.float64(right - left), np.float64(bottom - top)
             ordinary &= 1e-30 < width * height < 1e30
@@ -279,7 +323,11 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
             area_sum += width * height
             widest, highest = max(widest, width), max(highest, height)
             count += 1
-    reach = math.inf if threshold == 0.0 else ((1.0 - threshold) / (2.0 * threshold) + MARGIN) * (1.0 + MARGIN)
+    reach = (
+        math.inf
+        if threshold == ZERO
+        else ((1.0 - np.float64(threshold)) / (2.0 * np.float64(threshold)) + MARGIN) * (1.0 + MARGIN)
+    )
     widest, highest = widest * (1.0 + MARGIN), highest * (1.0 + MARGIN)
     if count == 0 or not ordinary:
         return 1, 1, 0.0, 0.0, 0.0, reach, widest, highest
@@ -302,45 +350,25 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _clear(pool, start):  # type: ignore[no-untyped-def]
-    """Makes a block one whose boxes are near to nothing, whatever its tops and bottoms hold."""
-    pool[start : start + 16] = INFINITY
-    pool[start + 32 : start + 48] = -INFINITY
-    pool[start + 64 : start + 80] = INFINITY
+def _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel):  # type: ignore[no-untyped-def]
+    """The cell of each box's centre; beforehand, so that the search need not wait for the arithmetic."""
+    homes = np.empty(len(boxes) // 4, dtype=np.int32)
+    for i in range(len(homes)):
+        left, top, right, bottom = _box(boxes, i)
+        x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
+        y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
+        # A box without area may lie outside the grid. It is kept whatever its cell.
+        column, row = min(max(x, 0.0), columns - 1.0), min(max(y, 0.0), rows - 1.0)
+        homes[i] = int(row) * columns + int(column)
+    return homes
 
 
 @compiled
-def _grown(array, used, size):  # type: ignore[no-untyped-def]
-    grown = np.empty(size, dtype=array.dtype)
-    grown[:used] = array[:used]
-    return grown
-
-
-@compiled
-def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
-    """Whether a box of the block may overlap too much; without division or a branch, so that it is one vector each."""
-    near = False
-    at = Index(start)
-    for j in range(Index(LANES)):
-        left_j, top_j, right_j, bottom_j = (
-            pool[at + j],
-            pool[at + j + Index(16)],
-            pool[at + j + Index(32)],
-            pool[at + j + Index(48)],
-        )
-        width = (right_j if right_j < right else right) - (left_j if left_j > left else left)
-        height = (bottom_j if bottom_j < bottom else bottom) - (top_j if top_j > top else top)
-        inter = (width if width > ZERO else ZERO) * height
-        near |= inter - pool[at + j + Index(64)] > bound
-    return near
-
-
-@compiled
-def _suppressed(pool, heads, following, cell, left, top, right, bottom, bound, threshold):  # type: ignore[no-untyped-def]
+def _cell_hits(pool, heads, following, cell, left, top, right, bottom, bound, threshold):  # type: ignore[no-untyped-def]
     """Whether a kept box of this cell overlaps too much."""
     block = heads[cell]
     while block >= 0:
-        if _any_near(pool, block * BLOCK, left, top, right, bottom, bound) and _hits(
+        if _any_near(pool, block * BLOCK, left, top, right, bottom, bound) and _any_hit(
             pool, block * BLOCK, left, top, right, bottom, threshold
         ):
             return True
@@ -349,86 +377,80 @@ def _suppressed(pool, heads, following, cell, left, top, right, bottom, bound, t
 
 
 @compiled
-def _gather(boxes, indices):  # type: ignore[no-untyped-def]
-    """The boxes in the order of their indices. One loop that does nothing else waits least for memory."""
-    gathered = np.empty(4 * len(indices), dtype=np.float32)
-    for i in range(len(indices)):
-        to, first = 4 * Index(i), 4 * Index(indices[i])
-        for k in range(Index(4)):
-            gathered[to + k] = boxes[first + k]
-    return gathered
-
-
-@compiled
 def _suppress_many(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
+    """Compares each box with those kept before it whose centres are in reach."""
     count = len(indices)
     boxes = _gather(boxes, indices)
     columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest = _grid(boxes, threshold)
     cells = columns * rows
-    heads = np.full(cells, -1, dtype=np.int32)  # the newest block of each cell
-    filled = np.full(cells, LANES, dtype=np.uint8)  # lanes in use of that block
+    homes = _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel)
+    # The kept boxes of a cell: a chain of blocks, the oldest first, for the best scores suppress most.
     pool = np.empty((count // LANES + cells + 1) * BLOCK, dtype=np.float32)
-    following = np.empty(len(pool) // BLOCK, dtype=np.int32)  # the next older block of the same cell, or -1
+    heads = np.full(cells, -1, dtype=np.int32)
+    tails = np.full(cells, -1, dtype=np.int32)
+    following = np.full(len(pool) // BLOCK, -1, dtype=np.int32)
+    filled = np.full(cells, LANES, dtype=np.uint8)  # lanes in use of the last block
     used = 0
-    # inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), each box's part of which is its bound.
-    factor = np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN))
-    slack = SLACK if threshold > 0.0 else ZERO
+    factor, slack = _bound_of_area(threshold)
     kept = 0
     for i in range(count):
-        first = 4 * Index(i)
-        left, top, right, bottom = (
-            boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)],
-        )  # fmt: skip
-        width, height = right - left, bottom - top
-        rank = ranks[i] if len(ranks) else i
-        keep[rank] = False
         if kept >= limit:
-            continue
-        if not _has_area(width, height):
-            keep[rank] = True
-            kept += 1
-            continue
-        bound = factor * (width * height) - slack
-        x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
-        y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
-        home = min(int(y), rows - 1) * columns + min(int(x), columns - 1)
-        if _suppressed(pool, heads, following, home, left, top, right, bottom, bound, threshold):
-            continue
-        if cells > 1:
-            # 1e-6 of a cell is far above the rounding of x and y, which are below the square root of 2^32 cells.
-            reach_x = min(reach * width, 0.5 * (width + widest)) * per_pixel + 1e-6
-            reach_y = min(reach * height, 0.5 * (height + highest)) * per_pixel + 1e-6
-            first_column, last_column = int(max(x - reach_x, 0.0)), int(min(x + reach_x, columns - 1.0))
-            first_row, last_row = int(max(y - reach_y, 0.0)), int(min(y + reach_y, rows - 1.0))
-            hit = False
-            for row in range(first_row, last_row + 1):
-                for cell in range(row * columns + first_column, row * columns + last_column + 1):
-                    if cell != home and _suppressed(
-                        pool, heads, following, cell, left, top, right, bottom, bound, threshold
-                    ):
-                        hit = True
+            break
+        left, top, right, bottom = _box(boxes, i)
+        width, height = right - left, bottom - top
+        home = homes[i]
+        if _has_area(width, height):
+            bound = factor * (width * height) - slack
+            # Most that go are suppressed from within their own cell.
+            if _cell_hits(pool, heads, following, home, left, top, right, bottom, bound, threshold):
+                continue
+            if cells > 1:
+                x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
+                y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
+                # 1e-6 of a cell is far above the rounding of x and y, which are below the square root of 2^32 cells.
+                reach_x = min(reach * width, 0.5 * (width + widest)) * per_pixel + 1e-6
+                reach_y = min(reach * height, 0.5 * (height + highest)) * per_pixel + 1e-6
+                first_column, last_column = int(max(x - reach_x, 0.0)), int(min(x + reach_x, columns - 1.0))
+                first_row, last_row = int(max(y - reach_y, 0.0)), int(min(y + reach_y, rows - 1.0))
+                hit = False
+                for row in range(first_row, last_row + 1):
+                    for cell in range(row * columns + first_column, row * columns + last_column + 1):
+                        hit = cell != home and _cell_hits(
+                            pool, heads, following, cell, left, top, right, bottom, bound, threshold
+                        )
+                        if hit:
+                            break
+                    if hit:
                         break
                 if hit:
-                    break
-            if hit:
-                continue
-        keep[rank] = True
+                    continue
+            if filled[home] == LANES:
+                if heads[home] < 0:
+                    heads[home] = used
+                else:
+                    following[tails[home]] = used
+                tails[home] = used
+                filled[home] = 0
+                _clear(pool, used * BLOCK)
+                used += 1
+            _put(pool, tails[home] * BLOCK + filled[home], left, top, right, bottom, bound)
+            filled[home] += 1
+        keep[ranks[i] if len(ranks) else i] = True
         kept += 1
-        if filled[home] == LANES:
-            following[used] = heads[home]
-            heads[home] = used
-            filled[home] = 0
-            _clear(pool, used * BLOCK)
-            used += 1
-        place = heads[home] * BLOCK + filled[home]
-        _put(pool, place, left, top, right, bottom)
-        pool[place + 64] = bound
-        filled[home] += 1
 
 
 @compiled
 def _suppress_group(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
-    """Sets `keep` at the ranks of one group's boxes, whose indices are given best first. No ranks: 0, 1, 2 ..."""
+    """Sets `keep`, false before, for those of one group's boxes that are kept.
+
+    Args:
+        boxes: (4 N,) float32, all boxes.
+        indices: (M,) uint32, the group's boxes, the best score first.
+        ranks: (M,) where in `keep` each box of the group stands, or (0,) for 0, 1, 2 ...
+        keep: written.
+        threshold: float32.
+        limit: the most that are kept.
+    """
     if len(indices) <= FEW:
         _suppress_few(boxes, indices, ranks, keep, threshold, limit)
     else:
@@ -441,7 +463,7 @@ def _suppress_group(boxes, indices, ranks, keep, threshold, limit):  # type: ign
     nogil=True,
     error_model="numpy",
 )
-def suppress(boxes_at, scores_at, labels_at, images_at, threshold, above_score, limit, result):  # type: ignore[no-untyped-def]
+def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_score, limit, result):  # type: ignore[no-untyped-def]
     """Greedy NMS of N boxes within each image and class.
 
     Args:
@@ -449,7 +471,7 @@ def suppress(boxes_at, scores_at, labels_at, images_at, threshold, above_score, 
         scores_at: address of (N,) float32.
         labels_at: address of (N,) int64, or 0 for one class.
         images_at: address of (N,) int64, or 0 for one image.
-        threshold: in 0..1; a box goes whose IoU with a kept one is above it.
+        iou_threshold: in 0..1; a box goes whose IoU with a kept one is above it.
         above_score: only boxes of a higher score take part.
         limit: the most boxes kept of an image.
         result: (N,) int64, below 2^32 of them, to which the kept indices are written, best score first, ties by index.
@@ -474,9 +496,12 @@ def suppress(boxes_at, scores_at, labels_at, images_at, threshold, above_score, 
     if not (0 < label_range <= bound and 0 < image_range <= bound and label_range * image_range <= bound):
         return SPARSE_KEYS
 
+    threshold = np.float32(iou_threshold)
+    if threshold > iou_threshold:  # the largest float32 not above: an IoU is above the one if above the other
+        threshold = np.nextafter(threshold, -INFINITY)
     order = _sort(scores, score_bits, above_score)
     candidates = len(order)
-    keep = np.empty(candidates, dtype=np.bool_)
+    keep = np.zeros(candidates, dtype=np.bool_)
     if label_range * image_range == 1:
         _suppress_group(boxes, order, order[:0], keep, threshold, limit)
     else:
