@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 from detkit.boxes.candidates import (
@@ -21,7 +22,14 @@ from detkit.boxes.candidates import (
 
 log = logging.getLogger(__name__)
 
-_kernel: Callable[..., int] | None = None
+# A look-up less in each call.
+_FLOAT32, _INT64 = torch.float32, np.int64
+_empty, _from_numpy = np.empty, torch.from_numpy
+
+# The kernels, once they are loaded, and how many boxes the one for few takes.
+_suppress: Callable[..., int] | None = None
+_suppress_few: Callable[..., int] = NotImplemented
+_few = -1
 
 
 def nms(
@@ -61,23 +69,24 @@ def nms(
         ValueError: for wrong shapes, dtypes, devices or thresholds, and for boxes or scores that are not
             finite, by name: "scores[17] is nan".
     """
-    if is_dynamo_compiling() or type(boxes) is not Tensor:  # a tracer's, or a subclass that knows torch's operators
+    # A tracer's tensors, or of a subclass that knows torch's operators.
+    if type(boxes) is not Tensor or is_dynamo_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
         import detkit.boxes.nms_operator  # noqa: F401  (registers the operator)
 
-        return torch.ops.detkit.nms(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)  # type: ignore[no-any-return]
+        return torch.ops.detkit.nms(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
+    # Of few boxes most of the time goes into the checks: the plainest call takes the shortest way.
     if (
-        boxes.dtype is torch.float32
-        and scores.dtype is torch.float32
-        and boxes.is_cpu
-        and boxes.is_contiguous()
-        and boxes.ndim == 2
-        and boxes.shape[1] == 4
-        and _is_plain(scores, boxes.shape[0])
-        and labels is None and image_index is None and score_threshold is None and max_detections is None
-        and 0 <= iou_threshold <= 1
+        labels is None and image_index is None and score_threshold is None and max_detections is None
+        and boxes.dtype is _FLOAT32 and scores.dtype is _FLOAT32 and boxes.is_cpu and scores.is_cpu
+        and boxes.is_contiguous() and scores.is_contiguous() and 0 <= iou_threshold <= 1
     ):  # fmt: skip
-        count = boxes.shape[0]
-        return _suppress(boxes, scores, iou_threshold, None, None, -math.inf, count)
+        shape = scores.shape
+        if len(shape) == 1 and (count := shape[0]) <= _few and boxes.shape == (count, 4):
+            # NumPy makes an empty array, and shortens it, in a third of torch's time.
+            result = _empty(count, _INT64)
+            kept = _suppress_few(boxes.data_ptr(), scores.data_ptr(), iou_threshold, result)
+            if kept >= 0:
+                return _from_numpy(result[:kept])
     return eager_nms(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
 
 
@@ -104,13 +113,15 @@ def eager_nms(
     # Not less precise than they are: rounding could make scores equal and change their order.
     scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).contiguous()
     above_score = -math.inf if score_threshold is None else float(score_threshold)
-    if scores.dtype == torch.float64:
+    if scores.dtype == torch.float32:
+        above_score = float(np.float32(above_score))  # as torch compares a float32 tensor with a number
+    else:
         check_finite(scores, "scores")
         scores, above_score = _ranked(scores, above_score)
     labels = None if labels is None else labels.to(torch.int64).contiguous()
     image_index = None if image_index is None else image_index.to(torch.int64).contiguous()
     limit = len(boxes) if max_detections is None else max_detections
-    return _suppress(boxes, scores, float(iou_threshold), labels, image_index, above_score, limit).to(device)
+    return _run_kernel(boxes, scores, float(iou_threshold), labels, image_index, above_score, limit).to(device)
 
 
 def _on_gpu(boxes: Tensor, *arguments: Any) -> Tensor:
@@ -132,7 +143,7 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
-def _suppress(
+def _run_kernel(
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float,
@@ -142,8 +153,7 @@ def _suppress(
     limit: int,
 ) -> Tensor:
     """The kernel's call: contiguous float32 boxes and scores, int64 labels and images, all on the CPU."""
-    suppress = _kernel or _load_kernel()
-    # NumPy makes an empty array, and shortens it, in a third of torch's time.
+    suppress = _suppress or _load_kernel()
     result = np.empty(boxes.shape[0], dtype=np.int64)
     kept = suppress(
         boxes.data_ptr(),
@@ -161,13 +171,8 @@ def _suppress(
     check_finite(scores, "scores")
     # Labels or images such as 2^40: numbered anew. An image's limit is applied afterwards.
     groups = _dense_groups([key for key in (labels, image_index) if key is not None])
-    found = _suppress(boxes, scores, iou_threshold, groups, None, above_score, len(boxes))
+    found = _run_kernel(boxes, scores, iou_threshold, groups, None, above_score, len(boxes))
     return first_of_each_image(found, image_index, limit)
-
-
-def _is_plain(values: Tensor, count: int) -> bool:
-    """Whether the kernel can read them as they are: (N,) on the CPU, without gaps."""
-    return values.is_cpu and values.shape == (count,) and values.is_contiguous()
 
 
 def _dense_groups(keys: list[Tensor]) -> Tensor:
@@ -192,12 +197,12 @@ def _ranked(scores: Tensor, above_score: float) -> tuple[Tensor, float]:
 
 def _load_kernel() -> Callable[..., int]:
     # Numba takes half a second to import: whoever never suppresses does not wait for it.
-    global _kernel
+    global _suppress, _suppress_few, _few
     log.debug("loading the NMS kernel for the CPU; without Numba's cache it is compiled, some ten seconds")
     started = time.perf_counter()
-    from detkit.boxes.nms_numba import suppress
+    from detkit.boxes.nms_numba import RANK_SORT, suppress, suppress_few
 
     how = "loaded from Numba's cache" if suppress.stats.cache_hits else "compiled"
     log.debug("NMS kernel %s in %.1f s", how, time.perf_counter() - started)
-    _kernel = suppress
-    return _kernel
+    _suppress, _suppress_few, _few = suppress, suppress_few, RANK_SORT
+    return suppress

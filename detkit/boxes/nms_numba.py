@@ -21,6 +21,7 @@ notice changes in other files.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 from numba import carray, njit, types
@@ -46,6 +47,8 @@ INFINITY = np.float32(np.inf)
 Index = np.uint64  # of an unsigned index LLVM knows that it does not wrap, and makes vector code
 
 compiled = njit(cache=True, nogil=True, error_model="numpy")  # NumPy's: no branch for a division by zero
+inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)  # small, in the innermost loops
+entry = partial(njit, cache=True, error_model="numpy")  # with its types, compiled on import
 
 
 def _pointer_to(element):  # type: ignore[no-untyped-def]
@@ -66,7 +69,7 @@ _uint32_at = _pointer_to(types.uint32)
 _int64_at = _pointer_to(types.int64)
 
 
-@compiled
+@inlined
 def _finite(bits):  # type: ignore[no-untyped-def]
     """Whether no float32 has all bits of its exponent set, as NaN and infinity have."""
     exponent = np.uint32(0x7F800000)
@@ -88,22 +91,40 @@ def _range(keys):  # type: ignore[no-untyped-def]
     return least, greatest - least + 1
 
 
-@compiled
-def _rank_sort(keys, indices, count):  # type: ignore[no-untyped-def]
-    """`indices` in stable ascending order of `keys`: each goes where the number of lesser keys says."""
-    lesser = np.zeros((count + LANES - 1) // LANES * LANES, dtype=np.uint32)
-    keys = keys[: len(lesser)]  # a whole number of vectors; what lies behind the last key is not read back
-    for j in range(count):
-        key = keys[j]
+@inlined
+def _score_keys(scores, score_bits, above_score, keys, indices):  # type: ignore[no-untyped-def]
+    """Writes keys that grow as the scores fall, and indices, of the scores above a score; returns how many."""
+    count = 0
+    for i in range(len(scores)):
+        key = score_bits[i]
+        if key == np.uint32(0x80000000):
+            key = np.uint32(0)  # -0.0 equals 0.0
+        keys[count] = key if key >> np.uint32(31) else key ^ np.uint32(0x7FFFFFFF)
+        indices[count] = i
+        count += scores[i] > above_score
+    return count
+
+
+@inlined
+def _rank_sort(keys, indices, count, lesser, equal, order):  # type: ignore[no-untyped-def]
+    """Writes `indices` in stable ascending order of `keys`: each goes where the number of lesser keys says.
+
+    All arrays are of one length, a multiple of LANES. `lesser` and `equal` are overwritten.
+    """
+    lesser[:] = 0
+    equal[:] = 0
+    keys[count:] = np.uint32(0xFFFFFFFF)  # less than none
+    for j in range(0, count, 4):  # four at a time, for each pass reads and writes `lesser`
+        first, second, third, fourth = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
         for i in range(len(keys)):
-            lesser[i] += np.uint32(key < keys[i])
-    order = np.empty(count, dtype=np.uint32)
-    equal = np.zeros(count, dtype=np.uint32)
+            key = keys[i]
+            lesser[i] += (
+                np.uint32(first < key) + np.uint32(second < key) + np.uint32(third < key) + np.uint32(fourth < key)
+            )
     for i in range(count):
         rank = lesser[i]
         order[rank + equal[rank]] = indices[i]
         equal[rank] += np.uint32(1)
-    return order
 
 
 @compiled
@@ -140,21 +161,14 @@ def _radix_sort(keys, indices, count):  # type: ignore[no-untyped-def]
 @compiled
 def _sort(scores, score_bits, above_score):  # type: ignore[no-untyped-def]
     """uint32 indices of the scores above a score, the best first, equal ones in the order they come."""
-    count = len(scores)
-    keys = np.empty(count + LANES, dtype=np.uint32)
-    indices = np.empty(count, dtype=np.uint32)
-    candidates = 0
-    for i in range(count):
-        # Unsigned keys that grow as the scores fall.
-        key = score_bits[i]
-        if key == np.uint32(0x80000000):
-            key = np.uint32(0)  # -0.0 equals 0.0
-        keys[candidates] = key if key >> np.uint32(31) else key ^ np.uint32(0x7FFFFFFF)
-        indices[candidates] = i
-        candidates += scores[i] > above_score
-    if candidates <= RANK_SORT:
-        return _rank_sort(keys, indices, candidates)
-    return _radix_sort(keys, indices, candidates)
+    size = (len(scores) + LANES - 1) // LANES * LANES
+    keys, indices = np.empty(size, dtype=np.uint32), np.empty(size, dtype=np.uint32)
+    count = _score_keys(scores, score_bits, above_score, keys, indices)
+    if len(scores) > RANK_SORT:
+        return _radix_sort(keys, indices, count)
+    order = np.empty(size, dtype=np.uint32)
+    _rank_sort(keys, indices, count, np.empty_like(keys), np.empty_like(keys), order)
+    return order[:count]
 
 
 @compiled
@@ -183,20 +197,20 @@ def _partition(order, labels, first_label, label_range, images, first_image, ima
     return indices, ranks, starts
 
 
-@compiled
+@inlined
 def _has_area(width, height):  # type: ignore[no-untyped-def]
     """Whether a box can suppress and be suppressed: otherwise its intersections are 0, or its IoUs are 0 or NaN."""
     area = width * height
     return width > ZERO and area > ZERO and area < INFINITY
 
 
-@compiled
+@inlined
 def _box(boxes, index):  # type: ignore[no-untyped-def]
     first = 4 * Index(index)
     return boxes[first], boxes[first + Index(1)], boxes[first + Index(2)], boxes[first + Index(3)]
 
 
-@compiled
+@inlined
 def _bound_of_area(threshold):  # type: ignore[no-untyped-def]
     """(factor, slack): the bound of a box is factor * area - slack.
 
@@ -205,12 +219,12 @@ def _bound_of_area(threshold):  # type: ignore[no-untyped-def]
     return np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN)), SLACK if threshold > ZERO else ZERO
 
 
-@compiled
+@inlined
 def _lane(pool, at):  # type: ignore[no-untyped-def]
     return pool[at], pool[at + Index(LANES)], pool[at + Index(2 * LANES)], pool[at + Index(3 * LANES)]
 
 
-@compiled
+@inlined
 def _clear(pool, start):  # type: ignore[no-untyped-def]
     """Makes a block one whose boxes are near to nothing, whatever its tops and bottoms hold."""
     pool[start : start + LANES] = INFINITY
@@ -218,7 +232,7 @@ def _clear(pool, start):  # type: ignore[no-untyped-def]
     pool[start + 4 * LANES : start + 5 * LANES] = INFINITY
 
 
-@compiled
+@inlined
 def _put(pool, place, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
     pool[place] = left
     pool[place + LANES] = top
@@ -227,7 +241,7 @@ def _put(pool, place, left, top, right, bottom, bound):  # type: ignore[no-untyp
     pool[place + 4 * LANES] = bound
 
 
-@compiled
+@inlined
 def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
     """Whether a box of the block may overlap too much; without division or a branch, so that it is one vector each."""
     near = False
@@ -241,10 +255,10 @@ def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-
     return near
 
 
-@compiled
+@inlined
 def _any_hit(pool, start, left, top, right, bottom, threshold):  # type: ignore[no-untyped-def]
     """Whether a box of the block overlaps too much, by torchvision's formula in its order of operations."""
-    hit = False
+    hit = np.bool_(False)
     at = Index(start)
     area = (right - left) * (bottom - top)
     for j in range(Index(LANES)):
@@ -257,14 +271,25 @@ def _any_hit(pool, start, left, top, right, bottom, threshold):  # type: ignore[
     return hit
 
 
-@compiled
-def _suppress_few(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
-    """Compares each box with all that are kept before it."""
-    pool = np.empty((len(indices) + LANES - 1) // LANES * BLOCK, dtype=np.float32)
+@inlined
+def _suppress_few(boxes, indices, threshold, limit, pool, kept):  # type: ignore[no-untyped-def]
+    """Compares each box with all that are kept before it.
+
+    Args:
+        boxes: (4 N,) float32, all boxes.
+        indices: (M,) uint32 of the boxes of one group, the best score first.
+        threshold: float32.
+        limit: the most that are kept.
+        pool: float32, memory for M boxes in blocks.
+        kept: (M,) int64, to which the places in `indices` of the kept are written.
+
+    Returns:
+        how many are kept.
+    """
     factor, slack = _bound_of_area(threshold)
-    stored = kept = 0
+    stored = count = 0
     for i in range(len(indices)):
-        if kept >= limit:
+        if count >= limit:
             break
         left, top, right, bottom = _box(boxes, indices[i])
         width, height = right - left, bottom - top
@@ -283,8 +308,9 @@ def _suppress_few(boxes, indices, ranks, keep, threshold, limit):  # type: ignor
                 _clear(pool, stored // LANES * BLOCK)
             _put(pool, stored // LANES * BLOCK + stored % LANES, left, top, right, bottom, bound)
             stored += 1
-        keep[ranks[i] if len(ranks) else i] = True
-        kept += 1
+        kept[count] = i
+        count += 1
+    return count
 
 
 @compiled
@@ -315,7 +341,7 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
         left, top, right, bottom = _box(boxes, i)
         if _has_area(right - left, bottom - top):
             width, height = np.float64(right - left), np.float64(bottom - top)
-            ordinary &= 1e-30 < width * height < 1e30
+            ordinary = ordinary and bool(1e-30 < width * height < 1e30)
             x, y = 0.5 * (np.float64(left) + right), 0.5 * (np.float64(top) + bottom)
             low_x, high_x, low_y, high_y = min(low_x, x), max(high_x, x), min(low_y, y), max(high_y, y)
             width_sum += width
@@ -363,7 +389,7 @@ def _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel):  # type: i
     return homes
 
 
-@compiled
+@inlined
 def _cell_hits(pool, heads, following, cell, left, top, right, bottom, bound, threshold):  # type: ignore[no-untyped-def]
     """Whether a kept box of this cell overlaps too much."""
     block = heads[cell]
@@ -377,24 +403,23 @@ def _cell_hits(pool, heads, following, cell, left, top, right, bottom, bound, th
 
 
 @compiled
-def _suppress_many(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
-    """Compares each box with those kept before it whose centres are in reach."""
-    count = len(indices)
+def _suppress_many(boxes, indices, threshold, limit, kept):  # type: ignore[no-untyped-def]
+    """Compares each box with those kept before it whose centres are in reach. Arguments as for few."""
     boxes = _gather(boxes, indices)
     columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest = _grid(boxes, threshold)
     cells = columns * rows
     homes = _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel)
     # The kept boxes of a cell: a chain of blocks, the oldest first, for the best scores suppress most.
-    pool = np.empty((count // LANES + cells + 1) * BLOCK, dtype=np.float32)
+    pool = np.empty((len(indices) // LANES + cells + 1) * BLOCK, dtype=np.float32)
     heads = np.full(cells, -1, dtype=np.int32)
     tails = np.full(cells, -1, dtype=np.int32)
     following = np.full(len(pool) // BLOCK, -1, dtype=np.int32)
     filled = np.full(cells, LANES, dtype=np.uint8)  # lanes in use of the last block
     used = 0
     factor, slack = _bound_of_area(threshold)
-    kept = 0
-    for i in range(count):
-        if kept >= limit:
+    count = 0
+    for i in range(len(indices)):
+        if count >= limit:
             break
         left, top, right, bottom = _box(boxes, i)
         width, height = right - left, bottom - top
@@ -435,34 +460,52 @@ def _suppress_many(boxes, indices, ranks, keep, threshold, limit):  # type: igno
                 used += 1
             _put(pool, tails[home] * BLOCK + filled[home], left, top, right, bottom, bound)
             filled[home] += 1
-        keep[ranks[i] if len(ranks) else i] = True
-        kept += 1
+        kept[count] = i
+        count += 1
+    return count
 
 
 @compiled
-def _suppress_group(boxes, indices, ranks, keep, threshold, limit):  # type: ignore[no-untyped-def]
-    """Sets `keep`, false before, for those of one group's boxes that are kept.
-
-    Args:
-        boxes: (4 N,) float32, all boxes.
-        indices: (M,) uint32, the group's boxes, the best score first.
-        ranks: (M,) where in `keep` each box of the group stands, or (0,) for 0, 1, 2 ...
-        keep: written.
-        threshold: float32.
-        limit: the most that are kept.
-    """
+def _suppress_group(boxes, indices, threshold, limit, pool, kept):  # type: ignore[no-untyped-def]
     if len(indices) <= FEW:
-        _suppress_few(boxes, indices, ranks, keep, threshold, limit)
-    else:
-        _suppress_many(boxes, indices, ranks, keep, threshold, limit)
+        return _suppress_few(boxes, indices, threshold, limit, pool, kept)
+    return _suppress_many(boxes, indices, threshold, limit, kept)
 
 
-@njit(
-    "int64(int64, int64, int64, int64, float64, float64, int64, int64[::1])",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@inlined
+def _float32_not_above(threshold):  # type: ignore[no-untyped-def]
+    """The largest float32 not above a float64: a float32 IoU is above the one if it is above the other."""
+    rounded = np.float32(threshold)
+    return np.nextafter(rounded, -INFINITY) if rounded > threshold else rounded
+
+
+@entry("int64(int64, int64, float64, int64[::1])")
+def suppress_few(boxes_at, scores_at, iou_threshold, result):  # type: ignore[no-untyped-def]
+    """`suppress` for up to RANK_SORT boxes of one image and class, all of which take part.
+
+    Of so few boxes it takes a microsecond or two, so that each argument and each array counts, and so does
+    releasing the GIL.
+    """
+    count = len(result)
+    boxes = carray(_float32_at(boxes_at), 4 * count)
+    scores = carray(_float32_at(scores_at), count)
+    score_bits = carray(_uint32_at(scores_at), count)
+    if not (_finite(carray(_uint32_at(boxes_at), 4 * count)) and _finite(score_bits)):
+        return NOT_FINITE
+    size = (count + LANES - 1) // LANES * LANES
+    pool = np.empty(size * 5 + size * 5, dtype=np.float32)
+    memory = pool[size * 5 :].view(np.uint32)
+    keys, indices, lesser = memory[:size], memory[size : 2 * size], memory[2 * size : 3 * size]
+    equal, order = memory[3 * size : 4 * size], memory[4 * size :]
+    _score_keys(scores, score_bits, -np.inf, keys, indices)
+    _rank_sort(keys, indices, count, lesser, equal, order)
+    kept = _suppress_few(boxes, order[:count], _float32_not_above(iou_threshold), count, pool, result)
+    for i in range(kept):
+        result[i] = order[result[i]]
+    return kept
+
+
+@entry("int64(int64, int64, int64, int64, float64, float64, int64, int64[::1])", nogil=True)
 def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_score, limit, result):  # type: ignore[no-untyped-def]
     """Greedy NMS of N boxes within each image and class.
 
@@ -496,29 +539,30 @@ def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_sco
     if not (0 < label_range <= bound and 0 < image_range <= bound and label_range * image_range <= bound):
         return SPARSE_KEYS
 
-    threshold = np.float32(iou_threshold)
-    if threshold > iou_threshold:  # the largest float32 not above: an IoU is above the one if above the other
-        threshold = np.nextafter(threshold, -INFINITY)
     order = _sort(scores, score_bits, above_score)
     candidates = len(order)
-    keep = np.zeros(candidates, dtype=np.bool_)
+    threshold = _float32_not_above(iou_threshold)
+    pool = np.empty((min(candidates, FEW) + LANES - 1) // LANES * BLOCK, dtype=np.float32)
     if label_range * image_range == 1:
-        _suppress_group(boxes, order, order[:0], keep, threshold, limit)
-    else:
-        indices, ranks, starts = _partition(order, labels, first_label, label_range, images, first_image, image_range)
-        for group in range(len(starts) - 1):
-            begin, end = starts[group], starts[group + 1]
-            if end > begin:
-                _suppress_group(boxes, indices[begin:end], ranks[begin:end], keep, threshold, limit)
+        kept = _suppress_group(boxes, order, threshold, limit, pool, result)
+        for i in range(kept):
+            result[i] = order[result[i]]
+        return kept
 
+    indices, ranks, starts = _partition(order, labels, first_label, label_range, images, first_image, image_range)
+    keep = np.zeros(candidates, dtype=np.bool_)
+    for group in range(len(starts) - 1):
+        begin = starts[group]
+        kept = _suppress_group(boxes, indices[begin : starts[group + 1]], threshold, limit, pool, result)
+        for i in range(kept):
+            keep[ranks[begin + result[i]]] = True
     seen = np.zeros(image_range, dtype=np.int64)
     kept = 0
     for rank in range(candidates):
         if keep[rank]:
-            index = order[rank]
-            image = images[index] - first_image if len(images) else 0
+            image = images[order[rank]] - first_image if len(images) else 0
             if seen[image] < limit:
                 seen[image] += 1
-                result[kept] = index
+                result[kept] = order[rank]
                 kept += 1
     return kept

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from detkit.bench.harness import (
+    SHORTEST_SAMPLE,
     Budget,
     Candidate,
     Case,
@@ -39,14 +40,14 @@ def fake(log, name, seconds, **more):
 
 def test_candidates_take_turns_and_the_median_is_taken():
     log = []
-    candidates = [fake(log, "torchvision", [0.03, 0.04, 0.08, 0.05]), fake(log, "b", [0.02, 0.01, 0.03, 0.02])]
+    candidates = [fake(log, "torchvision", [0.3, 0.4, 0.8, 0.5]), fake(log, "b", [0.2, 0.1, 0.3, 0.2])]
     rows = compare(candidates, lambda name, result: int(result != name), 100, Budget(3, 10.0))
     first_calls, rounds = "tb", ("tb", "bt", "tb")
     assert "".join(name[0] for name, _ in log) == first_calls + "".join(rounds)
-    assert rows[0].samples_us == pytest.approx([40e3, 80e3, 50e3])  # the first call is no sample
-    assert (rows[0].median_us, rows[1].median_us) == pytest.approx((50e3, 20e3))
+    assert rows[0].samples_us == pytest.approx([400e3, 800e3, 500e3])  # the first call is no sample
+    assert (rows[0].median_us, rows[1].median_us) == pytest.approx((500e3, 200e3))
     assert (rows[0].ratio, rows[1].ratio) == pytest.approx((1, 2.5))
-    assert rows[1].rate == pytest.approx(100 / 0.02)
+    assert rows[1].rate == pytest.approx(100 / 0.2)
     assert [row.differences for row in rows] == [0, 0]
 
 
@@ -60,7 +61,7 @@ def test_rounds_begin_with_the_next_candidate():
 def test_short_calls_are_repeated_within_a_sample():
     log = []
     (row,) = compare([fake(log, "a", [1e-3, 9e-5, 3e-5, 2e-5])], lambda *_: None, 1, Budget(1, 1.0))
-    assert row.repetitions == math.ceil(1e-3 / 3e-5)
+    assert row.repetitions == math.ceil(SHORTEST_SAMPLE / 3e-5)
     assert log[-1] == ("a", row.repetitions)
     assert row.median_us == pytest.approx(20)
 

@@ -223,6 +223,8 @@ def test_score_threshold_is_exclusive():
     assert nms(boxes, scores, 0.5, score_threshold=0.25).tolist() == [2, 1]
     assert nms(boxes, scores, 0.5, score_threshold=0.0).tolist() == [2, 1, 0, 3]
     assert nms(boxes, scores, 0.5, score_threshold=0.75).shape == (0,)
+    assert nms(boxes, scores, 0.5, score_threshold=0.1).tolist() == [2, 1, 0]  # though float32's 0.1 is above 0.1
+    assert nms(boxes, scores.double(), 0.5, score_threshold=0.1).tolist() == [2, 1, 0, 3]
 
 
 def test_score_threshold_is_as_if_the_others_were_not_there():
