@@ -1,5 +1,6 @@
 """Non-maximum suppression: one call for every image and class of a batch."""
 
+import gc
 import logging
 import math
 import threading
@@ -84,7 +85,8 @@ def nms(
     if (
         labels is None and image_index is None and score_threshold is None and max_detections is None
         and boxes.dtype is _FLOAT32 and scores.dtype is _FLOAT32 and boxes.is_cpu and scores.is_cpu
-        and boxes.is_contiguous() and scores.is_contiguous() and 0 <= iou_threshold <= 1
+        and boxes.is_contiguous() and scores.is_contiguous()
+        and type(iou_threshold) is float and 0.0 <= iou_threshold <= 1.0
     ):  # fmt: skip
         shape = scores.shape
         if len(shape) == 1 and (count := shape[0]) <= _few and boxes.shape == (count, 4):
@@ -120,7 +122,8 @@ def eager_nms(
     scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).contiguous()
     above_score = -math.inf if score_threshold is None else float(score_threshold)
     if scores.dtype == torch.float32:
-        above_score = float(np.float32(above_score))  # as torch compares a float32 tensor with a number
+        # Rounded, as torch does where it compares float32 scores with a number.
+        above_score = float(torch.tensor(above_score, dtype=torch.float32))
     else:
         check_finite(scores, "scores")
         scores, above_score = _ranked(scores, above_score)
@@ -220,7 +223,15 @@ def _load_kernel() -> Callable[..., int]:
     global _suppress, _suppress_few, _few
     log.debug("loading the NMS kernel for the CPU; without Numba's cache it is compiled, some ten seconds")
     started = time.perf_counter()
-    from detkit.boxes.nms_numba import RANK_SORT, suppress, suppress_few
+    # The import makes so many objects that the garbage collector would look through all of torch's again and again,
+    # for a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        from detkit.boxes.nms_numba import RANK_SORT, suppress, suppress_few
+    finally:
+        if collecting:
+            gc.enable()
 
     how = "loaded from Numba's cache" if suppress.stats.cache_hits else "compiled"
     log.debug("NMS kernel %s in %.1f s", how, time.perf_counter() - started)

@@ -4,14 +4,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from box_samples import DEGENERATE, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision import ops
+from torchvision import ops, tv_tensors
 
 from detkit.boxes import nms
+from detkit.boxes.nms_numba import _grid
 from detkit.boxes.nms_torchvision import nms_by_torchvision
 
 THRESHOLDS = [0.0, 1e-30, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.999999, 1.0]
@@ -262,6 +264,35 @@ def test_double_scores_are_not_rounded():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]])
     scores = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64)
     assert nms(boxes, scores, 0.5).tolist() == [1]
+
+
+def test_parameters_subclasses_and_numbers_of_other_types():
+    boxes, scores = crowded_boxes(60, 8), random_scores(60, 8)
+    expected = ops.nms(boxes, scores, 0.5)
+    assert torch.equal(nms(torch.nn.Parameter(boxes), torch.nn.Parameter(scores), 0.5), expected)
+    kept = nms(tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(9, 9)), scores, 0.5)
+    assert type(kept) is torch.Tensor
+    assert torch.equal(kept, expected)
+    for threshold in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert torch.equal(nms(boxes, scores, threshold), expected)
+    assert torch.equal(nms(boxes, scores, 1), ops.nms(boxes, scores, 1.0))
+    assert len(nms(boxes, scores, 0.5, score_threshold=1e300)) == 0
+
+
+def test_memory_is_enough_for_the_most_cells():
+    # boxes on a line or in two corners have the most cells; more memory than words_needed would be written over
+    for count in (501, 1000, 5000):
+        line = torch.linspace(0, 1e5, count)
+        for across, down in (
+            (line, line * 0),
+            (line, line),
+            (line.flip(0), line),
+            (torch.randperm(count), line * 1e-3),
+        ):
+            boxes = torch.stack((across, down, across + 0.5, down + 0.5), dim=1).float()
+            columns, rows = _grid(boxes.flatten().numpy(), np.float32(0.5))[:2]
+            assert columns * rows <= count / 8 + 1
+            assert torch.equal(nms(boxes, line, 0.5), ops.nms(boxes, line, 0.5))
 
 
 def test_layout_gradient_and_arguments():
