@@ -189,7 +189,7 @@ def compare(
             row.repetitions, seconds = samples[row.name]
             median = statistics.median(seconds)
             history.add(row.name, work, median)
-            row.samples_us, row.median_us = [second * 1e6 for second in seconds], median * 1e6
+            row.samples_us, row.median_us = [round(second * 1e6, 3) for second in seconds], median * 1e6
             row.rate = work / median
     medians = {row.name: row.median_us for row in rows}
     for row in rows:
