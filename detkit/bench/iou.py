@@ -12,7 +12,7 @@ from detkit.bench import peers
 from detkit.bench.harness import Budget, Candidate, Case, compare, cpu_threads, cuda_clock, wall_clock
 from detkit.bench.inputs import anchors_and_truths
 from detkit.bench.options import IouOptions
-from detkit.bench.report import conditions, console, hardware, table, write_report
+from detkit.bench.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import pairwise_iou
 from detkit.errors import DetkitError
 
@@ -32,6 +32,7 @@ def bench_iou(options: IouOptions, command: str = "") -> dict[str, Any]:
         DetkitError: for an option that makes no sense, or when detkit's result is not torchvision's.
     """
     devices, machine, out = options.devices(), hardware(), console()
+    output_path("iou", machine, options)  # an error now, not after minutes
     out.print(conditions(machine, options))
     cases: list[Case] = []
     skipped: list[str] = []

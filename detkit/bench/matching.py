@@ -22,7 +22,7 @@ from detkit.bench.harness import (
 )
 from detkit.bench.inputs import anchors_and_truths
 from detkit.bench.options import MatchingOptions
-from detkit.bench.report import conditions, console, hardware, table, write_report
+from detkit.bench.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import match_ssd, match_two_thresholds
 from detkit.errors import DetkitError
 from detkit.types import Match
@@ -42,6 +42,7 @@ def bench_matching(options: MatchingOptions, command: str = "") -> dict[str, Any
         DetkitError: for an option that makes no sense, or when detkit's result is not torchvision's.
     """
     devices, machine, out = options.devices(), hardware(), console()
+    output_path("matching", machine, options)  # an error now, not after minutes
     out.print(conditions(machine, options))
     cases: list[Case] = []
     with cpu_threads(options.threads):

@@ -19,7 +19,7 @@ from detkit.bench.peers import (
     torchvision_batched,
     torchvision_nms,
 )
-from detkit.bench.report import conditions, console, growth, hardware, table, write_report
+from detkit.bench.report import conditions, console, growth, hardware, output_path, table, write_report
 from detkit.boxes import nms
 from detkit.errors import DetkitError, nearest
 
@@ -53,6 +53,7 @@ def bench_nms(options: NmsOptions, command: str = "") -> dict[str, Any]:
         DetkitError: for an option that makes no sense, or when detkit's result is not torchvision's.
     """
     kinds, devices, sizes, machine, out = _kinds(options), options.devices(), options.box_counts, hardware(), console()
+    output_path("nms", machine, options)  # an error now, not after minutes
     if options.plot:
         # Before the measurement: what is missing is said at once, not after minutes.
         from detkit.bench.plot import plot_rates, require_matplotlib

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import BenchOptions
+from detkit.errors import DetkitError
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "numpy", "numba", "lsnms", "powerboxes", "supervision")
@@ -59,6 +60,24 @@ def default_output(benchmark: str, machine: dict[str, Any]) -> Path:
     return (folder if folder.is_dir() else Path()) / f"{benchmark}-{slug}.json"
 
 
+def output_path(benchmark: str, machine: dict[str, Any], options: BenchOptions) -> Path:
+    """Where the results will go; asked for before measuring as well, so that no measurement is lost.
+
+    A quick run has a name of its own, since its results are no substitute for those of a full one.
+
+    Raises:
+        DetkitError: nothing can be written there.
+    """
+    path = Path(options.output) if options.output else default_output(benchmark + "-quick" * options.quick, machine)
+    remedy = "Give a file in a folder that can be written to: --output results/mine.json."
+    if path.is_dir():
+        raise DetkitError(f"The results cannot be written to '{path.absolute()}', which is a folder. {remedy}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise DetkitError(f"The results cannot be written to the folder '{path.parent.absolute()}'. {remedy}")
+    return path
+
+
 def write_report(
     benchmark: str,
     cases: Sequence[Case],
@@ -79,8 +98,7 @@ def write_report(
         **more,
         "cases": [asdict(case) for case in cases],
     }
-    path = Path(options.output) if options.output else default_output(benchmark, machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_path(benchmark, machine, options)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return path, report
 

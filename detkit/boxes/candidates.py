@@ -9,6 +9,9 @@ from torch import Tensor
 
 def check_candidates(boxes: Tensor, scores: Tensor, **keys: Tensor | None) -> None:
     """Raises ValueError, by name, unless boxes are (N, 4), scores (N,), and `keys` (labels, ...) (N,) integers."""
+    for name, tensor in {"boxes": boxes, "scores": scores, **keys}.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in keys):
+            raise ValueError(f"{name} must be a torch.Tensor, but is a {type(tensor).__name__}")
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
         raise ValueError(f"boxes must be (N, 4) of a float dtype, but got {tuple(boxes.shape)} {boxes.dtype}")
     count = len(boxes)
@@ -38,7 +41,8 @@ def check_finite(values: Tensor, name: str) -> None:
     finite = np.isfinite(values.numpy())  # for a hundred boxes several times faster than torch's
     if not finite.all():
         index = np.argwhere(~finite)[0].tolist()
-        raise ValueError(f"{name}{index} is {float(values[tuple(index)])}")
+        value = float(values[tuple(index)])
+        raise ValueError(f"{name}{index} is {value}" + (" as float32" if values.dtype == torch.float32 else ""))
 
 
 def sort_into_groups(indices: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:

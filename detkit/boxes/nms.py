@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
 
 from detkit.boxes.candidates import (
@@ -77,10 +78,11 @@ def nms(
             finite, by name: "scores[17] is nan".
     """
     # A tracer's tensors, or of a subclass that knows torch's operators.
-    if type(boxes) is not Tensor or is_dynamo_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
-        import detkit.boxes.nms_operator  # noqa: F401  (registers the operator)
-
-        return torch.ops.detkit.nms(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
+    if (
+        type(boxes) is not Tensor or type(scores) is not Tensor
+        or is_dynamo_compiling() or _len_torch_dispatch_stack() or _get_tracing_state()
+    ):  # fmt: skip
+        return _through_operator(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
     # Of few boxes most of the time goes into the checks: the plainest call takes the shortest way.
     if (
         labels is None and image_index is None and score_threshold is None and max_detections is None
@@ -92,10 +94,23 @@ def nms(
         if len(shape) == 1 and (count := shape[0]) <= _few and boxes.shape == (count, 4):
             # NumPy makes an empty array, and shortens it, in a third of torch's time.
             result = _empty(count, _INT64)
-            kept = _suppress_few(boxes.data_ptr(), scores.data_ptr(), iou_threshold, result)
+            try:
+                kept = _suppress_few(boxes.data_ptr(), scores.data_ptr(), iou_threshold, result)
+            except RuntimeError:
+                kept = -1  # in a transform of torch.func tensors have no memory
             if kept >= 0:
                 return _from_numpy(result[:kept])
+    if peek_interpreter_stack() is not None:  # a transform of torch.func
+        return _through_operator(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
     return eager_nms(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
+
+
+def _through_operator(boxes: Tensor, *arguments: Any) -> Tensor:
+    if not (isinstance(boxes, Tensor) and isinstance(arguments[0], Tensor)):
+        return eager_nms(boxes, *arguments)  # which says what is wrong
+    import detkit.boxes.nms_operator  # noqa: F401  (registers the operator)
+
+    return torch.ops.detkit.nms(boxes, *arguments)
 
 
 def eager_nms(
@@ -117,19 +132,19 @@ def eager_nms(
         log.debug("nms of %d boxes on %s is computed on the CPU", len(boxes), device)
         labels = None if labels is None else labels.cpu()
         image_index = None if image_index is None else image_index.cpu()
-    boxes = boxes.detach().to("cpu", torch.float32).contiguous()
+    boxes = boxes.detach().to("cpu", torch.float32).contiguous().resolve_neg()
     # Not less precise than they are: rounding could make scores equal and change their order.
-    scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).contiguous()
+    scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).contiguous().resolve_neg()
     above_score = -math.inf if score_threshold is None else float(score_threshold)
     if scores.dtype == torch.float32:
         # Rounded, as torch does where it compares float32 scores with a number.
-        above_score = float(torch.tensor(above_score, dtype=torch.float32))
+        above_score = float(torch.tensor(above_score, dtype=torch.float32, device="cpu"))
     else:
         check_finite(scores, "scores")
         scores, above_score = _ranked(scores, above_score)
     labels = None if labels is None else labels.to(torch.int64).contiguous()
     image_index = None if image_index is None else image_index.to(torch.int64).contiguous()
-    limit = len(boxes) if max_detections is None else max_detections
+    limit = len(boxes) if max_detections is None else min(max_detections, len(boxes))
     return _run_kernel(boxes, scores, float(iou_threshold), labels, image_index, above_score, limit).to(device)
 
 
@@ -163,20 +178,18 @@ def _run_kernel(
 ) -> Tensor:
     """The kernel's call: contiguous float32 boxes and scores, int64 labels and images, all on the CPU."""
     suppress = _suppress or _load_kernel()
-    result = np.empty(boxes.shape[0], dtype=np.int64)
-    kept = suppress(
-        boxes.data_ptr(),
-        scores.data_ptr(),
-        0 if labels is None else labels.data_ptr(),
-        0 if image_index is None else image_index.data_ptr(),
-        iou_threshold,
-        above_score,
-        limit,
-        _memory(boxes.shape[0]),
-        result,
-    )
+    count = boxes.shape[0]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (boxes, scores, labels, image_index)]
+    for name, tensor, address in zip(
+        ("boxes", "scores", "labels", "image_index"), (boxes, scores, labels, image_index), addresses
+    ):
+        if tensor is not None and count and not address:
+            raise ValueError(f"{name} is a tensor without memory, such as a tracer's: nms needs its values")
+    result = np.empty(count, dtype=np.int64)
+    kept = suppress(*addresses, iou_threshold, above_score, limit, _memory(count), result)
     if kept >= 0:
-        return torch.from_numpy(result[:kept])
+        # A slice would keep the memory of all.
+        return torch.from_numpy(result[:kept] if 2 * kept > count else result[:kept].copy())
     check_finite(boxes, "boxes")
     check_finite(scores, "scores")
     # Labels or images such as 2^40: numbered anew. An image's limit is applied afterwards.
@@ -211,10 +224,10 @@ def _ranked(scores: Tensor, above_score: float) -> tuple[Tensor, float]:
     """Float32 scores in the same order as the float64 ones, and the threshold for them: consecutive float32 numbers."""
     order = scores.argsort(descending=True, stable=True)
     greatest = 0x7F7FFFFF  # the bits of the greatest float32; lesser positive ones have lesser bits
-    bits = torch.empty(len(scores), dtype=torch.int32)
-    bits[order] = greatest - torch.arange(len(scores), dtype=torch.int32)
+    bits = torch.empty(len(scores), dtype=torch.int32, device="cpu")
+    bits[order] = greatest - torch.arange(len(scores), dtype=torch.int32, device="cpu")
     above = int((scores > above_score).sum())
-    threshold = torch.tensor(greatest - above, dtype=torch.int32).view(torch.float32)
+    threshold = torch.tensor(greatest - above, dtype=torch.int32, device="cpu").view(torch.float32)
     return bits.view(torch.float32), float(threshold)
 
 

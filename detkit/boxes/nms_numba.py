@@ -4,31 +4,35 @@ One compiled call does everything: it checks that all numbers are finite, sorts 
 class, suppresses within each group, and writes the indices that are kept. It takes addresses of torch memory, for
 a NumPy view of a tensor costs more than suppressing thirty boxes. Everything is O(N) in memory.
 
-Two ways to suppress a group, chosen by its size (FEW):
-- few boxes: each kept box is compared with all that follow, sixteen at a time, by torchvision's own formula;
-- many boxes: each box is compared with the boxes kept before it, and only with those near. A grid over the centres
-  holds in each cell the kept boxes that could suppress a box centred there, so that one cell is looked at for each
-  box. A test without division passes over most; what it reports is confirmed by torchvision's formula.
+Two ways to suppress a group, chosen by its size (FEW). Either compares each box with those kept before it, sixteen
+at a time, by a test without division that passes over most; what it reports is confirmed by torchvision's formula.
+- few boxes: with all that are kept;
+- many boxes: only with those near. Each kept box lies in the cell of a grid that holds its centre; a box looks
+  through its own cell first, and then through all cells within its reach.
 
-Where a box can be that a kept box suppresses. With IoU > t in the plane, the IoU of the two intervals on each axis
-is above t as well. So the widths a (other) and b (kept) satisfy a < b / t, and the centres are nearer than
-(a + b) (1 - t) / (2 (1 + t)) where the intervals overlap in part, nearer than (a - b) / 2 where one holds the other.
-Both are at most b (1 - t) / (2 t), `reach` times b. They are also nearer than (a + b) / 2, which helps for small t.
+The reach. With IoU > t in the plane, the IoU of the two intervals on each axis is above t as well. So of widths a
+and b, a < b / t, and the centres are nearer than (a + b) (1 - t) / (2 (1 + t)) where the intervals overlap in part,
+nearer than (a - b) / 2 where one holds the other. Both are at most b (1 - t) / (2 t), `reach` times b, and IoU being
+symmetrical, b may be the box or the kept one. The centres are also nearer than (a + b) / 2, which helps for small t.
 
 Numba is imported with this module, so only detkit.boxes.nms imports it, when it first suppresses. There, all is
 compiled (some ten seconds) or loaded from Numba's cache. All kernels are in this file because the cache does not
 notice changes in other files.
 """
 
+import logging
 import math
-from functools import partial
 
 import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+log = logging.getLogger(__name__)
+
 NOT_FINITE = -1
 """`suppress` found NaN or infinity."""
+NO_MEMORY = -3
+"""`suppress_few` was given address 0: a tensor without values."""
 SPARSE_KEYS = -2
 """`suppress` found labels and images that span too wide a range to count them; see `suppress`."""
 
@@ -64,7 +68,24 @@ def words_needed(count: int) -> int:
 
 compiled = njit(nogil=True, error_model="numpy")  # NumPy's: no branch for a division by zero
 inlined = njit(nogil=True, error_model="numpy", forceinline=True)  # small, in the innermost loops
-entry = partial(njit, cache=True, error_model="numpy")  # with its types, compiled on import
+
+
+def entry(signature, nogil=False):  # type: ignore[no-untyped-def]
+    """njit for what Python calls: with its types, compiled on import, or loaded from the cache where there is one."""
+
+    def decorate(function):  # type: ignore[no-untyped-def]
+        try:
+            return njit(signature, cache=True, nogil=nogil, error_model="numpy")(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            log.warning(
+                "Numba finds no folder to keep compiled code in, so that each process compiles NMS anew, for some ten "
+                "seconds. Set NUMBA_CACHE_DIR to a folder that can be written to."
+            )
+            return njit(signature, nogil=nogil, error_model="numpy")(function)
+
+    return decorate
 
 
 def _pointer_to(element):  # type: ignore[no-untyped-def]
@@ -357,7 +378,7 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
     """How to divide the centres into cells: columns, rows, the origin, cells per pixel; and what boxes reach.
 
     Returns:
-        (columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest): a box can suppress others whose centre
+        (columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest): a box looks for others whose centre
         is nearer than min(reach * its width, (its width + widest) / 2), and likewise down.
     """
     low_x = low_y = math.inf
@@ -377,16 +398,15 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
             area_sum += width * height
             widest, highest = max(widest, width), max(highest, height)
             count += 1
-    reach = (
-        math.inf
-        if threshold == ZERO
-        else ((1.0 - np.float64(threshold)) / (2.0 * np.float64(threshold)) + MARGIN) * (1.0 + MARGIN)
-    )
+    # Under tiny thresholds float32 intersections are so small that their rounding is not: only (a + b) / 2 holds.
+    reach = math.inf
+    if threshold >= 1e-6:
+        reach = ((1.0 - np.float64(threshold)) / (2.0 * np.float64(threshold)) + MARGIN) * (1.0 + MARGIN)
     widest, highest = widest * (1.0 + MARGIN), highest * (1.0 + MARGIN)
     if count == 0 or not ordinary:
         return 1, 1, 0.0, 0.0, 0.0, reach, widest, highest
     # The area, and half the circumference, in which a box suppresses; the mean of all. Cells not much smaller than
-    # these keep the number of entries, and so the memory, in proportion to the number of boxes.
+    # these bound the number of cells that a box looks through.
     area = min(
         4.0 * reach**2 * area_sum, area_sum + width_sum * highest + height_sum * widest + count * widest * highest
     )
@@ -466,7 +486,7 @@ def _suppress_many(boxes, indices, threshold, limit, memory, kept):  # type: ign
             if cells > 1:
                 x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
                 y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
-                # 1e-6 of a cell is far above the rounding of x and y, which are below the square root of 2^32 cells.
+                # 1e-6 of a cell is far above the rounding of x and y, which are below 2^28; MARGIN is in the reach.
                 reach_x = min(reach * width, 0.5 * (width + widest)) * per_pixel + 1e-6
                 reach_y = min(reach * height, 0.5 * (height + highest)) * per_pixel + 1e-6
                 first_column, last_column = int(max(x - reach_x, 0.0)), int(min(x + reach_x, columns - 1.0))
@@ -521,6 +541,8 @@ def suppress_few(boxes_at, scores_at, iou_threshold, result):  # type: ignore[no
     releasing the GIL.
     """
     count = len(result)
+    if count and (boxes_at == 0 or scores_at == 0):
+        return NO_MEMORY
     boxes = carray(_float32_at(boxes_at), 4 * count)
     scores = carray(_float32_at(scores_at), count)
     score_bits = carray(_uint32_at(scores_at), count)

@@ -14,12 +14,14 @@ image_index makes one of images times kept boxes, of 17 bytes. N is at most 2**2
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
 from detkit.boxes import nms_operator  # noqa: F401  (registers the operator)
+from detkit.errors import DetkitError
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -28,10 +30,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     The thresholds and max_detections become constants of the graph.
 
     Raises:
-        ImportError: where the extra `export` is not installed.
+        DetkitError: where the extra `export` is not installed.
     """
-    import onnxscript  # noqa: F401  here, and not amid the export
-
+    if find_spec("onnxscript") is None or find_spec("onnx") is None:
+        raise DetkitError("ONNX export needs the packages onnx and onnxscript: pip install 'detkit-vision[export]'.")
     return {torch.ops.detkit.nms.default: _translate}
 
 

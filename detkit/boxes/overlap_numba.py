@@ -157,7 +157,8 @@ def largest_cover(anchors, regions):  # type: ignore[no-untyped-def]
 def _intersection(left, top, right, bottom, left_b, top_b, right_b, bottom_b, zero):  # type: ignore[no-untyped-def]
     width = (right_b if right_b < right else right) - (left_b if left_b > left else left)
     height = (bottom_b if bottom_b < bottom else bottom) - (top_b if top_b > top else top)
-    return (zero if width < zero else width) * (zero if height < zero else height)
+    # <= and not <: -0.0 becomes 0.0, for overlaps are ordered as their bits.
+    return (zero if width <= zero else width) * (zero if height <= zero else height)
 
 
 @compiled

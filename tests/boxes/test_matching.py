@@ -418,3 +418,12 @@ def test_arguments_are_not_changed(matcher):
     matcher(anchors, truths)
     assert torch.equal(anchors, before[0])
     assert torch.equal(truths, before[1])
+
+
+def test_bipartite_with_negative_zero():
+    # a width of -0.0 is no overlap: as bits it would be the least number, below "taken"
+    anchors = torch.tensor([[0.0, 0, 5, 5], [0, 1, 4, 4]])
+    truths = torch.tensor([[0.0, 0, 5, 5], [-3, 0, -0.0, 5]])
+    match = match_bipartite(anchors, truths)
+    assert match.truth_index.tolist() == [0, 1]
+    assert match.positive.tolist() == [True, True]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision import ops, tv_tensors
 
 from detkit.boxes import nms
-from detkit.boxes.nms_numba import _grid
+from detkit.boxes.nms_numba import _grid, suppress, words_needed
 from detkit.boxes.nms_torchvision import nms_by_torchvision
 
 THRESHOLDS = [0.0, 1e-30, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.999999, 1.0]
@@ -77,7 +77,7 @@ def detector_boxes(count, seed, extent=1280.0, spread=0.5):
 @pytest.mark.parametrize("threshold", [0.0, 1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
 def test_many_boxes_equal_torchvision(threshold):
     # Sizes around those at which the kernel sorts and searches in another way, and grids of many cells.
-    for count in (255, 256, 257, 399, 401, 3000, 4100):
+    for count in (400, 401, 500, 501, 3000, 4001):
         for seed, boxes in enumerate(
             (
                 detector_boxes(count, 1),
@@ -113,7 +113,8 @@ def test_order_of_scores_of_either_sign():
 
 
 def test_calls_from_several_threads():
-    work = [(detector_boxes(2000, seed), random_scores(2000, seed)) for seed in range(8)]
+    sizes = (2000, 30, 6000, 450, 1000, 100, 3000, 500)
+    work = [(detector_boxes(size, seed), random_scores(size, seed)) for seed, size in enumerate(sizes)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda each: nms(*each, 0.5), work * 3))
     for kept, each in zip(found, work * 3, strict=True):
@@ -279,6 +280,93 @@ def test_parameters_subclasses_and_numbers_of_other_types():
     assert len(nms(boxes, scores, 0.5, score_threshold=1e300)) == 0
 
 
+@pytest.mark.parametrize("limit", [None, 0, 1, 5])
+def test_a_large_group_beside_small_ones(limit):
+    boxes, scores = detector_boxes(3000, 9), random_scores(3000, 9, steps=900)
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.where(
+        torch.rand(3000, generator=generator) < 0.9, 3, torch.randint(40, (3000,), generator=generator)
+    )
+    for images in (torch.zeros_like(labels), (torch.rand(3000, generator=generator) < 0.1).long()):
+        expected = by_group(boxes, scores, 0.5, labels, images)
+        if limit is not None:
+            ranks = [sum(images[j] == images[i] for j in expected[:k]) for k, i in enumerate(expected)]
+            expected = [i for i, rank in zip(expected, ranks, strict=True) if rank < limit]
+        assert nms(boxes, scores, 0.5, labels, images, max_detections=limit).tolist() == expected
+        above = [i for i in expected if scores[i] > 0.9]
+        assert nms(boxes, scores, 0.5, labels, images, 0.9, limit).tolist() == above
+    assert (
+        nms(boxes, scores, 0.5, score_threshold=0.5, max_detections=limit).tolist()
+        == [i for i in ops.nms(boxes, scores, 0.5).tolist() if scores[i] > 0.5][:limit]
+    )
+    assert len(nms(boxes, scores, 0.5, score_threshold=1.0, max_detections=limit)) == 0
+
+
+def test_tiny_thresholds_of_thin_boxes():
+    # the intersection is the smallest float32, a third above the true one, so that boxes beyond `reach` overlap
+    pair = [
+        [-348147831.46, -4.325142847e-36, 9651852168.54, 4.325142847e-36],
+        [-5e-11, -6e-21, 5e-11, 6e-21],
+    ]
+    across = torch.linspace(-3e8, 9e9, 600)
+    down = torch.full((600,), 1e-3)
+    fillers = torch.stack((across - 1e3, down, across + 1e3, down * 2), dim=1)
+    boxes, scores = torch.cat((torch.tensor(pair), fillers)), torch.linspace(1, 0, 602)
+    for threshold in (1.38928172537854e-20, 1e-7, 1e-6, 1e-5):
+        assert torch.equal(nms(boxes, scores, threshold), ops.nms(boxes, scores, threshold))
+
+
+def test_transforms_of_torch_func():
+    boxes, scores = crowded_boxes(60, 8), random_scores(60, 8)
+    kept = ops.nms(boxes, scores, 0.5)
+    assert torch.equal(torch.func.functionalize(lambda b, s: nms(b, s, 0.5))(boxes, scores), kept)
+    gradient = torch.func.grad(lambda b: b[nms(b, scores, 0.5)].sum())(boxes)
+    assert gradient.sum() == 4 * len(kept)
+
+
+def test_tensors_without_memory_are_refused():
+    with pytest.raises(ValueError, match="boxes is a tensor without memory"):
+        nms(torch._efficientzerotensor((20, 4)), torch.rand(20), 0.5)
+
+
+def test_default_device_does_not_matter():
+    boxes, scores = crowded_boxes(600, 8), random_scores(600, 8)
+    expected = ops.nms(boxes, scores, 0.5)
+    with torch.device("meta"):
+        assert torch.equal(nms(boxes, scores, 0.5), expected)
+        assert torch.equal(nms(boxes, scores.double(), 0.5), expected)
+
+
+def test_negated_views():
+    boxes, scores = crowded_boxes(60, 8), random_scores(60, 8)
+    kept = nms(boxes, torch._neg_view(scores), 0.5, score_threshold=-2.0)
+    assert torch.equal(kept, ops.nms(boxes, -scores, 0.5))
+
+
+def test_few_kept_do_not_hold_the_memory_of_all():
+    kept = nms(torch.tensor([[0.0, 0, 10, 10]]).repeat(5000, 1), torch.rand(5000), 0.5)
+    assert kept.untyped_storage().nbytes() < 1000
+
+
+def test_kernel_stays_within_its_memory():
+    random = np.random.default_rng(1)
+    for trial in range(300):
+        count = int(random.choice([0, 1, 16, 17, 400, 401, 500, 501, 513, 1000]))
+        centres = random.uniform(-1, 1, (count, 2)) * 10.0 ** random.uniform(-3, 6, 2)
+        centres[:, 1] *= trial % 3 > 0
+        sides = np.exp(random.normal(0, trial % 4, (count, 2))) * 10.0 ** random.uniform(-3, 4)
+        boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1).astype(np.float32)
+        scores = random.normal(size=count).astype(np.float32)
+        offset, words = int(random.integers(16)), words_needed(count)
+        around = np.full(words + offset + 64, 123.25, dtype=np.float32)
+        kept = np.empty(count, dtype=np.int64)
+        memory = around[offset : offset + words]
+        found = suppress(boxes.ctypes.data, scores.ctypes.data, 0, 0, 0.3, -np.inf, count, memory, kept)
+        assert (around[:offset] == 123.25).all()
+        assert (around[offset + words :] == 123.25).all()
+        assert kept[:found].tolist() == ops.nms(torch.from_numpy(boxes), torch.from_numpy(scores), 0.3).tolist()
+
+
 def test_memory_is_enough_for_the_most_cells():
     # boxes on a line or in two corners have the most cells; more memory than words_needed would be written over
     for count in (501, 1000, 5000):
@@ -326,6 +414,9 @@ def test_boxes_beyond_float32_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"boxes": np.zeros((3, 4))}, "boxes must be a torch.Tensor, but is a ndarray"),
+        ({"scores": [0.1, 0.2, 0.3]}, "scores must be a torch.Tensor, but is a list"),
+        ({"labels": np.zeros(3, dtype=int)}, "labels must be a torch.Tensor"),
         ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(N, 4\) of a float dtype, but got \(3, 5\)"),
         ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, "boxes must be .* torch.int64"),
         ({"scores": torch.zeros(2)}, r"scores must be \(3,\)"),
