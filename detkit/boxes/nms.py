@@ -130,11 +130,9 @@ def eager_nms(
     device = boxes.device
     if device.type != "cpu":
         log.debug("nms of %d boxes on %s is computed on the CPU", len(boxes), device)
-        labels = None if labels is None else labels.cpu()
-        image_index = None if image_index is None else image_index.cpu()
-    boxes = boxes.detach().to("cpu", torch.float32).contiguous().resolve_neg()
+    boxes = _ready(boxes, torch.float32)
     # Not less precise than they are: rounding could make scores equal and change their order.
-    scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).contiguous().resolve_neg()
+    scores = _ready(scores, torch.float64 if scores.dtype is torch.float64 else torch.float32)
     above_score = -math.inf if score_threshold is None else float(score_threshold)
     if scores.dtype == torch.float32:
         # Rounded, as torch does where it compares float32 scores with a number.
@@ -142,10 +140,11 @@ def eager_nms(
     else:
         check_finite(scores, "scores")
         scores, above_score = _ranked(scores, above_score)
-    labels = None if labels is None else labels.to(torch.int64).contiguous()
-    image_index = None if image_index is None else image_index.to(torch.int64).contiguous()
+    labels = None if labels is None else _ready(labels, torch.int64)
+    image_index = None if image_index is None else _ready(image_index, torch.int64)
     limit = len(boxes) if max_detections is None else min(max_detections, len(boxes))
-    return _run_kernel(boxes, scores, float(iou_threshold), labels, image_index, above_score, limit).to(device)
+    kept = _run_kernel(boxes, scores, float(iou_threshold), labels, image_index, above_score, limit)
+    return kept if device.type == "cpu" else kept.to(device)
 
 
 def _on_gpu(boxes: Tensor, *arguments: Any) -> Tensor:
@@ -196,6 +195,13 @@ def _run_kernel(
     groups = _dense_groups([key for key in (labels, image_index) if key is not None])
     found = _run_kernel(boxes, scores, iou_threshold, groups, None, above_score, len(boxes))
     return first_of_each_image(found, image_index, limit)
+
+
+def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as the kernel reads it: of this dtype, on the CPU, without gaps."""
+    if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.detach().to("cpu", dtype).contiguous().resolve_neg()
 
 
 def _memory(count: int) -> np.ndarray:

@@ -400,6 +400,8 @@ def test_what_is_not_finite_is_refused_by_name(value):
     broken[17] = value
     with pytest.raises(ValueError, match=rf"scores\[17\] is {value}"):
         nms(boxes, broken, 0.5, score_threshold=0.9)
+    with pytest.raises(ValueError, match=rf"scores\[17\] is {value}"):
+        nms(boxes, broken.requires_grad_(), 0.5)
     broken = boxes.clone()
     broken[3, 2] = value
     with pytest.raises(ValueError, match=rf"boxes\[3, 2\] is {value}"):
