@@ -42,7 +42,9 @@ def check_finite(values: Tensor, name: str) -> None:
     if not finite.all():
         index = np.argwhere(~finite)[0].tolist()
         value = float(values[tuple(index)])
-        raise ValueError(f"{name}{index} is {value}" + (" as float32" if values.dtype == torch.float32 else ""))
+        raise ValueError(
+            f"{name}{index} is {value}" + (" as float32" if math.isinf(value) and values.dtype == torch.float32 else "")
+        )
 
 
 def sort_into_groups(indices: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -204,10 +204,10 @@ def test_layout_gradient_and_arguments():
 def test_what_is_not_finite_is_refused_by_name(value):
     boxes, scores = to_device(random_boxes(20, 1), random_scores(20, 1))
     scores[17] = scores[19] = value
-    with pytest.raises(ValueError, match=rf"^scores\[17\] is {value}$"):
+    with pytest.raises(ValueError, match=rf"^scores\[17\] is {value}"):
         nms_on_gpu(boxes, scores, 0.5, score_threshold=0.9)
     boxes[3, 2] = boxes[4, 0] = value
-    with pytest.raises(ValueError, match=rf"^boxes\[3, 2\] is {value}$"):
+    with pytest.raises(ValueError, match=rf"^boxes\[3, 2\] is {value}"):
         nms_on_gpu(boxes, scores, 0.5)
 
 
