@@ -18,7 +18,7 @@ class BenchOptions:
         device: auto (the CPU, and a GPU where there is one), cpu, cuda.
         output: the JSON file to write; default <benchmark>-<hardware>.json in benchmarks/results where that folder
             exists, else in the current one.
-        quick: small sizes and few rounds, some 20 seconds at most; what is given besides has precedence.
+        quick: small sizes and few rounds, for a first impression; what is given besides has precedence.
     """
 
     rounds: int | None = None

@@ -37,9 +37,9 @@ SPARSE_KEYS = -2
 """`suppress` found labels and images that span too wide a range to count them; see `suppress`."""
 
 FEW = 500  # measured: with so many boxes both ways take as long
-RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than three radix passes
+RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than a radix sort
 LANES = 16  # boxes compared at once: 512 bits; LLVM splits them where registers are smaller
-BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and areas or bounds
+BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and bounds, see `_bound_of_area`
 FEW_KEYS = 4000  # measured: up to here four radix passes of 8 bits are faster than three of 11
 PER_CELL = 24  # boxes, on average, in a cell of the grid; measured
 CELL_OF_REACH = 0.9  # least cell side as a part of the mean area of effect's side; measured
