@@ -41,8 +41,8 @@ RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than 
 LANES = 16  # boxes compared at once: 512 bits; LLVM splits them where registers are smaller
 BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and bounds, see `_bound_of_area`
 FEW_KEYS = 4000  # measured: up to here four radix passes of 8 bits are faster than three of 11
-PER_CELL = 24  # boxes, on average, in a cell of the grid; measured
-CELL_OF_REACH = 0.9  # least cell side as a part of the mean area of effect's side; measured
+PER_CELL = 12  # boxes, on average, in a cell of the grid; measured
+CELL_OF_REACH = 0.6  # least cell side as a part of the mean area of effect's side; measured
 MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many confirmations
 SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
 
@@ -55,13 +55,13 @@ def words_needed(count: int) -> int:
     """How many float32 words `suppress` works in.
 
     For each box 2 for its index in the sorted order, 4 for itself, 1 for its cell, 5 for its place in a block. The
-    grid has at most M / 8 + 1 cells for M boxes (see the sides of a cell in `_grid`), and each takes 84 words.
+    grid has at most M / 4 + 1 cells for M boxes (see the sides of a cell in `_grid`), and each takes 84 words.
     """
     return (
         2 * padded.py_func(count)
         + padded.py_func(5 * count)
         + LANES
-        + 84 * (count // 8 + 2)
+        + 84 * (count // 4 + 2)
         + 81 * (count // LANES + 2)
     )
 
