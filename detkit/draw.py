@@ -1,7 +1,8 @@
-"""Pictures of detections and truths: boxes with readable labels, side by side, as a sheet, and to a file.
+"""Pictures of detections and truths: boxes with readable labels, masks, side by side, as a sheet, and to a file.
 
 Images are (H, W, 3) uint8 RGB throughout, and no function changes the image that it is given. Lines and text grow
-with the picture, so that it looks the same at any size. A class has the same colour in every picture.
+with the picture, so that it looks the same at any size. A class has the same colour in every picture; where there are
+masks, each object has a colour of its own instead, so that neighbours of one class can be told apart.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import colorsys
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,47 +34,47 @@ FIRST_COLORS = (
 )
 BACKGROUND = 32
 """The grey, 0..255, of captions and of the padding in a sheet."""
+MASK_OPACITY = 0.45
 
 
 def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: bool = True) -> np.ndarray:
-    """Draw detections with class name and score; the best scores are drawn last, on top.
+    """Draw detections with class name, score and mask; the best scores are drawn last, on top.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        detections: boxes in pixels of `image`; without class names, the label's number is shown.
+        detections: boxes in pixels of `image`, masks of its size; without class names, the label's number is shown.
         show_scores: "cat 0.93" instead of "cat".
 
     Returns:
         A new (H, W, 3) uint8 RGB image.
 
     Raises:
-        ValueError: `image` has another shape or type.
+        ValueError: `image` has another shape or type, or the masks another size.
     """
-    detections = detections[detections.scores.argsort(stable=True)].to("cpu")
     texts = [f"{name} {score:.2f}" if show_scores else str(name) for _, score, name in detections]
-    boxes, labels = detections.boxes.numpy(), detections.labels.numpy()
-    return _annotate(image, boxes, labels, texts, np.zeros(len(texts), dtype=bool))
+    order = detections.scores.argsort(stable=True).cpu().numpy()
+    return _annotate(image, detections.to("cpu"), texts, order, np.zeros(len(texts), dtype=bool))
 
 
 def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the truth; of crowd regions and difficult objects only the corners, and the label says so.
+    """Draw the truth; of crowd regions and difficult objects only corners and outline, and the label says so.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        target: boxes in pixels of `image`.
+        target: boxes in pixels of `image`, masks of its size.
         class_names: names by label.
 
     Returns:
         A new (H, W, 3) uint8 RGB image.
 
     Raises:
-        ValueError: `image` has another shape or type.
+        ValueError: `image` has another shape or type, or the masks another size.
     """
     target = target.to("cpu")
     texts = []
     for label, crowd, difficult in zip(target.labels.tolist(), target.crowd.tolist(), target.difficult.tolist()):
         texts.append(class_names[label] + (" (crowd)" if crowd else " (difficult)" if difficult else ""))
-    return _annotate(image, target.boxes.numpy(), target.labels.numpy(), texts, target.ignored.numpy())
+    return _annotate(image, target, texts, np.arange(len(texts)), target.ignored.numpy())
 
 
 def compare(image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str]) -> np.ndarray:
@@ -91,7 +93,7 @@ def compare(image: np.ndarray, detections: Detections, target: Target, class_nam
         ValueError: `image` has another shape or type.
     """
     truth = _captioned(draw_targets(image, target, class_names), f"truth: {len(target)}")
-    named = Detections(detections.boxes, detections.scores, detections.labels, class_names=tuple(class_names))
+    named = replace(detections, class_names=tuple(class_names))
     found = _captioned(draw_detections(image, named), f"detected: {len(detections)}")
     gap = np.full((len(truth), _line_width(image.shape) * 2, 3), BACKGROUND, dtype=np.uint8)
     return np.concatenate([truth, gap, found], axis=1)
@@ -156,27 +158,38 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def _annotate(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: list[str], corners_only: np.ndarray
+    image: np.ndarray, objects: Detections | Target, texts: list[str], order: np.ndarray, corners_only: np.ndarray
 ) -> np.ndarray:
-    """Boxes (N, 4) with a text each, coloured by label; the last on top."""
+    """`image` with objects, a text for each.
+
+    Args:
+        order: (N,) indices, the one to be drawn on top last.
+        corners_only: (N,) bool: of the box only its corners, of the mask only its outline.
+    """
     import supervision
 
     _check_image(image)
-    if not len(boxes):
+    if not len(objects):
         return image.copy()
     height, width = image.shape[:2]
-    palette = _palette(int(labels.max()) + 1)
-    boxes = _inside(boxes, height, width)
+    labels = objects.labels.numpy()
+    # With masks, the object on top has the first colour, the one below it the second ...
+    colors = labels if objects.masks is None else len(order) - 1 - order.argsort()
+    palette = _palette(int(colors.max()) + 1)
+    boxes = _inside(objects.boxes.numpy(), height, width)
     thickness = _line_width(image.shape)
 
-    def chosen(mask: np.ndarray) -> supervision.Detections:
-        return supervision.Detections(xyxy=boxes[mask], class_id=labels[mask])
+    def chosen(indices: np.ndarray) -> supervision.Detections:
+        return supervision.Detections(xyxy=boxes[indices], class_id=colors[indices])
 
     # Supervision takes arrays to be BGR.
     scene = np.ascontiguousarray(image[:, :, ::-1])
-    scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, chosen(~corners_only))
+    if objects.masks is not None:
+        scene = _paint_masks(scene, boxes, objects.masks.numpy(), palette, colors, corners_only)
+    scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, chosen(order[~corners_only[order]]))
     corner = max(4, min(height, width) // 30)
-    scene = supervision.BoxCornerAnnotator(palette, thickness, corner).annotate(scene, chosen(corners_only))
+    corners = supervision.BoxCornerAnnotator(palette, thickness, corner)
+    scene = corners.annotate(scene, chosen(order[corners_only[order]]))
 
     size = _text_size(image.shape, len(texts))
     font_path, texts = _readable(texts, labels)
@@ -188,9 +201,32 @@ def _annotate(
         text_padding=max(1, size // 6),
         smart_position=True,
     )
-    return np.ascontiguousarray(
-        annotator.annotate(scene, chosen(np.ones(len(boxes), dtype=bool)), labels=texts)[:, :, ::-1]
-    )
+    scene = annotator.annotate(scene, chosen(order), labels=[texts[index] for index in order])
+    return np.ascontiguousarray(scene[:, :, ::-1])
+
+
+def _paint_masks(
+    scene: np.ndarray,
+    boxes: np.ndarray,
+    masks: np.ndarray,
+    palette: supervision.ColorPalette,
+    colors: np.ndarray,
+    outlines_only: np.ndarray,
+) -> np.ndarray:
+    """Masks (N, H, W) with their outlines, the smaller on top of the larger; some only as outlines."""
+    import supervision
+
+    if masks.shape[1:] != scene.shape[:2]:
+        raise ValueError(f"the masks are {masks.shape[1:]}, but the image is {scene.shape[:2]}")
+    everything = supervision.Detections(xyxy=boxes, class_id=colors, mask=masks)
+    filled = everything
+    # Only where there is need: copying masks takes longer than painting them.
+    if outlines_only.any():
+        inside = ~outlines_only
+        filled = supervision.Detections(xyxy=boxes[inside], class_id=colors[inside], mask=masks[inside])
+    scene = supervision.MaskAnnotator(palette, MASK_OPACITY).annotate(scene, filled)
+    # Thinner than boxes: a thick outline would cover the masks of small objects.
+    return supervision.PolygonAnnotator(palette, max(1, _line_width(scene.shape) // 2)).annotate(scene, everything)
 
 
 def _captioned(image: np.ndarray, text: str) -> np.ndarray:

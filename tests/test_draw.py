@@ -1,6 +1,7 @@
 """Pictures: what is drawn where, in which colours, and what is left untouched."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detkit.draw import compare, draw_detections, draw_targets, grid, write_image
+from detkit.draw import MASK_OPACITY, compare, draw_detections, draw_targets, grid, write_image
 from detkit.errors import DetkitError
 from detkit.types import Detections, Target
 
@@ -119,6 +120,71 @@ def test_ignored_truths_show_their_corners_only() -> None:
         assert not drawn(marked)[250, 100]
         # "cat (crowd)" is longer than "cat".
         assert has_color(marked, RED)[90].sum() > has_color(plain, RED)[90].sum()
+
+
+def with_masks(*boxes: tuple[int, int, int, int]) -> tuple[Detections, np.ndarray]:
+    """Objects of one class, the first with the best score; the mask of each is the middle of its box, (N, H, W)."""
+    masks = np.zeros((len(boxes), 480, 640), dtype=bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes):
+        mask[top + 20 : bottom - 20, left + 20 : right - 20] = True
+    found = replace(detections_at(*boxes), scores=torch.linspace(0.9, 0.1, len(boxes)), masks=torch.from_numpy(masks))
+    return found, masks
+
+
+def mixed(color: tuple[int, int, int]) -> np.ndarray:
+    """What becomes of the grey ground below a mask."""
+    return np.round(MASK_OPACITY * np.array(color) + (1 - MASK_OPACITY) * GREY)
+
+
+def test_each_object_with_a_mask_has_a_colour_of_its_own() -> None:
+    found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
+    picture = draw_detections(blank(), found)
+    for index, color in enumerate((RED, GREEN)):
+        inside = picture[masks[index]]
+        assert (np.abs(inside - mixed(color)) <= 1).all(axis=1).mean() > 0.9
+        # Its outline, its box and its label have the full colour.
+        left = 50 + 250 * index
+        assert has_color(picture, color)[200, [left, left + 20]].all()
+        assert has_color(picture, color)[85:99, left : left + 40].any()
+        # Inside of the box, outside of the mask, the picture is as it was.
+        assert not drawn(picture)[120:280, left + 5 : left + 15].any()
+
+
+def test_the_best_object_keeps_its_colour_when_others_go() -> None:
+    found, _ = with_masks((50, 100, 250, 300), (300, 100, 500, 300), (520, 100, 620, 300))
+    for count in (1, 2, 3):
+        assert has_color(draw_detections(blank(), found[torch.arange(count)]), RED)[200, 70]
+
+
+def test_truth_and_detections_show_masks_side_by_side() -> None:
+    found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
+    target = Target(found.boxes, found.labels, masks=found.masks)
+    picture = compare(blank(), found, target, ["cat"])[-480:]
+    for half in (picture[:, :640], picture[:, -640:]):
+        assert drawn(half)[masks.any(0)].all()
+
+
+def test_ignored_masks_are_outlines_only() -> None:
+    found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
+    target = Target(found.boxes, found.labels, crowd=torch.tensor([True, False]), masks=found.masks)
+    picture = draw_targets(blank(), target, ["cat"])
+    assert drawn(picture)[200, 70]
+    assert not drawn(picture)[150:250, 100:200].any()
+    assert drawn(picture)[masks[1]].all()
+
+
+def test_empty_masks_and_no_masks_are_drawn() -> None:
+    found, _ = with_masks((50, 100, 250, 300))
+    nothing = replace(found, masks=torch.zeros(1, 480, 640, dtype=torch.bool))
+    assert has_color(draw_detections(blank(), nothing), RED)[200, 50]
+    assert not drawn(draw_detections(blank(), nothing))[150:250, 60:240].any()
+    assert not drawn(draw_detections(blank(), found[torch.zeros(0, dtype=torch.int64)])).any()
+
+
+def test_masks_of_another_size_are_refused() -> None:
+    found, _ = with_masks((50, 100, 250, 300))
+    with pytest.raises(ValueError, match=r"the masks are \(480, 640\), but the image is \(480, 600\)"):
+        draw_detections(blank(480, 600), found)
 
 
 def test_eighty_classes_have_eighty_colours_that_depend_on_the_label_alone() -> None:

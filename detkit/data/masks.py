@@ -25,8 +25,22 @@ def encode(mask: np.ndarray) -> Rle:
     Returns:
         {"size": [H, W], "counts": str}, COCO's compressed form.
     """
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    height, width = mask.shape
+    columns = np.flatnonzero(mask.any(axis=0))
+    first, last = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+    # Only the columns of the object are turned, which takes far less time than the whole mask where it is small.
+    pixels = np.concatenate([[False], mask[:, first:last].T.ravel(), [False]])
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + first * height
+    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    if len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def area(rle: Rle) -> int:
+    """The number of the object's pixels."""
+    return int(coco_mask.area(rle))
 
 
 def decode(rles: Sequence[Rle], size: tuple[int, int]) -> np.ndarray:

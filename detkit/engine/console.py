@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from detkit.config import Experiment
+from detkit.config import Experiment, InputOptions
 from detkit.data.dataset import Dataset
 from detkit.engine.evaluate import Evaluation
 from detkit.engine.run_folder import RunFolder
@@ -33,6 +33,9 @@ class TrainingConsole:
         self.folder, self.options = folder, experiment.train
         self.console = Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True, markup=False)
         self.active = fabric.is_global_zero
+        self._figures = ["mAP", "mAP50", "mAP75"]
+        if "masks" in model.head.needs:
+            self._figures += ["mask_mAP", "mask_mAP50"]
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -104,13 +107,15 @@ class TrainingConsole:
         row |= {f"train_{name}": value for name, value in losses.items()}
         line = f"epoch {progress.epoch}/{self.options.epochs}  loss {sum(losses.values()):.3f}  {seconds:.1f} s"
         line += f"  {self._pictures_an_epoch / seconds:.1f} pictures/s"
-        row |= dict.fromkeys((f"val_{name}" for name in losses), "") | dict.fromkeys(("mAP", "mAP50", "mAP75"), "")
+        row |= dict.fromkeys((f"val_{name}" for name in losses), "") | dict.fromkeys(self._figures, "")
         if evaluation is not None:
             row |= {f"val_{name}": value for name, value in evaluation.losses.items()}
-            row |= {name: evaluation.scores.coco[name] for name in ("mAP", "mAP50", "mAP75")}
+            figures = evaluation.scores.as_dict()
+            row |= {name: figures[name] for name in self._figures}
             best = "  best" if progress.evaluations_since_best == 0 else ""
-            line += f"  val loss {sum(evaluation.losses.values()):.3f}  "
-            line += f"mAP {evaluation.scores.coco['mAP']:.3f}  mAP50 {evaluation.scores.coco['mAP50']:.3f}{best}"
+            line += f"  val loss {sum(evaluation.losses.values()):.3f}"
+            shown = (name for name in self._figures if name != "mAP75")
+            line += "".join(f"  {name.replace('_', ' ')} {figures[name]:.3f}" for name in shown) + best
             if not evaluation.scores.detections:
                 line += f"  ({evaluation.scores.summary})"
         self.folder.append_metrics(row)
@@ -133,8 +138,15 @@ class TrainingConsole:
             f"training   {len(train_set)} pictures; {train_set.problems.summary()}\n"
             f"validation {len(val_set)} pictures; {val_set.problems.summary()}\n"
             f"model      {experiment.backbone['name']} + {experiment.head['name']}, {parameters / 1e6:.2f} M parameters"
-            f", {trained / 1e6:.2f} M of them trained, input {experiment.input.size[0]} x {experiment.input.size[1]}\n"
+            f", {trained / 1e6:.2f} M of them trained, {_input(experiment.input)}\n"
             f"batch      {options.batch_size} pictures a step: {fabric.world_size} x {per_device} on "
             f"{fabric.device.type}, accumulated over {options.accumulate}\n"
             f"precision  {options.precision}"
         )
+
+
+def _input(options: InputOptions) -> str:
+    first, second = options.size
+    if options.resize == "short_side":
+        return f"input short side {first}, at most {second}"
+    return f"input {first} x {second} ({options.resize})"

@@ -1,4 +1,4 @@
-"""How good detections are: the twelve COCO figures, the same per class, and VOC average precision.
+"""How good detections are: the twelve COCO figures of boxes and of masks, the same per class, and VOC's precision.
 
 The COCO arithmetic is faster-coco-eval's, equal to pycocotools in all twelve figures; VOC's is `detkit.metrics.voc`.
 What no truth supports is nan, never 0 and never COCO's -1, and takes no part in any mean.
@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from detkit.data import masks as mask_coding
 from detkit.errors import DataError, DetkitError
 from detkit.metrics.voc import voc_average_precisions
 from detkit.types import ClassList, Detections, Meta, Target
@@ -48,6 +49,8 @@ class ClassScores:
         AP50: the same at IoU 0.50 only.
         voc07: VOC's 11-point average precision at IoU 0.5.
         voc12: VOC's area under the precision-recall curve at IoU 0.5.
+        mask_AP: AP by the IoU of masks; None where masks were not scored.
+        mask_AP50: AP50 by the IoU of masks; None where masks were not scored.
     """
 
     name: str
@@ -57,6 +60,8 @@ class ClassScores:
     AP50: float
     voc07: float
     voc12: float
+    mask_AP: float | None = None
+    mask_AP50: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class DetectionScores:
         truths: objects to find in them.
         ignored: crowd regions and difficult objects, which are not counted in `truths`.
         detections: how many detections were scored.
+        masks: the twelve COCO figures by the IoU and area of masks, under the names of `coco`; None where truths or
+            detections have no masks.
     """
 
     coco: dict[str, float]
@@ -83,6 +90,12 @@ class DetectionScores:
     truths: int
     ignored: int
     detections: int
+    masks: dict[str, float] | None = None
+
+    @property
+    def decisive(self) -> dict[str, float]:
+        """The COCO figures by which a detector is judged: those of its masks where it has some, else of its boxes."""
+        return self.coco if self.masks is None else self.masks
 
     @property
     def summary(self) -> str:
@@ -97,12 +110,19 @@ class DetectionScores:
         return counts + "."
 
     def as_dict(self) -> dict[str, float | int]:
-        """Every figure under one flat name, for CSV or JSON: "mAP50", "voc12", "images", "AP/cat", "AP50/cat" ..."""
+        """Every figure under one flat name, for CSV or JSON: "mAP50", "voc12", "images", "AP/cat", "AP50/cat" ...
+
+        Those of masks, where they were scored, are "mask_mAP50", "mask_AP/cat" ...
+        """
         figures: dict[str, float | int] = {**self.coco, "voc07": self.voc07, "voc12": self.voc12}
+        figures |= {f"mask_{name}": value for name, value in (self.masks or {}).items()}
         for name in ("images", "truths", "ignored", "detections"):
             figures[name] = getattr(self, name)
         for row in self.per_class:
-            for name in ("AP", "AP50", "voc07", "voc12", "truths", "detections"):
+            names = ["AP", "AP50", "voc07", "voc12", "truths", "detections"]
+            if self.masks is not None:
+                names += ["mask_AP", "mask_AP50"]
+            for name in names:
                 figures[f"{name}/{row.name}"] = getattr(row, name)
         return figures
 
@@ -111,29 +131,40 @@ class DetectionScores:
         from rich.markup import escape
         from rich.table import Table
 
-        others = {name: value for name, value in self.coco.items() if name not in ("mAP", "mAP50")}
-        caption = "  ".join(f"{name} {_percent(value)}" for name, value in others.items())
-        table = Table(caption=f"{self.summary} Figures in %.\n{caption}", show_footer=True, caption_justify="left")
+        caption = f"{self.summary} Figures in %.\n{_all_but_the_first_two(self.coco)}"
+        columns = {"AP": self.coco["mAP"], "AP50": self.coco["mAP50"], "VOC07": self.voc07, "VOC12": self.voc12}
+        if self.masks is not None:
+            caption += f"\nmasks: {_all_but_the_first_two(self.masks)}"
+            columns |= {"mask\nAP": self.masks["mAP"], "mask\nAP50": self.masks["mAP50"]}
+        table = Table(caption=caption, show_footer=True, caption_justify="left")
         table.add_column("class", "mean, or all")
-        for header, footer in {
-            "objects": str(self.truths),
-            "detections": str(self.detections),
-            "AP": _percent(self.coco["mAP"]),
-            "AP50": _percent(self.coco["mAP50"]),
-            "VOC07": _percent(self.voc07),
-            "VOC12": _percent(self.voc12),
-        }.items():
-            table.add_column(header, footer, justify="right")
+        table.add_column("objects", str(self.truths), justify="right")
+        table.add_column("found", str(self.detections), justify="right")
+        for header, mean in columns.items():
+            table.add_column(header, _percent(mean), justify="right")
         for row in self.per_class:
-            figures = (_percent(value) for value in (row.AP, row.AP50, row.voc07, row.voc12))
-            table.add_row(escape(row.name), str(row.truths), str(row.detections), *figures)
+            figures = [row.AP, row.AP50, row.voc07, row.voc12]
+            if row.mask_AP is not None and row.mask_AP50 is not None:
+                figures += [row.mask_AP, row.mask_AP50]
+            table.add_row(escape(row.name), str(row.truths), str(row.detections), *map(_percent, figures))
         return table
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image's detections and truths without their masks, which stand beside as run lengths."""
+
+    found: Detections
+    truth: Target
+    found_masks: list[mask_coding.Rle] | None
+    truth_masks: list[mask_coding.Rle] | None
 
 
 class DetectionEvaluator:
     """Collects the detections and truths of a data set, batch by batch, and scores them.
 
-    The scores do not depend on the order in which the images come.
+    The scores do not depend on the order in which the images come. Masks are scored too where truths and detections
+    have them; they are kept as run lengths, since those of a whole data set would fill the memory.
 
     Args:
         classes: the classes of the data set; labels index it.
@@ -149,19 +180,20 @@ class DetectionEvaluator:
             raise ValueError(f"max_detections must be above 10, which COCO's AR_10 needs, but is {max_detections}")
         self.classes = classes
         self.max_detections = max_detections
-        self._images: dict[int | str, tuple[Detections, Target]] = {}
+        self._images: dict[int | str, _Image] = {}
+        self._metas: list[Meta] = []
 
     def update(self, detections: Sequence[Detections], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
         """Add one batch.
 
         Args:
             detections: one for each image, boxes in pixels of the source.
-            targets: one for each image, in the same pixels.
+            targets: one for each image, in the same pixels; crowd and difficult regions have masks as well as others.
             metas: one for each image; their image ids must differ over the whole data set.
 
         Raises:
-            ValueError: the three differ in length, or a detection has a label out of range or a box or score that is
-                not finite.
+            ValueError: the three differ in length, or a detection has a label out of range, a box or score that is
+                not finite, or a mask of another size than the truth's.
             DataError: an image came twice, or a truth has a label out of range.
         """
         if not len(detections) == len(targets) == len(metas):
@@ -172,28 +204,48 @@ class DetectionEvaluator:
         for found, truth, meta in zip(detections, targets, metas):
             found, truth = found.to("cpu"), truth.to("cpu")
             self._check(found, truth, meta)
-            # Masks of a whole data set would fill the memory, and boxes are all that is scored.
-            found = Detections(found.boxes, found.scores, found.labels)
-            truth = Target(truth.boxes, truth.labels, truth.crowd, truth.difficult, truth.area)
-            self._images[meta.image_id] = (found, truth)
+            found_masks, truth_masks = _run_lengths(found), _run_lengths(truth)
+            found = replace(found, masks=None, mask_patches=None)
+            self._images[meta.image_id] = _Image(found, replace(truth, masks=None), found_masks, truth_masks)
+            self._metas.append(meta)
+
+    def results(self) -> list[dict[str, Any]]:
+        """All detections as COCO's result records, image after image as they came; see `coco_results`."""
+        images = (self._images[meta.image_id] for meta in self._metas)
+        return [
+            record
+            for meta, image in zip(self._metas, images)
+            for record in _result_records(image.found, image.found_masks, meta, self.classes)
+        ]
 
     def compute(self) -> DetectionScores:
         """Score all that was added.
 
         Raises:
             DataError: no image was added.
+            ValueError: detections have masks in some images, but not in others, or truths have.
         """
         if not self._images:
             raise DataError("There is nothing to score: not one image was evaluated. Does the data set hold any?")
         # The order breaks ties between scores. Sorted ids are pycocotools' order, and no loader's accident.
         ids = sorted(self._images, key=lambda image_id: (isinstance(image_id, str), image_id))
-        detections, targets = (list(values) for values in zip(*(self._images[image_id] for image_id in ids)))
-        precision, recall = _coco_precision_and_recall(detections, targets, len(self.classes), self.max_detections)
-        coco = _twelve_figures(precision, recall, self.max_detections)
+        images = [self._images[image_id] for image_id in ids]
+        detections, targets = [image.found for image in images], [image.truth for image in images]
+        precision, recall = _coco_precision_and_recall(images, len(self.classes), self.max_detections)
         eleven, area = voc_average_precisions(detections, targets, len(self.classes))
         rows = self._per_class(detections, targets, precision, eleven, area)
+        masks = None
+        if _masks_everywhere(images):
+            mask_precision, mask_recall = _coco_precision_and_recall(
+                images, len(self.classes), self.max_detections, masks=True
+            )
+            masks = _twelve_figures(mask_precision, mask_recall, self.max_detections)
+            rows = tuple(
+                replace(row, mask_AP=_class_ap(mask_precision, label), mask_AP50=_class_ap(mask_precision[:1], label))
+                for label, row in enumerate(rows)
+            )
         return DetectionScores(
-            coco=coco,
+            coco=_twelve_figures(precision, recall, self.max_detections),
             voc07=_mean_of(eleven),
             voc12=_mean_of(area),
             per_class=rows,
@@ -201,6 +253,7 @@ class DetectionEvaluator:
             truths=sum(row.truths for row in rows),
             ignored=sum(int(truth.ignored.sum()) for truth in targets),
             detections=sum(row.detections for row in rows),
+            masks=masks,
         )
 
     def _check(self, found: Detections, truth: Target, meta: Meta) -> None:
@@ -223,6 +276,12 @@ class DetectionEvaluator:
                 f"A detection of image {meta.image_id!r} ({meta.source}) has a box or score that is not finite: the "
                 f"network's outputs are broken, as after a diverged training or an overflow in half precision."
             )
+        if found.masks is not None and truth.masks is not None and found.masks.shape[1:] != truth.masks.shape[1:]:
+            raise ValueError(
+                f"The detections of image {meta.image_id!r} ({meta.source}) have masks of "
+                f"{tuple(found.masks.shape[1:])}, the truths of {tuple(truth.masks.shape[1:])}: both must have the "
+                f"size of the source."
+            )
 
     def _per_class(
         self,
@@ -240,8 +299,8 @@ class DetectionEvaluator:
                 name=name,
                 truths=int(truths[label]),
                 detections=int(found[label]),
-                AP=_mean_of(precision[:, :, label, 0, -1]),
-                AP50=_mean_of(precision[0, :, label, 0, -1]),
+                AP=_class_ap(precision, label),
+                AP50=_class_ap(precision[:1], label),
                 voc07=float(eleven[label]),
                 voc12=float(area[label]),
             )
@@ -258,19 +317,27 @@ def coco_results(detections: Detections, meta: Meta, classes: ClassList) -> list
         classes: gives the raw ids.
 
     Returns:
-        N records in the same order: image_id, category_id (the raw id), bbox [x, y, width, height] in pixels, score.
-        The floats are not rounded, so that scoring the file gives the scores of `DetectionEvaluator`.
+        N records in the same order: image_id, category_id (the raw id), bbox [x, y, width, height] in pixels, score,
+        and of detections with masks segmentation, compressed run lengths. The floats are not rounded, so that scoring
+        the file gives the scores of `DetectionEvaluator`. (Before pycocotools scores segmentations, take the boxes out
+        of the records: it takes an object's area from a box that is there.)
 
     Raises:
         ValueError: a label is out of range.
     """
+    return _result_records(detections, _run_lengths(detections), meta, classes)
+
+
+def _result_records(
+    detections: Detections, masks: list[mask_coding.Rle] | None, meta: Meta, classes: ClassList
+) -> list[dict[str, Any]]:
     labels = detections.labels.tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(classes):
         raise ValueError(
             f"The detections of {meta.source} have labels {min(labels)} to {max(labels)}, but there are "
             f"{len(classes)} classes: {classes}."
         )
-    return [
+    records: list[dict[str, Any]] = [
         {
             "image_id": meta.image_id,
             "category_id": classes.raw_ids[label],
@@ -279,6 +346,9 @@ def coco_results(detections: Detections, meta: Meta, classes: ClassList) -> list
         }
         for label, bbox, score in zip(labels, _xywh(detections.boxes), detections.scores.tolist())
     ]
+    for record, mask in zip(records, masks or []):
+        record["segmentation"] = mask
+    return records
 
 
 def write_coco_results(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -299,24 +369,44 @@ def write_coco_results(path: str | Path, records: Sequence[dict[str, Any]]) -> N
         raise DetkitError(f"The COCO results can't be written to {path}: {error.strerror}.") from error
 
 
+def _run_lengths(objects: Detections | Target) -> list[mask_coding.Rle] | None:
+    return None if objects.masks is None else [mask_coding.encode(mask) for mask in objects.masks.cpu().numpy()]
+
+
+def _masks_everywhere(images: list[_Image]) -> bool:
+    """Whether truths and detections have masks; images without any object tell nothing.
+
+    Raises:
+        ValueError: some have, and others have not.
+    """
+    truths = {image.truth_masks is not None for image in images if len(image.truth)}
+    found = {image.found_masks is not None for image in images if len(image.found)}
+    for what, have in (("truths", truths), ("detections", found)):
+        if len(have) > 1:
+            raise ValueError(f"the {what} of some images have masks, those of others do not; nothing can be scored")
+    # Where nothing was detected at all, or there is no object to find, the other side decides.
+    return truths | found == {True}
+
+
 def _coco_precision_and_recall(
-    detections: list[Detections], targets: list[Target], num_classes: int, max_detections: int
+    images: list[_Image], num_classes: int, max_detections: int, masks: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's precision (10 IoUs, 101 recalls, C, 4 areas, 3 counts) and recall (10, C, 4, 3); -1 is undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truths = [record for image, target in enumerate(targets, 1) for record in _truth_records(target, image)]
-    found = [record for image, detection in enumerate(detections, 1) for record in _found_records(detection, image)]
+    truths = [record for number, image in enumerate(images, 1) for record in _truth_records(image, number, masks)]
+    found = [record for number, image in enumerate(images, 1) for record in _found_records(image, number, masks)]
     # COCO reads id 0 as "not matched", so annotations count from 1.
     for records in (truths, found):
         for number, record in enumerate(records, 1):
             record["id"] = number
-    images = [{"id": image} for image in range(1, len(targets) + 1)]
+    sizes = [_size(image) if masks else {} for image in images]
+    entries = [{"id": number, **size} for number, size in enumerate(sizes, 1)]
     categories = [{"id": label} for label in range(num_classes)]
     evaluation = COCOeval_faster(
-        COCO({"images": images, "categories": categories, "annotations": truths}),
-        COCO({"images": images, "categories": categories, "annotations": found}),
-        iouType="bbox",
+        COCO({"images": entries, "categories": categories, "annotations": truths}),
+        COCO({"images": entries, "categories": categories, "annotations": found}),
+        iouType="segm" if masks else "bbox",
     )
     evaluation.params.maxDets = [1, 10, max_detections]
     evaluation.evaluate()
@@ -324,22 +414,41 @@ def _coco_precision_and_recall(
     return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
 
 
-def _truth_records(target: Target, image: int) -> list[dict[str, Any]]:
+def _size(image: _Image) -> dict[str, int]:
+    """Height and width by COCO's names, of an image that holds masks."""
+    masks = image.truth_masks or image.found_masks
+    return {"height": masks[0]["size"][0], "width": masks[0]["size"][1]} if masks else {}
+
+
+def _truth_records(image: _Image, number: int, masks: bool) -> list[dict[str, Any]]:
+    """The truths of one image; by a mask instead of a box for scoring masks."""
+    target = image.truth
     difficult = target.difficult & ~target.crowd
     area = torch.where(difficult, AREA_BEYOND_ALL_RANGES, target.area.double())
-    fields = (target.labels.tolist(), _xywh(target.boxes), area.tolist(), target.crowd.int().tolist())
+    shapes = [{"segmentation": mask} for mask in image.truth_masks or []] if masks else _boxes_of(target)
+    fields = (target.labels.tolist(), area.tolist(), target.crowd.int().tolist(), shapes)
     return [
-        {"image_id": image, "category_id": label, "bbox": bbox, "area": size, "iscrowd": crowd}
-        for label, bbox, size, crowd in zip(*fields)
+        {"image_id": number, "category_id": label, "area": size, "iscrowd": crowd, **shape}
+        for label, size, crowd, shape in zip(*fields, strict=True)
     ]
 
 
-def _found_records(detections: Detections, image: int) -> list[dict[str, Any]]:
-    fields = (detections.labels.tolist(), _xywh(detections.boxes), detections.scores.tolist())
+def _found_records(image: _Image, number: int, masks: bool) -> list[dict[str, Any]]:
+    """The detections of one image; by a mask and its area instead of a box and its area for scoring masks."""
+    shapes = _boxes_of(image.found)
+    areas = [shape["bbox"][2] * shape["bbox"][3] for shape in shapes]
+    if masks:
+        shapes = [{"segmentation": mask} for mask in image.found_masks or []]
+        areas = [mask_coding.area(mask) for mask in image.found_masks or []]
+    fields = (image.found.labels.tolist(), image.found.scores.tolist(), areas, shapes)
     return [
-        {"image_id": image, "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0, "score": score}
-        for label, bbox, score in zip(*fields)
+        {"image_id": number, "category_id": label, "area": size, "iscrowd": 0, "score": score, **shape}
+        for label, score, size, shape in zip(*fields, strict=True)
     ]
+
+
+def _boxes_of(objects: Detections | Target) -> list[dict[str, Any]]:
+    return [{"bbox": bbox} for bbox in _xywh(objects.boxes)]
 
 
 def _twelve_figures(precision: np.ndarray, recall: np.ndarray, max_detections: int) -> dict[str, float]:
@@ -357,6 +466,11 @@ def _twelve_figures(precision: np.ndarray, recall: np.ndarray, max_detections: i
     return figures
 
 
+def _class_ap(precision: np.ndarray, label: int) -> float:
+    """Average precision of one class over the IoUs of `precision`."""
+    return _mean_of(precision[:, :, label, 0, -1])
+
+
 def _mean_of(values: np.ndarray) -> float:
     """The mean without the undefined, which are -1 in COCO's arrays and nan in ours; nan where nothing is left."""
     values = values[values > -1]
@@ -367,6 +481,11 @@ def _xywh(boxes: torch.Tensor) -> list[list[float]]:
     """(N, 4) xyxy as [x, y, width, height]; subtracted in float64, so that nothing is rounded off."""
     boxes = boxes.double()
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+
+
+def _all_but_the_first_two(figures: dict[str, float]) -> str:
+    """COCO's figures in one line, without mAP and mAP50, which stand in the table."""
+    return "  ".join(f"{name} {_percent(value)}" for name, value in list(figures.items())[2:])
 
 
 def _percent(value: float) -> str:

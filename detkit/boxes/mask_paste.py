@@ -1,0 +1,74 @@
+"""From the small masks that a network predicts over its boxes to masks of the whole picture (He et al. 2017, 3.1).
+
+Equal to torchvision's `paste_masks_in_image(masks, boxes, size, padding=1) > threshold`, but only the pixels inside a
+box are ever probabilities, and a box may lie beyond the picture, wholly or by any distance.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A box that is cut to the picture covers less, also with the border around it. Of larger ones only the part that is
+# seen is computed.
+MOST_PICTURES = 4
+
+
+def paste_masks(patches: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Masks of a picture from probabilities over boxes.
+
+    A patch is stretched over its box, bilinear, with zeros around it: it gets a border of one cell, and its box the
+    same in proportion, cut to whole pixels.
+
+    Args:
+        patches: (N, m, m) float32 probabilities.
+        boxes: (N, 4) float32 xyxy pixels, on the same device. One that is not finite, or lies outside the picture,
+            has an empty mask.
+        size: (height, width) of the picture in pixels.
+        threshold: a pixel of the object has a higher probability.
+
+    Returns:
+        (N, height, width) bool.
+
+    Raises:
+        ValueError: the patches are not square, or not as many as the boxes.
+    """
+    count, cells = patches.shape[0], patches.shape[-1]
+    if tuple(patches.shape) != (len(boxes), cells, cells):
+        raise ValueError(f"{len(boxes)} boxes need as many square patches, but they are {tuple(patches.shape)}")
+    masks = torch.zeros(count, *size, dtype=torch.bool, device=patches.device)
+    padded = F.pad(patches, (1, 1, 1, 1))
+    for mask, patch, box in zip(masks, padded, _expanded(boxes, (cells + 2) / cells).tolist()):
+        left, top, right, bottom = (int(side) for side in box)
+        # As in torchvision, the pixel of the right and bottom edge belongs to the box.
+        right, bottom = right + 1, bottom + 1
+        first_row, last_row = max(top, 0), min(bottom, size[0])
+        first_column, last_column = max(left, 0), min(right, size[1])
+        if first_row >= last_row or first_column >= last_column:
+            continue
+        if (bottom - top) * (right - left) <= MOST_PICTURES * size[0] * size[1]:
+            whole = F.interpolate(patch[None, None], (bottom - top, right - left), mode="bilinear")[0, 0]
+            seen = whole[first_row - top : last_row - top, first_column - left : last_column - left]
+        else:
+            seen = _between_cells(patch, 1, first_column - left, last_column - left, right - left)
+            seen = _between_cells(seen, 0, first_row - top, last_row - top, bottom - top)
+        torch.gt(seen, threshold, out=mask[first_row:last_row, first_column:last_column])
+    return masks
+
+
+def _expanded(boxes: Tensor, scale: float) -> Tensor:
+    """Boxes made larger around their centres, in torchvision's order of operations; not finite becomes outside."""
+    centre, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
+    expanded = torch.cat([centre - half, centre + half], dim=1)
+    return torch.where(torch.isfinite(expanded).all(dim=1, keepdim=True), expanded, -2.0)
+
+
+def _between_cells(patch: Tensor, dim: int, first: int, last: int, length: int) -> Tensor:
+    """The pixels `first` to `last` of a patch stretched to `length` pixels along `dim`, without those around them."""
+    cells = patch.shape[dim]
+    pixels = torch.arange(last - first, dtype=torch.float64, device=patch.device) + first
+    position = ((pixels + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
+    before = position.long()
+    after = (before + 1).clamp(max=cells - 1)
+    weight = (position - before).to(patch.dtype)
+    weight = weight if dim == 1 else weight[:, None]
+    return torch.lerp(patch.index_select(dim, before), patch.index_select(dim, after), weight)
