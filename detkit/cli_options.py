@@ -21,6 +21,7 @@ class InferOptions:
         iou: of two boxes of one class that overlap more, the weaker goes; default as trained.
         max_det: at most so many detections a picture; default as trained.
         classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
+        proposals: where the regions come from, for a head that needs them; default as trained.
         device: auto, cpu, cuda, cuda:1, mps.
         batch: pictures that go through the network together.
         skip_broken: leave unreadable pictures out, and list them at the end, instead of stopping.
@@ -38,6 +39,7 @@ class InferOptions:
     iou: float | None = None
     max_det: int | None = None
     classes: str | None = None
+    proposals: dict[str, Any] | None = None
     device: str = "auto"
     batch: int = 1
     skip_broken: bool = False

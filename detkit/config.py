@@ -1,6 +1,6 @@
 """The typed schema of an experiment, and how YAML files and command-line overrides become one.
 
-Parts (data, backbone, neck, head, augment) are written `{name: ssd, option: value}`; their options are the
+Parts (data, backbone, neck, head, augment, proposals) are written `{name: ssd, option: value}`; their options are the
 constructor arguments of the part registered by that name, and are checked when it is built. Everything else
 is listed here, once.
 """
@@ -16,6 +16,8 @@ import yaml
 from detkit.errors import ConfigError, nearest
 
 PartOptions = dict[str, Any]
+PATHS = (("data", "root"), ("proposals", "path"), ("proposals", "cache"))
+"""Options of parts that are paths."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,23 @@ class InputOptions:
     """How a picture becomes the network's input.
 
     Args:
-        size: height and width of the network's input in pixels.
-        letterbox: keep the aspect ratio and pad with grey, instead of stretching to `size`.
+        size: height and width of the network's input in pixels; for short_side the length of a picture's shorter side,
+            and the most that its longer side may have.
+        resize: stretch pictures to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
+            short_side keeps it too, and pads the pictures of a batch to the largest of them.
     """
 
     size: tuple[int, int] = (320, 320)
-    letterbox: bool = False
+    resize: Literal["stretch", "letterbox", "short_side"] = "stretch"
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ConfigError(f"'input.size' is the height and width in pixels, at least 1, but is {list(self.size)}.")
+        if self.resize == "short_side" and self.size[0] > self.size[1]:
+            raise ConfigError(
+                f"'input.size' with input.resize short_side is [shorter side, most of the longer side], such as "
+                f"[800, 1333], but is {list(self.size)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class TrainOptions:
         ema_decay: decay per step of an exponential moving average of the weights, which is then what is
             evaluated and saved; null for none.
         freeze: the first stages of the backbone that keep their weights and batch-norm statistics.
+        freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few pictures.
         precision: arithmetic of the forward and backward passes.
         device: auto takes a GPU where there is one.
         devices: how many of them.
@@ -84,6 +94,7 @@ class TrainOptions:
     clip_norm: float | None = None
     ema_decay: float | None = None
     freeze: int = 0
+    freeze_norms: bool = False
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
@@ -136,6 +147,8 @@ class Experiment:
         neck: `name` of a neck and its options; null for none.
         augment: augmentations of training pictures, each a `name` and its options; those that move pixels run first,
             in order, then the resize to the input, then those that only change colours.
+        proposals: `name` of a source of proposals (selective_search, file) for a head that needs them, its options, and
+            the folder `cache` in which they are kept; null for none.
         input: how a picture becomes the network's input.
         train: how the model is trained.
         weights: a detkit checkpoint to start from; null to start from the backbone's own weights.
@@ -149,6 +162,7 @@ class Experiment:
     head: PartOptions
     neck: PartOptions | None = None
     augment: tuple[PartOptions, ...] = ()
+    proposals: PartOptions | None = None
     input: InputOptions = field(default_factory=InputOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     weights: str | None = None
@@ -203,7 +217,7 @@ def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A config file as a dict; a relative data.root in it is made absolute from the file's own folder.
+    """A config file as a dict; relative paths in it (data.root, proposals.path) are made absolute from its own folder.
 
     Raises:
         ConfigError: the file is missing, is not YAML, names a key twice, or is not a mapping.
@@ -222,9 +236,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}."
         )
-    data = values.get("data")
-    if isinstance(data, dict) and isinstance(data.get("root"), str):
-        data["root"] = str((file.parent / Path(data["root"]).expanduser()).resolve())
+    for part, key in PATHS:
+        options = values.get(part)
+        if isinstance(options, dict) and isinstance(options.get(key), str):
+            options[key] = str((file.parent / Path(options[key]).expanduser()).resolve())
     return values
 
 
@@ -260,9 +275,11 @@ def _parse(arguments: list[str]) -> Experiment:
     try:
         parsed = parser.parse_args(arguments)
         parsed.pop("config", None)
-        if isinstance(parsed.data.get("root"), str):
-            # A run is evaluated and resumed from other folders than it was started in.
-            parsed.data["root"] = str(Path(parsed.data["root"]).expanduser().absolute())
+        for part, key in PATHS:
+            options = parsed.get(part)
+            if isinstance(options, dict) and isinstance(options.get(key), str):
+                # A run is evaluated and resumed from other folders than it was started in.
+                options[key] = str(Path(options[key]).expanduser().absolute())
         return Experiment(**vars(parser.instantiate(parsed)))
     except ArgumentError as error:
         reason = " ".join(str(error).split())

@@ -13,7 +13,7 @@ from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.data.transforms import Fit
 from detkit.errors import CheckpointError, ConfigError, nearest
 from detkit.heads.base import Head
-from detkit.published import is_published, read_published
+from detkit.published.read import is_published, read_published
 from detkit.registry import backbones, heads, necks
 from detkit.types import ClassList, Inputs
 
@@ -38,21 +38,24 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.experiment, self.classes = experiment, classes
-        self.fit = Fit(experiment.input.size, experiment.input.letterbox)
+        self.fit = Fit(experiment.input.size, experiment.input.resize, backbone.mean)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, sizes: tuple[tuple[int, int], ...]) -> Any:
+    def forward(
+        self, images: Tensor, sizes: tuple[tuple[int, int], ...], proposals: tuple[Tensor, ...] | None = None
+    ) -> Any:
         """The head's raw outputs.
 
         Args:
             images: (B, 3, H, W) float32 RGB in 0..1.
             sizes: (height, width) of each image inside the tensor.
+            proposals: (P, 4) float32 xyxy pixels of `images` for each image, for a head that needs them.
         """
         features = self.backbone((images - self.mean) / self.std)
         if self.neck is not None:
             features = self.neck(features)
-        return self.head(features, Inputs((images.shape[2], images.shape[3]), sizes))
+        return self.head(features, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
 
     def parameter_groups(self, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone apart from the rest, and no decay for biases and norms.
@@ -63,7 +66,8 @@ class Model(nn.Module):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+                # A head may have a backbone of its own (R-CNN's, for the pixels of each region).
+                groups.setdefault(("backbone" in name.split("."), parameter.ndim > 1), []).append(parameter)
         return [
             {
                 "params": parameters,
@@ -101,16 +105,16 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
         ConfigError: a part or option is unknown, or the parts do not fit together.
         CheckpointError: the backbone's weights cannot be had.
     """
-    options = experiment.backbone
+    backbone_options, head_options = experiment.backbone, experiment.head
     if not load_weights:
-        options = {key: value for key, value in options.items() if key != "weights"}
-    backbone: Backbone = backbones.build(options, "backbone")
+        backbone_options, head_options = _without_weights(backbone_options), _without_weights(head_options)
+    backbone: Backbone = backbones.build(backbone_options, "backbone")
     channels, strides = backbone.channels, backbone.strides
     neck: Neck | None = None
     if experiment.neck is not None:
         neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
         channels, strides = neck.channels, neck.strides
-    head: Head = heads.build(experiment.head, "head", channels=channels, strides=strides, num_classes=len(classes))
+    head: Head = heads.build(head_options, "head", channels=channels, strides=strides, num_classes=len(classes))
     model = Model(backbone, neck, head, experiment, classes)
     if load_weights and experiment.weights is not None:
         _start_from(model, experiment.weights, experiment.weights_parts)
@@ -203,6 +207,15 @@ def check_classes(model: ClassList, data: ClassList, source: str) -> None:
         f"with --data.class_names, or to train on new classes start from its backbone and neck alone: "
         f"--weights {source} --weights_parts '[backbone, neck]'."
     )
+
+
+def _without_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a part and of the parts inside it, but for the `weights` they would start from."""
+    return {
+        key: _without_weights(value) if isinstance(value, dict) else value
+        for key, value in options.items()
+        if key != "weights"
+    }
 
 
 def _start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """From a checkpoint to detections in the pixels of any picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,27 +10,33 @@ import torch
 from PIL import Image
 
 from detkit.data.image import read_image, rgb_uint8
+from detkit.data.loader import collate
 from detkit.data.transforms import undo
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.model import Model, load_model
-from detkit.types import Detections, Meta
+from detkit.proposals.dataset import CACHE_KEY, build_source, check_needed
+from detkit.proposals.sources import ProposalSource
+from detkit.types import Detections, Meta, Sample, Target
 
 UNLIMITED = 1_000_000
 
 Picture: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
 
-def load(checkpoint: str | Path, device: str = "auto") -> "Predictor":
+def load(checkpoint: str | Path, device: str = "auto", proposals: Mapping[str, Any] | None = None) -> "Predictor":
     """A predictor from a run's folder (its best checkpoint), or from a checkpoint file.
 
     Args:
         checkpoint: "runs/detect/quickstart", or ".../best.safetensors".
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+        proposals: {"name": "selective_search", option: value}, for a model whose head needs proposals; by default what
+            it was trained with.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is broken.
+        ConfigError: there is no such device, or the proposals do not go with the model or with new pictures.
     """
-    return Predictor(load_model(checkpoint), device)
+    return Predictor(load_model(checkpoint), device, proposals)
 
 
 class Predictor:
@@ -39,9 +45,11 @@ class Predictor:
     Args:
         model: with its classes and input size.
         device: where it runs.
+        proposals: see `load`.
     """
 
-    def __init__(self, model: Model, device: str = "auto") -> None:
+    def __init__(self, model: Model, device: str = "auto", proposals: Mapping[str, Any] | None = None) -> None:
+        self.source = _proposal_source(model, proposals)
         self.model = to_device(model, device).eval()
         self.device = self.model.mean.device
         self.class_names = model.classes.names
@@ -111,22 +119,23 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, arrays: list[np.ndarray], limits: Any) -> list[Detections]:
         fit = self.model.fit
-        images = torch.stack([fit.image(array) for array in arrays]).to(self.device)
-        metas = [
-            Meta("", "", (array.shape[0], array.shape[1]), fit.matrix((array.shape[0], array.shape[1])))
-            for array in arrays
-        ]
-        sizes = tuple(fit.inner_size(meta.size) for meta in metas)
+        batch = collate([fit(self._sample(array)) for array in arrays], fit).to(self.device)
+        metas = batch.metas
         head = self.model.head
         before, head.postprocess = head.postprocess, limits
         try:
-            found = head.decode(self.model(images, sizes))
+            found = head.decode(self.model(batch.images, batch.sizes, batch.proposals))
         finally:
             head.postprocess = before
         return [
             replace(undo(detections.to("cpu"), meta), class_names=self.class_names)
             for detections, meta in zip(found, metas)
         ]
+
+    def _sample(self, array: np.ndarray) -> Sample:
+        meta = Meta("", "the picture", (array.shape[0], array.shape[1]))
+        proposals = None if self.source is None else self.source(array, meta.image_id)
+        return Sample(array, Target.empty(), meta, proposals)
 
     def _labels(self, classes: Sequence[str | int] | None) -> torch.Tensor | None:
         """The labels of the classes to keep."""
@@ -141,6 +150,20 @@ class Predictor:
             else:
                 raise ConfigError(f"'{given}' is no class of this model. {nearest(str(given), self.class_names)}")
         return torch.tensor(labels)
+
+
+def _proposal_source(model: Model, options: Mapping[str, Any] | None) -> ProposalSource | None:
+    """The source of proposals for new pictures, for a head that needs one.
+
+    Raises:
+        ConfigError: the head needs none but one is given, or the source is for the pictures of a data set only.
+    """
+    trained = model.experiment.proposals
+    if options is None and trained is not None:
+        # The cache is for pictures that are seen again in every run.
+        options = {key: value for key, value in trained.items() if key != CACHE_KEY}
+    check_needed(options, model.head.needs, str(model.experiment.head["name"]))
+    return None if options is None else build_source(options)
 
 
 def to_device(model: Model, device: str) -> Model:

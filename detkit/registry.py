@@ -71,27 +71,7 @@ class Registry:
             raise ConfigError(f"'{path}' needs a 'name'. Valid names: {', '.join(self.names())}.")
         part = self.get(str(options["name"]))
         given = {key: value for key, value in options.items() if key != "name"}
-        valid = option_names(part) - set(injected)
-        for key in given:
-            if key not in valid:
-                raise ConfigError(
-                    f"'{path}.{key}' is not an option of the {self.kind} '{options['name']}'. "
-                    f"{nearest(key, valid | set(also_valid))}"
-                )
-        missing = required_names(part) - set(given) - set(injected)
-        if missing:
-            raise ConfigError(
-                f"The {self.kind} '{options['name']}' needs '{path}.{sorted(missing)[0]}'; give it in the config "
-                f"or as --{path}.{sorted(missing)[0]} VALUE."
-            )
-        typed = _typed(part, given, set(injected), path)
-        try:
-            return part(**injected, **typed)
-        except DetkitError:
-            raise
-        except ValueError as error:
-            # What the part itself, or the library behind it, says of a value out of its range.
-            raise ConfigError(f"'{path}' cannot be built: {' '.join(str(error).split())}") from error
+        return build_part(part, given, path, f"{self.kind} '{options['name']}'", also_valid, **injected)
 
     def _import_package(self) -> None:
         if not self._imported:
@@ -99,6 +79,37 @@ class Registry:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
+
+
+def build_part(
+    part: Callable[..., Any],
+    given: Mapping[str, Any],
+    path: str,
+    title: str,
+    also_valid: Collection[str] = (),
+    **injected: Any,
+) -> Any:
+    """Build a part from the user's options; `title` names it in messages. The rest as in `Registry.build`."""
+    valid = option_names(part) - set(injected)
+    for key in given:
+        if key not in valid:
+            raise ConfigError(
+                f"'{path}.{key}' is not an option of the {title}. {nearest(key, valid | set(also_valid))}"
+            )
+    missing = required_names(part) - set(given) - set(injected)
+    if missing:
+        raise ConfigError(
+            f"The {title} needs '{path}.{sorted(missing)[0]}'; give it in the config "
+            f"or as --{path}.{sorted(missing)[0]} VALUE."
+        )
+    typed = _typed(part, dict(given), set(injected), path)
+    try:
+        return part(**injected, **typed)
+    except DetkitError:
+        raise
+    except ValueError as error:
+        # What the part itself, or the library behind it, says of a value out of its range.
+        raise ConfigError(f"'{path}' cannot be built: {' '.join(str(error).split())}") from error
 
 
 def option_names(part: Callable[..., Any]) -> set[str]:
@@ -134,3 +145,4 @@ necks = Registry("neck", "detkit.backbones")
 heads = Registry("head", "detkit.heads")
 datasets = Registry("data format", "detkit.data")
 augmentations = Registry("augmentation", "detkit.data")
+proposal_sources = Registry("source of proposals", "detkit.proposals")

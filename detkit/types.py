@@ -8,7 +8,7 @@ edges; sizes are (height, width); labels are 0..C-1, and no index ever means bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -145,11 +145,14 @@ class Sample:
 
     Args:
         image: (H, W, 3) uint8 RGB.
+        proposals: (P, 4) float32 xyxy pixels of the image, regions that may hold an object, best first; None where no
+            source of proposals was asked.
     """
 
     image: np.ndarray
     target: Target
     meta: Meta
+    proposals: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
@@ -163,6 +166,8 @@ class Sample:
                 f"the masks of {self.meta.source} are {tuple(self.target.masks.shape[1:])}, "
                 f"its image {self.image.shape[:2]}"
             )
+        if self.proposals is not None:
+            _check_boxes(self.proposals, "proposals")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -177,14 +182,16 @@ class Batch:
     Args:
         images: (B, 3, H, W) float32 RGB in 0..1; not yet normalised.
         sizes: (height, width) of each image inside the tensor, without padding.
-        targets: one for each image, in pixels of `images`.
+        targets: one for each image, in pixels of `images`; masks may end where the padding of the batch begins.
         metas: one for each image.
+        proposals: (P, 4) float32 xyxy pixels of `images`, best first, for each image; None without proposals.
     """
 
     images: Tensor
     sizes: tuple[tuple[int, int], ...]
     targets: tuple[Target, ...]
     metas: tuple[Meta, ...]
+    proposals: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         count = self.images.shape[0]
@@ -193,31 +200,41 @@ class Batch:
                 f"a batch needs (B, 3, H, W) images and B sizes, targets and metas, but got images "
                 f"{tuple(self.images.shape)}, {len(self.sizes)}, {len(self.targets)} and {len(self.metas)}"
             )
+        _check_proposals(self.proposals, count)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its images and targets on `device`."""
+        """The same batch with its images, targets and proposals on `device`."""
         targets = tuple(target.to(device) for target in self.targets)
-        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+        proposals = None
+        if self.proposals is not None:
+            proposals = tuple(boxes.to(device) for boxes in self.proposals)
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets, proposals=proposals)
 
     def pin_memory(self) -> Batch:
         """The same batch with its images in page-locked memory, for the loader."""
         return replace(self, images=self.images.pin_memory())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """What a head may know of the images besides their features.
 
     Args:
         size: (height, width) of the batched tensor in pixels.
         sizes: (height, width) of each image inside it, without padding.
+        proposals: (P, 4) float32 xyxy pixels of the batched tensor, best first, for each image; None for a head that
+            does not need them.
     """
 
     size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
+    proposals: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_proposals(self.proposals, len(self.sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +272,8 @@ class Detections:
         scores: (N,) float32 in 0..1.
         labels: (N,) int64 in 0..C-1.
         masks: (N, H, W) bool, or None for a detector without masks.
+        mask_patches: (N, m, m) float32 in 0..1, the probability of the object over its box: what a network predicts,
+            and `detkit.data.transforms.undo` turns into `masks`. None elsewhere.
         class_names: names by label; empty inside the network, filled by the predictor.
     """
 
@@ -262,6 +281,7 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    mask_patches: Tensor | None = None
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -270,6 +290,9 @@ class Detections:
         _check(self.labels, "labels", (count,), torch.int64)
         if self.masks is not None:
             _check(self.masks, "masks", (count, *self.masks.shape[1:]), torch.bool)
+        if self.mask_patches is not None:
+            side = self.mask_patches.shape[-1]
+            _check(self.mask_patches, "mask_patches", (count, side, side), torch.float32)
 
     @classmethod
     def empty(cls) -> Detections:
@@ -286,14 +309,20 @@ class Detections:
 
     def __getitem__(self, index: Tensor) -> Detections:
         """The detections that `index` (a bool mask or indices, 1-D) selects."""
-        masks = None if self.masks is None else self.masks[index]
-        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index], masks=masks)
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections with their tensors on `device`."""
-        masks = None if self.masks is None else self.masks.to(device)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Detections:
         return replace(
-            self, boxes=self.boxes.to(device), scores=self.scores.to(device), labels=self.labels.to(device), masks=masks
+            self,
+            boxes=change(self.boxes),
+            scores=change(self.scores),
+            labels=change(self.labels),
+            masks=None if self.masks is None else change(self.masks),
+            mask_patches=None if self.mask_patches is None else change(self.mask_patches),
         )
 
     def to_supervision(self) -> supervision.Detections:
@@ -312,11 +341,21 @@ class Detections:
         )
 
 
-def _check_boxes(boxes: Tensor) -> int:
+def _check_boxes(boxes: Tensor, name: str = "boxes") -> int:
     """The number of boxes; raises where they are not (N, 4) float32."""
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
-        raise ValueError(f"boxes must be (N, 4) float32, but got {tuple(boxes.shape)} {boxes.dtype}")
+        raise ValueError(f"{name} must be (N, 4) float32, but got {tuple(boxes.shape)} {boxes.dtype}")
     return boxes.shape[0]
+
+
+def _check_proposals(proposals: tuple[Tensor, ...] | None, images: int) -> None:
+    """Raise where there are proposals, but not one (P, 4) float32 tensor for each image."""
+    if proposals is None:
+        return
+    if len(proposals) != images:
+        raise ValueError(f"{images} images need as many tensors of proposals, but got {len(proposals)}")
+    for boxes in proposals:
+        _check_boxes(boxes, "proposals")
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

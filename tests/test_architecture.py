@@ -15,6 +15,7 @@ LAYERS = [
     {"types", "registry", "config"},
     {"boxes"},
     {"data", "backbones", "losses"},
+    {"proposals"},
     {"heads"},
     {"published"},
     {"model"},

@@ -34,7 +34,7 @@ def predictor(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Predictor:
         return found
 
     monkeypatch.setattr(SSD, "decode", decode)
-    return Predictor(build_model(tiny("--input.letterbox", "true"), CLASSES), "cpu")
+    return Predictor(build_model(tiny("--input.resize", "letterbox"), CLASSES), "cpu")
 
 
 def picture(height: int = 40, width: int = 100) -> np.ndarray:

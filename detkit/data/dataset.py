@@ -147,6 +147,10 @@ class Dataset(ABC):
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of the image `index` in pixels, without reading its pixels."""
 
+    def image_id(self, index: int) -> int | str:
+        """The data set's own id of the image `index`."""
+        return self[index].meta.image_id
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -256,6 +260,9 @@ class FileDataset(Dataset):
 
     def size(self, index: int) -> tuple[int, int]:
         return self._records[index].size
+
+    def image_id(self, index: int) -> int | str:
+        return self._records[index].image_id
 
     def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
         """The pictures that can be used, each with its true (height, width); problems are recorded.

@@ -6,6 +6,7 @@ repeat one another, and a resumed run sees the pictures it would have seen.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,27 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
-from detkit.data.transforms import Augment, Fit
+from detkit.data.transforms import Augment, Fit, Fitted
 from detkit.errors import DataError
-from detkit.types import Batch, Meta, Target
+from detkit.types import Batch
 
 Key = tuple[int, int]
-Fitted = tuple[torch.Tensor, tuple[int, int], Target, Meta]
 
 
-def collate(items: Sequence[Fitted | DataError]) -> Batch | DataError:
-    """One batch of pictures that `Fit` brought to the same size, or the error of one that could not be read."""
+def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
+    """One batch of pictures that `fit` made. Either all of them have proposals or none has."""
+    images, sizes, targets, metas, proposals = zip(*items)
+    return Batch(fit.batch(images), sizes, targets, metas, None if proposals[0] is None else proposals)
+
+
+def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Batch | DataError:
+    """One batch, or the error of a picture that could not be read."""
+    fitted = []
     for item in items:
         if isinstance(item, DataError):
             return item
-    images, sizes, targets, metas = zip(*items)
-    return Batch(torch.stack(images), sizes, targets, metas)
+        fitted.append(item)
+    return collate(fitted, fit)
 
 
 def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
@@ -64,12 +71,12 @@ def training_loader(
     """
     sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size)
     reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch)
-    return _loader(reader, sampler, batch_size, workers), sampler
+    return _loader(reader, fit, sampler, batch_size, workers), sampler
 
 
 def evaluation_loader(dataset: Dataset, fit: Fit, *, batch_size: int, workers: int) -> DataLoader[Any]:
     """Every picture once, in order; the last batch may be smaller."""
-    return _loader(_EvaluationReader(dataset, fit), None, batch_size, workers)
+    return _loader(_EvaluationReader(dataset, fit), fit, None, batch_size, workers)
 
 
 class EpochSampler(Sampler[Key]):
@@ -135,7 +142,7 @@ class _EvaluationReader(TorchDataset[Fitted | DataError]):
 
 
 def _loader(
-    reader: TorchDataset[Fitted | DataError], sampler: Sampler[Key] | None, batch_size: int, workers: int
+    reader: TorchDataset[Fitted | DataError], fit: Fit, sampler: Sampler[Key] | None, batch_size: int, workers: int
 ) -> DataLoader[Any]:
     import cv2
 
@@ -147,7 +154,7 @@ def _loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(_collate_read, fit=fit),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0 and sampler is not None,
     )

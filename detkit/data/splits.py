@@ -25,7 +25,8 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     if "name" in options and "masks" in option_names(datasets.get(options["name"])):
         injected["masks"] = "masks" in needs
     dataset: Dataset = datasets.build(options, "data", ("train", "val"), **injected)
-    if missing := needs - dataset.fields:
+    # Proposals are not the data set's: detkit.proposals adds them.
+    if missing := needs - dataset.fields - {"proposals"}:
         raise DataError(
             f"The head needs {', '.join(sorted(missing))}, which the data set '{options['name']}' of split "
             f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use another head."

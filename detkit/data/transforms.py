@@ -7,7 +7,7 @@ evaluated or predicted are only fitted here, which has an exact inverse.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,68 +15,141 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detkit.boxes.convert import clip
+from detkit.boxes.mask_paste import paste_masks
 from detkit.registry import augmentations
 from detkit.types import Detections, Meta, Sample, Target
 
 PADDING_GREY = 114
+BATCH_STRIDE = 32
+
+Resize = Literal["stretch", "letterbox", "short_side"]
+
+
+class Fitted(NamedTuple):
+    """One picture in the network's pixels, before batching.
+
+    Args:
+        image: (3, H, W) float32 in 0..1.
+        size: (height, width) of the picture inside `image`, without padding.
+        target: in pixels of `image`.
+        meta: with the matrix from the source to `image`.
+        proposals: (P, 4) float32 xyxy pixels of `image`, or None.
+    """
+
+    image: Tensor
+    size: tuple[int, int]
+    target: Target
+    meta: Meta
+    proposals: Tensor | None = None
 
 
 class Fit:
-    """Resize pictures to the network's input, by stretching or with their aspect ratio kept (letterbox).
+    """Resize pictures to the network's input.
 
     Bilinear without smoothing, pixel centres at half integers: what torchvision's detectors are trained and
     run with.
 
     Args:
-        size: (height, width) of the input in pixels.
-        letterbox: keep the aspect ratio, picture at the top left, grey padding at the right or bottom.
+        size: (height, width) of the input in pixels; of short_side (short, long), the longest that a picture's
+            shorter and longer side may become.
+        resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, picture at the top left of `size`, grey
+            padding at the right or bottom; "short_side" keeps it too and does not pad the picture itself: those of a
+            batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform).
+        padding: RGB in 0..1 around the pictures of a batch; the backbone's mean colour, so that it is 0 to the network.
     """
 
-    def __init__(self, size: tuple[int, int], letterbox: bool = False) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        resize: Resize = "stretch",
+        padding: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> None:
         self.size = size
-        self.letterbox = letterbox
+        self.resize = resize
+        self.padding = padding
 
     def inner_size(self, source: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that a picture of size `source` gets inside the input."""
-        if not self.letterbox:
-            return self.size
-        scale = min(self.size[0] / source[0], self.size[1] / source[1])
-        return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
+        match self.resize:
+            case "stretch":
+                return self.size
+            case "letterbox":
+                scale = min(self.size[0] / source[0], self.size[1] / source[1])
+                return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
+            case "short_side":
+                scale = self._scale(source)
+                return max(1, int(source[0] * scale)), max(1, int(source[1] * scale))
+
+    def outer_size(self, source: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the tensor that `image` makes of a picture of size `source`."""
+        return self.inner_size(source) if self.resize == "short_side" else self.size
 
     def matrix(self, source: tuple[int, int]) -> np.ndarray:
         """(3, 3) float64 from source pixels to input pixels."""
         height, width = self.inner_size(source)
-        return np.diag([width / source[1], height / source[0], 1.0])
+        x_scale, y_scale = width / source[1], height / source[0]
+        if self.resize == "short_side":
+            # Rounded as torchvision rounds them, which makes boxes equal to the last bit.
+            x_scale, y_scale = float(np.float32(x_scale)), float(np.float32(y_scale))
+        return np.diag([x_scale, y_scale, 1.0])
 
     def image(self, image: np.ndarray) -> Tensor:
-        """(3, size) float32 in 0..1 from (H, W, 3) uint8."""
+        """(3, H, W) float32 in 0..1, of size `outer_size`, from (H, W, 3) uint8."""
         tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).float().div_(255)
-        inner = self.inner_size((image.shape[0], image.shape[1]))
-        if tuple(tensor.shape[1:]) != inner:
+        source = (image.shape[0], image.shape[1])
+        inner, outer = self.inner_size(source), self.outer_size(source)
+        if source != inner:
             tensor = F.interpolate(tensor[None], inner, mode="bilinear", align_corners=False)[0]
-        bottom, right = self.size[0] - inner[0], self.size[1] - inner[1]
+        bottom, right = outer[0] - inner[0], outer[1] - inner[1]
         return F.pad(tensor, (0, right, 0, bottom), value=PADDING_GREY / 255) if bottom or right else tensor
 
-    def __call__(self, sample: Sample) -> tuple[Tensor, tuple[int, int], Target, Meta]:
-        """The picture as a tensor, its size inside it, and target and meta in its pixels."""
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) of tensors that `image` made.
+
+        Under short_side they are padded at the right and bottom, with `padding`, to the largest height and width
+        among them, rounded up to a multiple of 32.
+        """
+        if self.resize != "short_side":
+            return torch.stack(list(images))
+        height, width = (
+            -(-max(image.shape[side] for image in images) // BATCH_STRIDE) * BATCH_STRIDE for side in (1, 2)
+        )
+        colour = torch.tensor(self.padding).view(1, 3, 1, 1)
+        batch = colour.expand(len(images), 3, height, width).clone(memory_format=torch.contiguous_format)
+        for row, image in zip(batch, images):
+            row[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+    def __call__(self, sample: Sample) -> Fitted:
+        """The picture as a tensor, its size inside it, and target, meta and proposals in its pixels."""
         matrix = self.matrix(sample.size)
         inner = self.inner_size(sample.size)
-        target = _map_target(sample.target, matrix, inner, self.size)
+        target = _map_target(sample.target, matrix, inner, self.outer_size(sample.size))
+        proposals = None if sample.proposals is None else clip(map_boxes(sample.proposals, matrix), inner)
         old = sample.meta.matrix
         meta = replace(sample.meta, matrix=None if old is None else matrix @ old)
-        return self.image(sample.image), inner, target, meta
+        return Fitted(self.image(sample.image), inner, target, meta, proposals)
+
+    def _scale(self, source: tuple[int, int]) -> float:
+        return min(self.size[0] / min(source), self.size[1] / max(source))
 
 
 def undo(detections: Detections, meta: Meta) -> Detections:
     """Detections in the network's pixels as detections in the source's own pixels, inside its borders.
+
+    Mask patches become masks of the source's size.
 
     Raises:
         ValueError: the picture went through an augmentation that has no inverse.
     """
     if meta.matrix is None:
         raise ValueError(f"{meta.source} was augmented at random; its detections cannot be taken back")
-    boxes = clip(map_boxes(detections.boxes, np.linalg.inv(meta.matrix)), meta.size)
-    return replace(detections, boxes=boxes)
+    boxes = map_boxes(detections.boxes, np.linalg.inv(meta.matrix))
+    masks = None
+    if detections.mask_patches is not None:
+        # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the picture.
+        masks = paste_masks(detections.mask_patches, boxes, meta.size)
+    return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None)
 
 
 def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:
@@ -89,10 +162,12 @@ def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:
 def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size: tuple[int, int]) -> Target:
     masks = target.masks
     if masks is not None and tuple(masks.shape[1:]) != size:
-        resized = F.interpolate(masks[None].float(), inner, mode="nearest-exact")[0] > 0.5 if len(masks) else masks
-        masks = (
-            F.pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0])) if len(masks) else masks.new_zeros(0, *size)
-        )
+        resized = masks.new_zeros(len(masks), *size)
+        if len(masks):
+            # As bytes in a quarter of the time that floats take.
+            bytes_ = F.interpolate(masks[None].byte(), inner, mode="nearest-exact")[0]
+            resized[:, : inner[0], : inner[1]] = bytes_.bool()
+        masks = resized
     area = target.area * float(matrix[0, 0] * matrix[1, 1])
     return replace(target, boxes=clip(map_boxes(target.boxes, matrix), inner), area=area, masks=masks)
 
@@ -100,13 +175,14 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
 class Augment:
     """Random augmentation of a training picture by one albumentations pipeline, ending at the input's size.
 
-    Geometric transforms run first, then the resize to the input, then those that only change pixels: they
-    cost least there.
+    Geometric transforms run first, then the resize to the input (but for short_side, whose size depends on the
+    picture), then those that only change pixels: they cost least there. Proposals go where their pixels go, and have
+    no influence on anything else.
 
     Args:
         options: `[{name: flip, ...}, ...]`, parts of the registry of augmentations.
         fit: the network's input.
-        min_visibility: an object of which a smaller part is left after a crop is dropped.
+        min_visibility: an object or proposal of which a smaller part is left after a crop is dropped.
     """
 
     def __init__(self, options: Sequence[Mapping[str, Any]], fit: Fit, min_visibility: float = 0.2) -> None:
@@ -115,44 +191,66 @@ class Augment:
         parts = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]
         pixel_only = [part for part in parts if _changes_only_pixels(part)]
         geometric = [part for part in parts if not _changes_only_pixels(part)]
-        height, width = fit.size
-        resize: list[Any] = [A.Resize(height, width)]
-        if fit.letterbox:
-            resize = [
-                A.LongestMaxSize(max_size_hw=fit.size),
-                A.PadIfNeeded(height, width, position="top_left", fill=PADDING_GREY),
-            ]
         # Truths may touch the border to within a rounding error: clip, instead of refusing the picture.
-        boxes = A.BboxParams(
-            "pascal_voc", label_fields=["index"], min_visibility=min_visibility, min_width=1, min_height=1, clip=True
+        boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, min_width=1, min_height=1, clip=True)
+        # A target of their own: some transforms look at the truths ("bboxes") to choose a window.
+        self.pipeline = A.Compose(
+            [*geometric, *_resize_parts(fit), *pixel_only],
+            bbox_params=boxes,
+            additional_targets={"proposals": "bboxes"},
         )
-        self.pipeline = A.Compose([*geometric, *resize, *pixel_only], bbox_params=boxes)
-        self.fit = fit
 
     def __call__(self, sample: Sample, seed: int) -> Sample:
-        """The augmented sample, at the input's size; the same seed gives the same picture."""
+        """The augmented sample, at the input's size unless that is short_side; the same seed gives the same picture."""
         # One pair of generators for all transforms: seeding each with the same number would make their
         # choices depend on one another.
         self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
         target = sample.target
-        given: dict[str, Any] = {
-            "image": sample.image,
-            "bboxes": target.boxes.numpy(),
-            "index": np.arange(len(target)),
-        }
+        given: dict[str, Any] = {"image": sample.image, "bboxes": _numbered(target.boxes)}
+        if sample.proposals is not None:
+            given["proposals"] = _numbered(sample.proposals)
         if target.masks is not None and len(target):
             given["masks"] = target.masks.numpy().astype(np.uint8)
         result = self.pipeline(**given)
-        # Albumentations drops boxes but not their masks; the index says which are left.
-        kept = torch.as_tensor(np.asarray(result["index"], dtype=np.int64))
-        boxes = torch.as_tensor(np.asarray(result["bboxes"], dtype=np.float32)).reshape(-1, 4)
+        # Albumentations drops boxes but not their masks; the fifth column says which are left.
+        boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 5)
+        kept = boxes[:, 4].long()
         masks = None
         if target.masks is not None:
-            masks = torch.zeros(0, *self.fit.size, dtype=torch.bool)
+            masks = torch.zeros(0, *result["image"].shape[:2], dtype=torch.bool)
             if len(kept):
                 masks = torch.from_numpy(np.stack([result["masks"][index] for index in kept.tolist()])).bool()
-        augmented = Target(boxes, target.labels[kept], target.crowd[kept], target.difficult[kept], masks=masks)
-        return Sample(result["image"], augmented, replace(sample.meta, matrix=None))
+        augmented = Target(boxes[:, :4], target.labels[kept], target.crowd[kept], target.difficult[kept], masks=masks)
+        proposals = None
+        if sample.proposals is not None:
+            proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 5)[:, :4]
+        return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
+
+
+def _resize_parts(fit: Fit) -> list[Any]:
+    """The albumentations transforms that bring a picture to the input's size."""
+    import albumentations as A
+    import cv2
+
+    height, width = fit.size
+    # Albumentations' own choice, INTER_NEAREST, moves masks by up to half a pixel against the picture.
+    exact = cv2.INTER_NEAREST_EXACT
+    match fit.resize:
+        case "stretch":
+            return [A.Resize(height, width, mask_interpolation=exact)]
+        case "letterbox":
+            return [
+                A.LongestMaxSize(max_size_hw=fit.size, mask_interpolation=exact),
+                A.PadIfNeeded(height, width, position="top_left", fill=PADDING_GREY),
+            ]
+        case "short_side":
+            # Albumentations warns of a pipeline that leaves boxes where they are.
+            return [A.NoOp()]
+
+
+def _numbered(boxes: Tensor) -> np.ndarray:
+    """(N, 4) boxes as (N, 5), the number of each behind it."""
+    return np.column_stack([boxes.numpy(), np.arange(len(boxes), dtype=np.float32)])
 
 
 def _changes_only_pixels(part: Any) -> bool:

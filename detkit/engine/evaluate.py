@@ -11,7 +11,7 @@ from detkit.data.dataset import Dataset
 from detkit.data.loader import batches, evaluation_loader
 from detkit.data.transforms import undo
 from detkit.heads.base import Head
-from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
+from detkit.metrics.detection import DetectionEvaluator, DetectionScores
 from detkit.model import Model
 
 
@@ -45,27 +45,27 @@ def evaluate(
     """
     evaluator = DetectionEvaluator(dataset.classes)
     sums: dict[str, float] = defaultdict(float)
-    results: list[dict[str, Any]] = []
     device = next(model.parameters()).device
     model.eval()
     loader = evaluation_loader(dataset, model.fit, batch_size=batch_size, workers=workers)
     position = 0
-    with torch.inference_mode():
+    # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(0)
         for batch in batches(loader):
             batch = batch.to(device)
-            outputs = model(batch.images, batch.sizes)
+            outputs = model(batch.images, batch.sizes, batch.proposals)
             for name, value in _losses(model.head, outputs, batch.targets):
                 sums[name] += value * len(batch)
-            detections = [undo(found.to("cpu"), meta) for found, meta in zip(model.head.decode(outputs), batch.metas)]
-            # The truth in the source's own pixels comes straight from the file: no rounding on the way.
-            targets = [dataset.target(index) for index in range(position, position + len(batch))]
-            metas = [replace(meta, matrix=None) for meta in batch.metas]
-            evaluator.update(detections, targets, metas)
-            for found, meta in zip(detections, metas):
-                results += coco_results(found, meta, dataset.classes)
-            position += len(batch)
+            # Picture by picture, since the masks of a batch are large.
+            for found, meta in zip(model.head.decode(outputs), batch.metas):
+                # The truth in the source's own pixels comes straight from the file: no rounding on the way.
+                truth = dataset.target(position)
+                evaluator.update([undo(found.to("cpu"), meta)], [truth], [replace(meta, matrix=None)])
+                position += 1
             advance(len(batch))
-    return Evaluation({name: value / position for name, value in sums.items()}, evaluator.compute(), results)
+    losses = {name: value / position for name, value in sums.items()}
+    return Evaluation(losses, evaluator.compute(), evaluator.results())
 
 
 def _losses(head: Head, outputs: Any, targets: Any) -> Iterator[tuple[str, float]]:

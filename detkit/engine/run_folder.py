@@ -12,7 +12,7 @@ from detkit.errors import CheckpointError, ConfigError
 
 STATE_FORMAT = 1
 MAY_CHANGE = frozenset(
-    {"data.root", "name", "runs"}
+    {"data.root", "name", "proposals.cache", "proposals.path", "runs"}
     | {f"train.{name}" for name in ("device", "devices", "epochs", "patience", "validate_every", "workers")}
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -27,6 +28,7 @@ from detkit.engine.schedule import learning_rate_factor
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.base import Head
 from detkit.model import Model, build_model, check_classes, read_checkpoint
+from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
 from detkit.types import Batch
 
@@ -81,7 +83,8 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
         keep_freed_memory()
     fabric.seed_everything(options.seed, verbose=False)
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
-    train_set, val_set = open_train_and_val(experiment.data, head.needs)
+    check_needed(experiment.proposals, head.needs, str(experiment.head["name"]))
+    train_set, val_set = _open_data(fabric, experiment, head)
     setup = _set_up(fabric, experiment, train_set, load_weights=resume is None)
     progress = Progress()
     folder = _run_folder(fabric, experiment, head.task, resume)
@@ -119,8 +122,31 @@ def _launch(options: TrainOptions) -> Fabric:
         ) from None
     if options.precision == "16-mixed" and fabric.device.type == "cpu":
         raise ConfigError("'train.precision' 16-mixed needs a GPU. Use bf16-mixed or 32-true on a CPU.")
+    precision = fabric.strategy.precision
+    if isinstance(precision, MixedPrecision):
+        fabric.strategy.precision = _ExactInputs(precision.precision, precision.device)
     fabric.launch()
     return fabric
+
+
+class _ExactInputs(MixedPrecision):
+    """Fabric's mixed precision, but for the inputs: rounded to 16 bits, a box near pixel 1,000 would be off by up to 2,
+    and the colour of the padding would no longer be the mean. Each layer rounds what it gets anyway."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tuple[Dataset, Dataset]:
+    """Both splits, with the proposals of all their pictures where the head needs them."""
+    data, proposals = experiment.data, experiment.proposals
+    train_set, val_set = open_train_and_val(data, head.needs)
+    quiet = not fabric.is_global_zero
+    # The first process fills the cache that the others then read.
+    with fabric.rank_zero_first():
+        train_set = with_proposals(train_set, proposals, str(data.get("train", "train")), "training", quiet)
+        val_set = with_proposals(val_set, proposals, str(data.get("val", "val")), "validation", quiet)
+    return train_set, val_set
 
 
 def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str | None) -> RunFolder:
@@ -145,8 +171,10 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             group["lr"] = peak * factor
         share = group_size(number, setup.sampler.batches, options.accumulate)
         with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
-            outputs = setup.wrapped(batch.images, batch.sizes)
-            losses = setup.model.head.loss(outputs, batch.targets)
+            outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals)
+            # A head of two stages runs layers in its loss, too.
+            with setup.fabric.autocast():
+                losses = setup.model.head.loss(outputs, batch.targets)
             _check_finite(losses, progress.step, batch)
             setup.fabric.backward(torch.stack(list(losses.values())).sum() / share)
         if whole_step:
@@ -185,7 +213,7 @@ def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
 def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_weights: bool) -> Setup:
     options = experiment.train
     model = build_model(experiment, train_set.classes, load_weights=load_weights)
-    model.backbone.freeze(options.freeze)
+    model.backbone.freeze(options.freeze, options.freeze_norms)
     # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = AveragedModel(model, options.ema_decay) if options.ema_decay is not None else None
@@ -231,7 +259,7 @@ def _validate(
         batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
             evaluation = evaluate(model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance)
-        score = evaluation.scores.coco["mAP"]
+        score = evaluation.scores.decisive["mAP"]
         if score > progress.best_score:
             progress.best_score, progress.evaluations_since_best = score, 0
             model.save(folder.best)

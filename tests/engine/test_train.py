@@ -178,8 +178,8 @@ def test_evaluation_gives_losses_and_scores_of_perfect_detections(tiny: Any, mon
     from detkit.types import Detections
 
     dataset = Shapes("val", val_count=6, size=80)
-    model = build_model(tiny("--input.letterbox", "true", "--input.size", "[64, 96]"), dataset.classes)
-    targets = iter([model.fit(dataset[index])[2] for index in range(6)])
+    model = build_model(tiny("--input.resize", "letterbox", "--input.size", "[64, 96]"), dataset.classes)
+    targets = iter([model.fit(dataset[index]).target for index in range(6)])
     monkeypatch.setattr(
         SSD,
         "decode",
