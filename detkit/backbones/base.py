@@ -26,6 +26,7 @@ class Backbone(nn.Module, ABC):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     _frozen: int = 0
+    _frozen_norms: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -35,7 +36,7 @@ class Backbone(nn.Module, ABC):
     def stages(self) -> Sequence[nn.Module]:
         """The parts in the order in which they run, stem first, for freezing the early ones."""
 
-    def freeze(self, count: int) -> None:
+    def freeze(self, count: int, norms: bool = False) -> None:
         """Keep the first `count` stages as they are; the others learn.
 
         A frozen stage gets no gradients and stays in evaluation mode through every later `train()`, because
@@ -43,6 +44,8 @@ class Backbone(nn.Module, ABC):
 
         Args:
             count: 0 (everything learns) to the number of `stages()`.
+            norms: keep all batch norms as well, their scale, shift and statistics; those of a batch of one or two
+                pictures would tell little.
 
         Raises:
             ConfigError: `count` is out of that range.
@@ -54,7 +57,9 @@ class Backbone(nn.Module, ABC):
             )
         for index, stage in enumerate(stages):
             stage.requires_grad_(index >= count)
-        self._frozen = count
+        for norm in self._norms() if norms else ():
+            norm.requires_grad_(False)
+        self._frozen, self._frozen_norms = count, norms
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -63,7 +68,13 @@ class Backbone(nn.Module, ABC):
         if self._frozen:
             for stage in self.stages()[: self._frozen]:
                 stage.eval()
+        if self._frozen_norms:
+            for norm in self._norms():
+                norm.eval()
         return self
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def _override_normalisation(
         self, mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None

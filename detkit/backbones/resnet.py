@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class ResNet(Backbone):
             of a .pth or .safetensors file with torchvision's names, classifier or not.
         mean: overrides the normalisation, for weights trained with another.
         std: as `mean`.
+        norm_epsilon: what batch norms add to the variance.
 
     Raises:
         ConfigError: `levels` are not ascending or not in 2..5.
@@ -38,10 +40,11 @@ class ResNet(Backbone):
         weights: str | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        norm_epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
         check_levels(levels, range(2, 6), self.network)
-        full = models.get_model(self.network, weights=None)
+        full = models.get_model(self.network, weights=None, norm_layer=partial(nn.BatchNorm2d, eps=norm_epsilon))
         self.conv1, self.bn1, self.relu, self.maxpool = full.conv1, full.bn1, full.relu, full.maxpool
         self._layer_names = [f"layer{level - 1}" for level in range(2, levels[-1] + 1)]
         for name in self._layer_names:

@@ -112,10 +112,14 @@ class Pyramid(AnchorLayout):
     Args:
         sizes: for each level, side lengths in pixels of the network's input.
         ratios: height-to-width ratios, the same on all levels.
+        divide: anchors stand image side // map side pixels apart instead of a stride, which is less on a map whose
+            size was rounded up; so torchvision's weights were trained.
     """
 
-    def __init__(self, sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> None:
-        self.sizes, self.ratios = sizes, ratios
+    def __init__(
+        self, sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...] = (0.5, 1.0, 2.0), divide: bool = False
+    ) -> None:
+        self.sizes, self.ratios, self.divide = sizes, ratios, divide
 
     def per_location(self, levels: int) -> list[int]:
         return [len(sizes) * len(self.ratios) for sizes in _for_levels(self.sizes, levels, "sizes")]
@@ -124,8 +128,12 @@ class Pyramid(AnchorLayout):
         self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
     ) -> Tensor:
         sizes = _for_levels(self.sizes, len(map_sizes), "sizes")
-        levels = zip(map_sizes, strides, sizes)
-        return torch.cat([region_proposal_anchors(m, stride or image_size, s, self.ratios) for m, stride, s in levels])
+        steps = [
+            (image_size[0] // rows, image_size[1] // columns) if self.divide or not stride else (stride, stride)
+            for (rows, columns), stride in zip(map_sizes, strides)
+        ]
+        levels = zip(map_sizes, steps, sizes)
+        return torch.cat([region_proposal_anchors(m, step, s, self.ratios) for m, step, s in levels])
 
 
 def _for_levels(values: tuple[tuple[float, ...], ...], levels: int, option: str) -> tuple[tuple[float, ...], ...]:

@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from detkit.boxes.nms import nms
 from detkit.errors import ConfigError
 from detkit.types import Detections, Inputs, Target
 
@@ -32,6 +34,22 @@ class Postprocess:
                 raise ConfigError(f"The {name.replace('_', ' ')} must lie in 0..1, but is {getattr(self, name)}.")
         if min(self.max_candidates, self.max_detections) < 1:
             raise ConfigError(f"At least one detection must be allowed, but it is {self.max_detections}.")
+
+    def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which entries of one image's (A, C) scores may become detections: rows, labels and scores, (K,) each."""
+        best, index = scores.topk(min(self.max_candidates, len(scores)), dim=0)
+        rank, labels = torch.nonzero(best > self.score_threshold, as_tuple=True)
+        return index[rank, labels], labels, best[rank, labels]
+
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """(N,) indices of the K candidates of one image that become detections, best score first."""
+        return nms(boxes, scores, self.iou_threshold, labels=labels, max_detections=self.max_detections)
+
+
+def check_count(targets: tuple[Target, ...], sizes: tuple[tuple[int, int], ...]) -> None:
+    """Refuse a batch that has not one target for each image."""
+    if len(targets) != len(sizes):
+        raise ValueError(f"{len(sizes)} images but {len(targets)} targets")
 
 
 class Head(nn.Module, ABC):

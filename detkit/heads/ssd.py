@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from detkit.boxes.coding import decode, encode
 from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_bipartite, match_ssd
-from detkit.boxes.nms import nms
 from detkit.boxes.sampling import hard_negatives
 from detkit.errors import CheckpointError
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
-from detkit.heads.base import Head, Postprocess
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.losses import BoxLoss, box_loss
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
@@ -121,8 +120,7 @@ class SSD(Head):
         Raises:
             ValueError: there is not one target for each image.
         """
-        if len(targets) != len(outputs.sizes):
-            raise ValueError(f"{len(outputs.sizes)} images but {len(targets)} targets")
+        check_count(targets, outputs.sizes)
         anchors = outputs.anchors
         matches = [self._match(anchors, target) for target in targets]
         positive = torch.stack([match.positive for match in matches])
@@ -166,12 +164,9 @@ class SSD(Head):
         ]
 
     def _decode_image(self, scores: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int]) -> Detections:
-        limits = self.postprocess
-        best, index = scores.topk(min(limits.max_candidates, len(scores)), dim=0)
-        rank, labels = torch.nonzero(best > limits.score_threshold, as_tuple=True)
-        candidates, candidate_scores = index[rank, labels], best[rank, labels]
+        candidates, labels, candidate_scores = self.postprocess.candidates(scores)
         boxes = clip(decode(offsets[candidates], anchors[candidates]), size)
-        kept = nms(boxes, candidate_scores, limits.iou_threshold, labels=labels, max_detections=limits.max_detections)
+        kept = self.postprocess.suppress(boxes, candidate_scores, labels)
         return Detections(boxes[kept], candidate_scores[kept], labels[kept])
 
 

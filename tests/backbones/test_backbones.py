@@ -36,7 +36,7 @@ def test_contract(case: dict) -> None:
     """The maps are as published and finite, and every parameter gets a gradient."""
     torch.manual_seed(0)
     backbone = backbones.build(case, "backbone")
-    maps = backbone(torch.randn(2, 3, 64, 64))
+    maps = backbone(torch.randn(2, 3, 64, 64, requires_grad=True))
     assert [m.shape[1] for m in maps] == list(backbone.channels)
     assert [tuple(m.shape[-2:]) for m in maps] == [(64 // s, 64 // s) if s else (1, 1) for s in backbone.strides]
     assert all(m.isfinite().all() for m in maps)
@@ -149,3 +149,17 @@ def test_vgg_maps_are_activations_before_the_pools() -> None:
     odd = backbone(torch.randn(1, 3, 76, 84))
     # 76 -> 38 -> 19 -> 10 and 84 -> 42 -> 21 -> 11, rounded up.
     assert tuple(odd[0].shape[-2:]) == (10, 11)
+
+
+def test_frozen_norms_stay_while_all_else_learns() -> None:
+    backbone = backbones.build({"name": "resnet18", "levels": [3]}, "backbone")
+    backbone.freeze(1, norms=True)
+    backbone.train()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+    backbone(torch.randn(2, 3, 64, 64))[0].square().mean().backward()
+    optimizer.step()
+    changed = {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("conv" in name or "downsample.0" in name for name in changed)
+    assert "conv1.weight" not in changed

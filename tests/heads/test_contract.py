@@ -1,5 +1,6 @@
 """What every registered head promises."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from detkit.heads.base import Head
 from detkit.registry import heads
 from detkit.types import Inputs, Target
 
-CHANNELS, STRIDES = (8, 12), (8, 16)
-INPUTS = Inputs((64, 96), ((64, 96), (50, 96), (64, 70)))
+STRIDES = (8, 16)
+SIZES = ((64, 96), (50, 96), (64, 70))
+SMALL_TRUNK = {"trunk": {"name": "mlp", "width": 16}}
+SMALL_RPN = {"anchors": {"name": "pyramid", "sizes": [[16.0], [40.0]]}, "train_proposals": 40, "proposals": 30}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ssd": [
         {},
@@ -19,7 +22,21 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"box_loss": "ciou", "tower": 2, "tower_width": 8},
         {"anchors": {"name": "per_pixel", "sizes": [[0.2, 0.3]]}},
         {"anchors": {"name": "pyramid", "sizes": [[16.0], [40.0]]}},
-    ]
+    ],
+    "fast_rcnn": [
+        {"regions": SMALL_TRUNK},
+        {"regions": {**SMALL_TRUNK, "classifier": "hinge", "features": {"name": "spp", "grids": [2, 1]}}},
+        {"regions": {"features": {"name": "roi_align"}, "trunk": {"name": "conv_fc", "channels": 8, "width": 16}}},
+        {"regions": {"features": {"name": "roi_align"}, "trunk": {"name": "mean"}, "background_from": 0.1}},
+    ],
+    "faster_rcnn": [
+        {"rpn": SMALL_RPN, "regions": SMALL_TRUNK},
+        {"rpn": {**SMALL_RPN, "depth": 2, "box_loss": "giou"}, "regions": {**SMALL_TRUNK, "box_loss": "giou"}},
+    ],
+    "mask_rcnn": [
+        {"rpn": SMALL_RPN, "regions": SMALL_TRUNK, "mask": {"depth": 1, "width": 8}},
+        {"rpn": SMALL_RPN, "regions": SMALL_TRUNK, "mask": {"depth": 2, "width": 8, "norm": True}},
+    ],
 }
 CASES = [(name, options) for name in heads.names() for options in OPTIONS.get(name, [{}])]
 
@@ -28,28 +45,65 @@ CASES = [(name, options) for name in heads.names() for options in OPTIONS.get(na
 def head(request: pytest.FixtureRequest) -> Head:
     torch.manual_seed(0)
     name, options = request.param
-    return heads.build({"name": name, **options}, "head", channels=CHANNELS, strides=STRIDES, num_classes=3)
+    return heads.build({"name": name, **options}, "head", channels=channels(name), strides=STRIDES, num_classes=3)
 
 
-def features() -> list[torch.Tensor]:
+def channels(name: str) -> tuple[int, int]:
+    """SSD's levels are independent; a second stage reads levels of one width."""
+    return (8, 12) if name == "ssd" else (8, 8)
+
+
+def inputs() -> Inputs:
+    generator = torch.Generator().manual_seed(2)
+    corners = [torch.rand(25, 2, generator=generator) * torch.tensor([60.0, 40]) for _ in SIZES]
+    proposals = [torch.cat((corner, corner + 4 + 30 * torch.rand(25, 2, generator=generator)), 1) for corner in corners]
+    # reaching over the border of the smaller pictures, outside of all, and none at all
+    proposals[1] = torch.cat(
+        (proposals[1], torch.tensor([[-30.0, -20, 20, 30], [80, 40, 200, 90], [300, 300, 320, 320]]))
+    )
+    proposals[2] = torch.zeros(0, 4)
+    return Inputs((64, 96), SIZES, tuple(proposals))
+
+
+def features(head: Head) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
+    name = next(name for name in heads.names() if heads.get(name) is type(head))
     return [
-        torch.randn(3, channels, 64 // stride, 96 // stride, generator=generator)
-        for channels, stride in zip(CHANNELS, STRIDES)
+        torch.randn(3, count, 64 // stride, 96 // stride, generator=generator)
+        for count, stride in zip(channels(name), STRIDES)
     ]
+
+
+def outputs_of(head: Head) -> Any:
+    return head(features(head), inputs())
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    """All tensors of nested tuples."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for item in outputs for tensor in tensors(item)] if isinstance(outputs, tuple) else []
 
 
 def targets() -> tuple[Target, ...]:
     boxes = torch.tensor([[5.0, 5, 30, 40], [40, 10, 90, 60], [1, 1, 20, 20]])
     return (
-        Target(boxes, torch.tensor([0, 1, 2])),
-        Target.empty(),
-        Target(boxes[:2], torch.tensor([2, 2]), difficult=torch.tensor([False, True])),
+        with_masks(Target(boxes, torch.tensor([0, 1, 2]))),
+        with_masks(Target.empty()),
+        with_masks(Target(boxes[:2], torch.tensor([2, 2]), difficult=torch.tensor([False, True]))),
     )
 
 
+def with_masks(target: Target) -> Target:
+    """Each object fills its box."""
+    masks = torch.zeros(len(target), 64, 96, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, target.boxes.int().tolist()):
+        mask[max(top, 0) : bottom, max(left, 0) : right] = True
+    return replace(target, masks=masks)
+
+
 def test_losses_are_finite_scalars_and_reach_every_parameter(head: Head) -> None:
-    losses = head.loss(head(features(), INPUTS), targets())
+    losses = head.loss(outputs_of(head), targets())
     assert losses
     assert all(value.shape == () and torch.isfinite(value) and value >= 0 for value in losses.values())
     sum(losses.values()).backward()  # type: ignore[union-attr]
@@ -59,7 +113,7 @@ def test_losses_are_finite_scalars_and_reach_every_parameter(head: Head) -> None
 
 
 def test_pictures_without_objects_train(head: Head) -> None:
-    losses = head.loss(head(features(), INPUTS), (Target.empty(),) * 3)
+    losses = head.loss(outputs_of(head), (with_masks(Target.empty()),) * 3)
     total = sum(losses.values())
     assert torch.isfinite(total)  # type: ignore[arg-type]
     total.backward()  # type: ignore[union-attr]
@@ -70,11 +124,11 @@ def test_decoding_gives_one_result_for_each_image_inside_it(head: Head) -> None:
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.3)
-    found = head.eval().decode(head(features(), INPUTS))
+    found = head.eval().decode(outputs_of(head))
     assert isinstance(found, list)
     assert len(found) == 3
     assert sum(len(detections) for detections in found) > 0
-    for detections, (height, width) in zip(found, INPUTS.sizes):
+    for detections, (height, width) in zip(found, SIZES):
         assert len(detections) <= head.postprocess.max_detections
         assert torch.equal(detections.scores, detections.scores.sort(descending=True).values)
         assert (detections.labels < 3).all()
@@ -87,27 +141,26 @@ def test_decoding_gives_one_result_for_each_image_inside_it(head: Head) -> None:
 
 
 def test_decode_and_loss_leave_their_arguments_alone(head: Head) -> None:
-    outputs = head(features(), INPUTS)
-    before = [tensor.clone() for tensor in outputs if isinstance(tensor, torch.Tensor)]
+    outputs = outputs_of(head)
+    before = [tensor.clone() for tensor in tensors(outputs)]
     first = head.decode(outputs)
     second = head.decode(outputs)
     head.loss(outputs, targets())
-    after = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(outputs)))
     assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(first, second))
 
 
 def test_what_is_ignored_changes_no_loss_of_its_anchors(head: Head) -> None:
     """A crowd over every anchor leaves nothing to learn from it but the objects themselves."""
-    outputs = head(features(), INPUTS)
+    outputs = outputs_of(head)
     crowd = Target(torch.tensor([[-300.0, -300, 400, 400]]), torch.tensor([0]), crowd=torch.tensor([True]))
-    losses = head.loss(outputs, (crowd,) * 3)
+    losses = head.loss(outputs, (with_masks(crowd),) * 3)
     assert all(value == 0 for value in losses.values())
 
 
 def test_the_number_of_targets_is_checked(head: Head) -> None:
     with pytest.raises(ValueError, match="3 images but 1 targets"):
-        head.loss(head(features(), INPUTS), (Target.empty(),))
+        head.loss(outputs_of(head), (Target.empty(),))
 
 
 def test_names_of_heads_have_a_task_and_needs() -> None:

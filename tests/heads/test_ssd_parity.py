@@ -11,7 +11,7 @@ from detkit.config import load_experiment
 from detkit.errors import CheckpointError
 from detkit.model import Model, build_model, load_model, load_tensors
 from detkit.predict import Predictor
-from detkit.published import convert_ssd300_vgg16
+from detkit.published.ssd import convert_ssd300_vgg16
 from detkit.types import ClassList, Target
 
 
@@ -100,7 +100,7 @@ def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
 def test_another_models_file_is_refused(tmp_path: object) -> None:
     path = f"{tmp_path}/other.pth"
     torch.save({"conv.weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"other\.pth' is not torchvision's ssd300_vgg16"):
+    with pytest.raises(CheckpointError, match=r"other\.pth' is none of torchvision's models"):
         load_model(path)
     with pytest.raises(CheckpointError, match=r"There is no file of weights .*missing\.pth"):
         load_model(f"{tmp_path}/missing.pth")

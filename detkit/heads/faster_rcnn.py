@@ -1,0 +1,93 @@
+"""Faster R-CNN: proposals from a network on the same features, then a class and a box for each (Ren et al. 2015)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.regions import RegionStage, SampledRegions
+from detkit.heads.rpn import ProposalOutputs, RegionProposalNetwork
+from detkit.registry import build_part, heads
+from detkit.types import Detections, Inputs, Target
+
+
+class FasterRCNNOutputs(NamedTuple):
+    """Raw outputs of the first stage, and what the second works on.
+
+    Args:
+        features: maps [(B, C_i, h_i, w_i)].
+        proposals: objectness and offsets of every anchor.
+    """
+
+    features: tuple[Tensor, ...]
+    proposals: ProposalOutputs
+
+
+@heads.register("faster_rcnn")
+class FasterRCNN(Head):
+    """Both stages, trained jointly; no gradient flows through the coordinates of proposals (approximate joint
+    training, section 3.2 of the paper).
+
+    On one feature map of stride 16 it is the original, with `resnet_layer4` as trunk of the regions its "C4" form; on
+    a feature pyramid it is that of Lin et al. 2017.
+
+    Args:
+        channels, strides: of the feature maps, which must have the same channels.
+        num_classes: C, without background.
+        rpn: options of the first stage; see detkit.heads.rpn.RegionProposalNetwork.
+        regions: options of the second stage; see detkit.heads.regions.RegionStage.
+        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        rpn: dict[str, Any] | None = None,
+        regions: dict[str, Any] | None = None,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__()
+        self.postprocess = Postprocess(score_threshold, nms_threshold, 1000, max_detections)
+        self.rpn: RegionProposalNetwork = build_part(
+            RegionProposalNetwork, rpn or {}, "head.rpn", "region-proposal network", channels=channels, strides=strides
+        )
+        self.regions: RegionStage = build_part(
+            RegionStage,
+            regions or {},
+            "head.regions",
+            "second stage",
+            channels=channels,
+            strides=strides,
+            num_classes=num_classes,
+        )
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> FasterRCNNOutputs:
+        """Objectness and offsets of all anchors, for feature maps [(B, C, h_i, w_i)]."""
+        return FasterRCNNOutputs(tuple(features), self.rpn(features, inputs))
+
+    def loss(self, outputs: FasterRCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`objectness` and `proposal_box` of the first stage, `class` and `box` of the second."""
+        check_count(targets, outputs.proposals.sizes)
+        proposals = self.rpn.propose(outputs.proposals, self.rpn.train_limits)
+        sampled = self.regions.sample(proposals, targets)
+        return self.rpn.loss(outputs.proposals, targets) | self._region_losses(outputs.features, sampled, targets)
+
+    @torch.no_grad()
+    def decode(self, outputs: FasterRCNNOutputs) -> list[Detections]:
+        """Detections after per-class suppression, in pixels of the network's input."""
+        proposals = self.rpn.propose(outputs.proposals, self.rpn.limits)
+        return self.regions.decode(outputs.features, proposals, outputs.proposals.sizes, self.postprocess)
+
+    def _region_losses(
+        self, features: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: tuple[Target, ...]
+    ) -> dict[str, Tensor]:
+        return self.regions.loss(features, sampled, targets)

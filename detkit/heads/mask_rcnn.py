@@ -1,0 +1,142 @@
+"""Mask R-CNN: Faster R-CNN with a third branch that says which pixels of a box are the object (He et al. 2017)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from detkit.errors import ConfigError
+from detkit.heads.faster_rcnn import FasterRCNN, FasterRCNNOutputs
+from detkit.heads.region_features import RegionFeatures, region_features
+from detkit.heads.region_trunks import convolutions
+from detkit.heads.regions import SampledRegions
+from detkit.registry import build_part, heads
+from detkit.types import Detections, Target
+
+
+class MaskBranch(nn.Module):
+    """Convolutions on the features of a region, then a mask of twice their size for each class.
+
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: C.
+        features: `name` of the kind of region features and its options; default roi_align of 14 x 14.
+        depth: 3x3 convolutions.
+        width: their channels.
+        norm: batch norm behind each.
+        weight: factor of the loss.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        features: dict[str, Any] | None = None,
+        depth: int = 4,
+        width: int = 256,
+        norm: bool = False,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.features: RegionFeatures = region_features.build(
+            features or {"name": "roi_align", "size": 14}, "head.mask.features", channels=channels, strides=strides
+        )
+        if len(self.features.shape) != 3:
+            raise ConfigError(
+                "The mask branch needs features with rows and columns. Use head.mask.features: {name: roi_align}."
+            )
+        incoming, rows, columns = self.features.shape
+        self.size = (2 * rows, 2 * columns)
+        self.convolutions = convolutions(incoming, width, depth, norm)
+        self.upsample = nn.ConvTranspose2d(width if depth else incoming, width, 2, stride=2)
+        self.predictor = nn.Conv2d(width, num_classes, 1)
+        for layer in (self.upsample, self.predictor):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """(R, m, m) logits of the masks of `labels` (R,), for `regions` as in RegionFeatures."""
+        features = self.convolutions(self.features(maps, regions))
+        logits = self.predictor(F.relu(self.upsample(features)))
+        return logits[torch.arange(len(labels), device=labels.device), labels].float()
+
+    def loss(self, maps: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: Sequence[Target]) -> Tensor:
+        """The mean binary cross-entropy over all pixels of the masks of the regions that show an object."""
+        positives = [regions.boxes[regions.positive] for regions in sampled]
+        truths = [regions.truth_index[regions.positive] for regions in sampled]
+        labels = torch.cat([target.labels[truth] for target, truth in zip(targets, truths)])
+        logits = self(maps, positives, labels)
+        wanted = [self._crop(target, boxes, truth) for target, boxes, truth in zip(targets, positives, truths)]
+        total = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum")
+        return self.weight * total / max(logits.numel(), 1)
+
+    def _crop(self, target: Target, boxes: Tensor, truth: Tensor) -> Tensor:
+        """(S, m, m) of the truths' masks inside the boxes, in 0..1."""
+        if target.masks is None:
+            raise ValueError("mask_rcnn needs targets with masks")
+        # Each object is cast to floats once, however many regions show it.
+        used, position = truth.unique(return_inverse=True)
+        rows = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
+        return roi_align(target.masks[used][:, None].to(boxes.dtype), rows, self.size, 1.0)[:, 0]
+
+
+@heads.register("mask_rcnn")
+class MaskRCNN(FasterRCNN):
+    """Boxes and masks.
+
+    Args:
+        channels, strides: of the feature maps, which must have the same channels.
+        num_classes: C, without background.
+        rpn: options of the first stage; see detkit.heads.rpn.RegionProposalNetwork.
+        regions: options of the second stage; see detkit.heads.regions.RegionStage.
+        mask: options of the mask branch; see MaskBranch.
+        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "masks"})
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        rpn: dict[str, Any] | None = None,
+        regions: dict[str, Any] | None = None,
+        mask: dict[str, Any] | None = None,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__(channels, strides, num_classes, rpn, regions, score_threshold, nms_threshold, max_detections)
+        self.mask: MaskBranch = build_part(
+            MaskBranch,
+            mask or {},
+            "head.mask",
+            "mask branch",
+            channels=channels,
+            strides=strides,
+            num_classes=num_classes,
+        )
+
+    @torch.no_grad()
+    def decode(self, outputs: FasterRCNNOutputs) -> list[Detections]:
+        """Detections with `mask_patches` of the probabilities inside their boxes."""
+        found = super().decode(outputs)
+        labels = torch.cat([detections.labels for detections in found])
+        patches = self.mask(outputs.features, [detections.boxes for detections in found], labels).sigmoid()
+        return [
+            replace(detections, mask_patches=part)
+            for detections, part in zip(found, patches.split([len(detections) for detections in found]))
+        ]
+
+    def _region_losses(
+        self, features: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: tuple[Target, ...]
+    ) -> dict[str, Tensor]:
+        """Those of Faster R-CNN, and `mask`."""
+        losses = super()._region_losses(features, sampled, targets)
+        return losses | {"mask": self.mask.loss(features, sampled, targets)}

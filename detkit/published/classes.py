@@ -1,0 +1,15 @@
+"""The classes of torchvision's published detectors."""
+
+from detkit.types import ClassList
+
+
+def coco_classes(count: int) -> ClassList:
+    """COCO's 90 ids where the model has so many classes; otherwise "class 0", "class 1" ..."""
+    from torchvision.models.detection import SSD300_VGG16_Weights
+
+    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"][1:]
+    if len(names) != count:
+        return ClassList.from_names([f"class {label}" for label in range(count)], first_raw_id=1)
+    # COCO's ids have gaps, for which torchvision's heads have outputs all the same.
+    unique = [f"unused {raw_id}" if name == "N/A" else name for raw_id, name in enumerate(names, start=1)]
+    return ClassList.from_names(unique, first_raw_id=1)

@@ -1,0 +1,91 @@
+"""Torchvision's Faster and Mask R-CNN (R50-FPN, first and second version) under detkit's names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detkit.config import Experiment, InputOptions
+from detkit.errors import CheckpointError
+from detkit.published.classes import coco_classes
+from detkit.types import ClassList
+
+# Published files of the first versions have older names than torchvision's code; both are here.
+NAMES = (
+    (r"backbone\.body\.(.+)", r"backbone.\1"),
+    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(\d\..+)", r"neck.\1_blocks.\2.\3"),
+    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)", r"neck.\1_blocks.\2.0.\3"),
+    (r"rpn\.head\.conv\.(\d+)\.0\.(\w+)", r"head.rpn.convolutions.\1.\2"),
+    (r"rpn\.head\.conv\.(weight|bias)", r"head.rpn.convolutions.0.\1"),
+    (r"rpn\.head\.cls_logits\.(\w+)", r"head.rpn.objectness.\1"),
+    (r"rpn\.head\.bbox_pred\.(\w+)", r"head.rpn.offsets.\1"),
+    (r"roi_heads\.box_head\.(fc[67])\.(\w+)", r"head.regions.trunk.\1.\2"),
+    (r"roi_heads\.box_head\.(\d+)\.([01])\.(\w+)", r"head.regions.trunk.convolutions.\1.\2.\3"),
+    (r"roi_heads\.box_head\.\d+\.(weight|bias)", r"head.regions.trunk.fc.\1"),
+    (r"roi_heads\.box_predictor\.cls_score\.(\w+)", r"head.regions.class_predictor.\1"),
+    (r"roi_heads\.box_predictor\.bbox_pred\.(\w+)", r"head.regions.box_predictor.\1"),
+    (r"roi_heads\.mask_head\.(\d+)\.([01])\.(\w+)", r"head.mask.convolutions.\1.\2.\3"),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.(\w+)", r"head.mask.upsample.\1"),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(\w+)", r"head.mask.predictor.\1"),
+)
+OLD_MASK_NAME = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(\w+)")
+BACKGROUND_ROWS = {"head.regions.box_predictor": 4, "head.mask.predictor": 1}
+"""Torchvision predicts a box and a mask of the background, too, which nothing reads."""
+
+
+def convert_rcnn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+    """Tensors, experiment and classes of torchvision's `fasterrcnn_resnet50_fpn`, `maskrcnn_resnet50_fpn` and their v2.
+
+    Raises:
+        CheckpointError: a tensor is unknown, or missing.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        renamed = _renamed(name)
+        rows = BACKGROUND_ROWS.get(renamed.rpartition(".")[0], 0)
+        tensors[renamed] = tensor[rows:] if rows else tensor
+    if "head.regions.class_predictor.bias" not in tensors:
+        raise CheckpointError("The state dict is not torchvision's Faster R-CNN: it lacks roi_heads.box_predictor.")
+    # The first versions' batch norms were frozen, and were published with an epsilon of 0.
+    frozen = "backbone.bn1.num_batches_tracked" not in tensors
+    if frozen:
+        counters = [
+            name.replace("running_mean", "num_batches_tracked") for name in tensors if name.endswith("running_mean")
+        ]
+        tensors |= {name: torch.tensor(0) for name in counters}
+    second = "head.regions.trunk.fc.weight" in tensors
+    masks = any(name.startswith("head.mask.") for name in tensors)
+    experiment = Experiment(
+        data={"name": "coco"},
+        backbone={"name": "resnet50", **({"norm_epsilon": 0.0} if frozen else {})},
+        neck={"name": "fpn", "extra_levels": 1, "extra": "pool", "norm": second},
+        head=_head(second, masks),
+        input=InputOptions((800, 1333), "short_side"),
+        name="mask_rcnn" if masks else "faster_rcnn",
+    )
+    return tensors, experiment, coco_classes(len(tensors["head.regions.class_predictor.bias"]) - 1)
+
+
+def _renamed(name: str) -> str:
+    old = OLD_MASK_NAME.fullmatch(name)
+    if old:
+        name = f"roi_heads.mask_head.{int(old[1]) - 1}.0.{old[2]}"
+    for pattern, replacement in NAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    raise CheckpointError(f"'{name}' is no tensor of torchvision's Faster or Mask R-CNN with ResNet-50 and FPN.")
+
+
+def _head(second: bool, masks: bool) -> dict[str, Any]:
+    """Of the second version if `second`, with masks if `masks`."""
+    sizes = [[32.0], [64.0], [128.0], [256.0], [512.0]]
+    head: dict[str, Any] = {
+        "name": "mask_rcnn" if masks else "faster_rcnn",
+        "rpn": {"anchors": {"name": "pyramid", "sizes": sizes, "divide": True}, "depth": 2 if second else 1},
+        "regions": {"trunk": {"name": "conv_fc" if second else "mlp"}},
+    }
+    if masks:
+        head["mask"] = {"norm": second}
+    return head

@@ -1,0 +1,52 @@
+"""Torchvision's ssd300_vgg16 under detkit's names."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from detkit.backbones.ssd_vgg import from_torchvision as trunk_from_torchvision
+from detkit.config import Experiment, InputOptions
+from detkit.heads.ssd import from_torchvision as head_from_torchvision
+from detkit.published.classes import coco_classes
+from detkit.types import ClassList
+
+# configs/ssd300_vgg16.yaml trains the same model.
+SSD300_BACKBONE = {
+    "name": "vgg16", "levels": [4, 5], "ceil_mode": True,
+    "mean": [0.48235, 0.45882, 0.40784], "std": [1 / 255, 1 / 255, 1 / 255],
+}  # fmt: skip
+SSD300_HEAD = {
+    "name": "ssd",
+    "anchors": {
+        "name": "default_boxes",
+        "ratios": [[2.0], [2.0, 3.0], [2.0, 3.0], [2.0, 3.0], [2.0], [2.0]],
+        "scales": [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
+        "steps": [8, 16, 32, 64, 100, 300],
+    },
+}
+
+
+def convert_ssd300_vgg16(
+    state: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+    """Tensors, experiment and classes of torchvision's `ssd300_vgg16`.
+
+    Raises:
+        CheckpointError: the state dict is of another model.
+    """
+    backbone, neck = trunk_from_torchvision(state)
+    head, num_classes = head_from_torchvision(state)
+    tensors = {
+        **{f"backbone.{name}": tensor for name, tensor in backbone.items()},
+        **{f"neck.{name}": tensor for name, tensor in neck.items()},
+        **{f"head.{name}": tensor for name, tensor in head.items()},
+    }
+    experiment = Experiment(
+        data={"name": "coco"},
+        backbone=dict(SSD300_BACKBONE),
+        neck={"name": "ssd_vgg"},
+        head=dict(SSD300_HEAD),
+        input=InputOptions((300, 300)),
+        name="ssd300_vgg16",
+    )
+    return tensors, experiment, coco_classes(num_classes)
