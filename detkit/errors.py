@@ -4,6 +4,7 @@ The command line prints these without a traceback; every other exception is a fa
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -21,6 +22,21 @@ class DataError(DetkitError):
 
 class CheckpointError(DetkitError):
     """A file of weights is missing, broken, or belongs to another model or another list of classes."""
+
+
+def check_range(path: str, low: float, high: float = math.inf, **options: float) -> None:
+    """Refuse options that are not in low..high.
+
+    Args:
+        path: where in the config they stand ("head.rpn").
+
+    Raises:
+        ConfigError: naming the first that is out of range.
+    """
+    for name, value in options.items():
+        if not low <= value <= high:
+            allowed = f"at least {low:g}" if high == math.inf else f"in {low:g}..{high:g}"
+            raise ConfigError(f"'{path}.{name}' must be {allowed}, but is {value}.")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -38,7 +38,9 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.experiment, self.classes = experiment, classes
-        self.fit = Fit(experiment.input.size, experiment.input.resize, backbone.mean)
+        # The last, since a head may have a backbone of its own (R-CNN's, for the pixels of each region).
+        reader = [module for module in self.modules() if isinstance(module, Backbone)][-1]
+        self.fit = Fit(experiment.input.size, experiment.input.resize, reader.mean)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
@@ -57,6 +59,13 @@ class Model(nn.Module):
             features = self.neck(features)
         return self.head(features, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
 
+    def freeze(self, stages: int, norms: bool) -> None:
+        """Keep the first `stages` of the backbone as they are, and with `norms` all batch norms of all backbones."""
+        for module in self.modules():
+            if isinstance(module, Backbone) and norms:
+                module.freeze(module.frozen_stages, norms=True)
+        self.backbone.freeze(stages, norms)
+
     def parameter_groups(self, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone apart from the rest, and no decay for biases and norms.
 
@@ -66,7 +75,6 @@ class Model(nn.Module):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                # A head may have a backbone of its own (R-CNN's, for the pixels of each region).
                 groups.setdefault(("backbone" in name.split("."), parameter.ndim > 1), []).append(parameter)
         return [
             {

@@ -18,6 +18,7 @@ class Backbone(nn.Module, ABC):
         channels: channels of each feature map, finest map first.
         strides: pixels of the input that one step on each map spans; 0 for a 1x1 map pooled from the
             whole image, whose step spans whatever size the image has.
+        frozen_stages: how many of `stages` do not learn; see `freeze`.
         mean, std: per-channel normalisation of RGB images in 0..1 that the weights were trained with.
     """
 
@@ -25,7 +26,7 @@ class Backbone(nn.Module, ABC):
     strides: tuple[int, ...]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    _frozen: int = 0
+    frozen_stages: int = 0
     _frozen_norms: bool = False
 
     @abstractmethod
@@ -59,14 +60,14 @@ class Backbone(nn.Module, ABC):
             stage.requires_grad_(index >= count)
         for norm in self._norms() if norms else ():
             norm.requires_grad_(False)
-        self._frozen, self._frozen_norms = count, norms
+        self.frozen_stages, self._frozen_norms = count, norms
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen stages stay in evaluation mode."""
         super().train(mode)
-        if self._frozen:
-            for stage in self.stages()[: self._frozen]:
+        if self.frozen_stages:
+            for stage in self.stages()[: self.frozen_stages]:
                 stage.eval()
         if self._frozen_norms:
             for norm in self._norms():

@@ -28,7 +28,8 @@ def select_proposals(
     """The best regions of each image (Faster R-CNN, Ren et al. 2015, section 3.3; by level as in FPN, Lin et al. 2017).
 
     Of each level the best `candidates` are decoded and cut to the image; then the levels are suppressed one apart from
-    the other. Equal to torchvision's RegionProposalNetwork.filter_proposals, but that only candidates are decoded.
+    the other. Equal to torchvision's RegionProposalNetwork.filter_proposals, but that only candidates are decoded, and
+    that logits are compared, where torchvision's sigmoid makes those above 17 equal.
 
     Args:
         objectness: (B, A) logits.
@@ -50,9 +51,9 @@ def select_proposals(
         raise ValueError(f"the levels have {sum(level_counts)} anchors together, but there are {len(anchors)}")
     chosen, levels, start = [], [], 0
     for level, count in enumerate(level_counts):
-        best = objectness[:, start : start + count].topk(min(candidates, count), dim=1).indices
-        chosen.append(best + start)
-        levels.append(torch.full_like(best, level))
+        of_level = objectness[:, start : start + count].topk(min(candidates, count), dim=1).indices
+        chosen.append(of_level + start)
+        levels.append(torch.full_like(of_level, level))
         start += count
     index, level_of = torch.cat(chosen, dim=1), torch.cat(levels, dim=1)
     scores = objectness.gather(1, index)

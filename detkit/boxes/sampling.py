@@ -18,7 +18,7 @@ def sample_balanced(
         match: of A anchors.
         count: anchors chosen in all.
         positive_fraction: largest part of positives, in 0..1.
-        generator: source of chance, on any device; default torch's global one of the match's device.
+        generator: source of chance, on any device; default torch's global one of the CPU, whose state a run saves.
 
     Returns:
         (P,) int64 indices of positive anchors and (Q,) of negative ones, P + Q <= count, in random order.
@@ -63,6 +63,5 @@ def hard_negatives(losses: Tensor, positive: Tensor, ignored: Tensor, ratio: flo
 def _choose(mask: Tensor, limit: int, generator: torch.Generator | None) -> Tensor:
     """At most `limit` indices of true entries of `mask`, at random."""
     indices = mask.nonzero().flatten()
-    device = mask.device if generator is None else generator.device
-    order = torch.randperm(len(indices), generator=generator, device=device)
+    order = torch.randperm(len(indices), generator=generator, device=None if generator is None else generator.device)
     return indices[order[:limit].to(mask.device)]

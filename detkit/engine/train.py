@@ -101,9 +101,10 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
             evaluation = None
             if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
                 evaluation = _validate(setup, progress, val_set, folder, console)
+            random_states = fabric.all_gather(torch.get_rng_state())
             if fabric.is_global_zero:
                 console.epoch(progress, losses, evaluation, seconds)
-                _save(setup, progress, folder)
+                _save(setup, progress, folder, random_states)
             fabric.barrier()
     if not fabric.is_global_zero:
         return None
@@ -213,7 +214,7 @@ def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
 def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_weights: bool) -> Setup:
     options = experiment.train
     model = build_model(experiment, train_set.classes, load_weights=load_weights)
-    model.backbone.freeze(options.freeze, options.freeze_norms)
+    model.freeze(options.freeze, options.freeze_norms)
     # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = AveragedModel(model, options.ema_decay) if options.ema_decay is not None else None
@@ -275,7 +276,7 @@ def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
     return options.patience is not None and progress.evaluations_since_best >= options.patience
 
 
-def _save(setup: Setup, progress: Progress, folder: RunFolder) -> None:
+def _save(setup: Setup, progress: Progress, folder: RunFolder, random_states: Any) -> None:
     """The last weights, and what a resumed run needs to go on as if nothing had happened."""
     model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
     model.save(folder.last)
@@ -287,7 +288,7 @@ def _save(setup: Setup, progress: Progress, folder: RunFolder) -> None:
             "average": setup.average.model.state_dict() if setup.average is not None else None,
             "average_updates": setup.average.updates if setup.average is not None else 0,
             "scaler": setup.fabric.strategy.precision.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": random_states.cpu(),
         }
     )
 
@@ -308,7 +309,8 @@ def _resume(setup: Setup, folder: RunFolder, experiment: Experiment) -> Progress
         setup.average.model.load_state_dict(state["average"])
         setup.average.updates = state["average_updates"]
     setup.fabric.strategy.precision.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
+    random_states = state["random"].view(-1, torch.get_rng_state().numel())
+    torch.set_rng_state(random_states[setup.fabric.global_rank % len(random_states)])
     if setup.fabric.is_global_zero:
         folder.write_config(experiment)
     return Progress(**state["progress"])

@@ -68,11 +68,11 @@ class DefaultBoxes(AnchorLayout):
         scales = self.scales or tuple(linear_scales(self.min_scale, self.max_scale, levels))
         if len(scales) != levels + 1:
             raise ConfigError(
-                f"'head.anchors.scales' has {len(scales)} values; {levels} feature maps need {levels + 1}, "
+                f"The anchors' 'scales' have {len(scales)} values; {levels} feature maps need {levels + 1}, "
                 "the last one for the extra square box."
             )
         if self.steps is not None and len(self.steps) != levels:
-            raise ConfigError(f"'head.anchors.steps' has {len(self.steps)} values for {levels} feature maps.")
+            raise ConfigError(f"The anchors' 'steps' have {len(self.steps)} values for {levels} feature maps.")
         ratios = _for_levels(self.ratios, levels, "ratios")
         return torch.cat(ssd_default_boxes(map_sizes, image_size, scales, ratios, steps=self.steps, clip=self.clip))
 
@@ -142,7 +142,7 @@ def _for_levels(values: tuple[tuple[float, ...], ...], levels: int, option: str)
         return values * levels
     if len(values) != levels:
         raise ConfigError(
-            f"'head.anchors.{option}' has entries for {len(values)} levels, but the model has {levels} feature maps; "
+            f"The anchors' '{option}' have entries for {len(values)} levels, but the model has {levels} feature maps; "
             f"give {levels} entries, or one for all."
         )
     return values

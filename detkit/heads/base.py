@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from detkit.boxes.nms import nms
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, DetkitError
 from detkit.types import Detections, Inputs, Target
+
+ALL = 1_000_000_000
+"""For Postprocess.max_candidates."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Postprocess:
     Args:
         score_threshold: a candidate needs a higher score.
         iou_threshold: of two detections of one class that overlap more, the one with the lower score goes.
-        max_candidates: the best of each class and image that enter suppression.
+        max_candidates: the best of each class and image that enter suppression. SSD's default; heads with a second
+            stage have all their proposals enter.
         max_detections: the best of each image that are kept.
     """
 
@@ -36,8 +40,20 @@ class Postprocess:
             raise ConfigError(f"At least one detection must be allowed, but it is {self.max_detections}.")
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which entries of one image's (A, C) scores may become detections: rows, labels and scores, (K,) each."""
-        best, index = scores.topk(min(self.max_candidates, len(scores)), dim=0)
+        """Which entries of one image's (A, C) scores may become detections: rows, labels and scores, (K,) each.
+
+        Raises:
+            DetkitError: a score is not a number.
+        """
+        if torch.isnan(scores.max() if scores.numel() else scores.sum()):  # the maximum of NaN and numbers is NaN
+            raise DetkitError(
+                "The network's scores are not numbers (NaN): its weights are broken, as after a training that "
+                "diverged, or half precision overflowed. Use another checkpoint, or train.precision 32-true."
+            )
+        if len(scores) <= self.max_candidates:
+            rows, labels = torch.nonzero(scores > self.score_threshold, as_tuple=True)
+            return rows, labels, scores[rows, labels]
+        best, index = scores.topk(self.max_candidates, dim=0)
         rank, labels = torch.nonzero(best > self.score_threshold, as_tuple=True)
         return index[rank, labels], labels, best[rank, labels]
 

@@ -6,7 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.errors import ConfigError
+from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.region_features import COARSEST_STRIDE
 from detkit.heads.regions import RegionStage
 from detkit.registry import build_part, heads
 from detkit.types import Detections, Inputs, Target
@@ -54,7 +56,12 @@ class FastRCNN(Head):
         max_detections: int = 100,
     ) -> None:
         super().__init__()
-        self.postprocess = Postprocess(score_threshold, nms_threshold, 1000, max_detections)
+        if not 0 < min(strides) <= max(strides) <= COARSEST_STRIDE:
+            raise ConfigError(
+                f"'fast_rcnn' reads feature maps of strides up to {COARSEST_STRIDE}, and nothing would read the "
+                f"others: the strides are {list(strides)}. Set neck.extra_levels to 0, or choose other 'levels'."
+            )
+        self.postprocess = Postprocess(score_threshold, nms_threshold, ALL, max_detections)
         self.regions: RegionStage = build_part(
             RegionStage,
             {"features": {"name": "roi_pool"}, **(regions or {})},

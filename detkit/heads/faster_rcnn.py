@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import ALL, Head, Postprocess, check_count
 from detkit.heads.regions import RegionStage, SampledRegions
 from detkit.heads.rpn import ProposalOutputs, RegionProposalNetwork
 from detkit.registry import build_part, heads
@@ -56,7 +56,7 @@ class FasterRCNN(Head):
         max_detections: int = 100,
     ) -> None:
         super().__init__()
-        self.postprocess = Postprocess(score_threshold, nms_threshold, 1000, max_detections)
+        self.postprocess = Postprocess(score_threshold, nms_threshold, ALL, max_detections)
         self.rpn: RegionProposalNetwork = build_part(
             RegionProposalNetwork, rpn or {}, "head.rpn", "region-proposal network", channels=channels, strides=strides
         )
@@ -77,14 +77,17 @@ class FasterRCNN(Head):
     def loss(self, outputs: FasterRCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`objectness` and `proposal_box` of the first stage, `class` and `box` of the second."""
         check_count(targets, outputs.proposals.sizes)
-        proposals = self.rpn.propose(outputs.proposals, self.rpn.train_limits)
+        losses = self.rpn.loss(outputs.proposals, targets)
+        if not torch.stack(list(losses.values())).isfinite().all():
+            return losses  # the trainer stops at them and names the pictures; there is nothing to propose from
+        proposals = self.rpn.propose(outputs.proposals, self.rpn.train_amounts)
         sampled = self.regions.sample(proposals, targets)
-        return self.rpn.loss(outputs.proposals, targets) | self._region_losses(outputs.features, sampled, targets)
+        return losses | self._region_losses(outputs.features, sampled, targets)
 
     @torch.no_grad()
     def decode(self, outputs: FasterRCNNOutputs) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        proposals = self.rpn.propose(outputs.proposals, self.rpn.limits)
+        proposals = self.rpn.propose(outputs.proposals, self.rpn.amounts)
         return self.regions.decode(outputs.features, proposals, outputs.proposals.sizes, self.postprocess)
 
     def _region_losses(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.heads.faster_rcnn import FasterRCNN, FasterRCNNOutputs
 from detkit.heads.region_features import RegionFeatures, region_features
 from detkit.heads.region_trunks import convolutions
@@ -43,6 +43,8 @@ class MaskBranch(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
+        check_range("head.mask", 0, depth=depth, weight=weight)
+        check_range("head.mask", 1, width=width)
         self.weight = weight
         self.features: RegionFeatures = region_features.build(
             features or {"name": "roi_align", "size": 14}, "head.mask.features", channels=channels, strides=strides

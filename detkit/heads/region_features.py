@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
 from detkit.backbones.base import Backbone
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.registry import Registry, backbones
 
 region_features = Registry("kind of region features", "detkit.heads")
@@ -58,6 +58,8 @@ class PooledRegions(RegionFeatures):
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], canonical_size: float = 224.0) -> None:
         super().__init__()
+        if canonical_size <= 0:
+            raise ConfigError(f"The region features' 'canonical_size' must be above 0, but is {canonical_size}.")
         used = [level for level, stride in enumerate(strides) if 0 < stride <= COARSEST_STRIDE]
         if not used:
             raise ConfigError(
@@ -76,13 +78,15 @@ class PooledRegions(RegionFeatures):
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
         rows = with_image_index(regions)
-        if len(self.levels) == 1:
-            return self.pool(maps[self.levels[0]], rows, 1 / self.strides[0])
+        # torchvision pools in the precision of the coordinates only.
+        maps = [maps[level].float() for level in self.levels]
+        if len(maps) == 1:
+            return self.pool(maps[0], rows, 1 / self.strides[0])
         level_of = self.assign(rows[:, 1:])
         of_level = [(level_of == position).nonzero().flatten() for position in range(len(self.levels))]
         pooled = [
-            self.pool(maps[level], rows[chosen], 1 / stride)
-            for level, stride, chosen in zip(self.levels, self.strides, of_level)
+            self.pool(feature, rows[chosen], 1 / stride)
+            for feature, stride, chosen in zip(maps, self.strides, of_level)
         ]
         return torch.cat(pooled)[torch.cat(of_level).argsort()]
 
@@ -121,6 +125,8 @@ class RoiAlign(PooledRegions):
         canonical_size: float = 224.0,
     ) -> None:
         super().__init__(channels, strides, canonical_size)
+        check_range("features", 1, size=size)
+        check_range("features", 0, sampling=sampling)
         self.size, self.sampling, self.aligned = size, sampling, aligned
         self.shape = (self.width, size, size)
 
@@ -141,6 +147,7 @@ class RoiPool(PooledRegions):
         self, channels: Sequence[int], strides: Sequence[int], size: int = 7, canonical_size: float = 224.0
     ) -> None:
         super().__init__(channels, strides, canonical_size)
+        check_range("features", 1, size=size)
         self.size = size
         self.shape = (self.width, size, size)
 
@@ -165,6 +172,8 @@ class SpatialPyramid(PooledRegions):
         canonical_size: float = 224.0,
     ) -> None:
         super().__init__(channels, strides, canonical_size)
+        if not grids or min(grids) < 1:
+            raise ConfigError(f"The region features' 'grids' must be one or more numbers from 1 on, but are {grids}.")
         self.grids = grids
         self.shape = (self.width * sum(grid * grid for grid in grids),)
 
@@ -204,18 +213,20 @@ class Warp(RegionFeatures):
         super().__init__()
         if tuple(strides) != (1,):
             raise ConfigError(
-                f"'head.regions.features' warps the picture's own pixels, but gets feature maps of strides "
+                f"The region features 'warp' read the picture's own pixels, but get feature maps of strides "
                 f"{list(strides)}. Use backbone: {{name: pixels}} and no neck with it."
             )
         if not 0 <= 2 * context < size:
-            raise ConfigError(f"'head.regions.features.context' must lie in 0..{(size - 1) // 2}, but is {context}.")
+            raise ConfigError(f"The 'context' of 'warp' must be in 0..{(size - 1) // 2}, but is {context}.")
         self.backbone: Backbone = backbones.build(backbone, "head.regions.features.backbone")
         self.backbone.freeze(freeze)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
         self.size, self.context = size, context
-        side = -(-size // self.backbone.strides[-1]) if self.backbone.strides[-1] else 1
-        self.shape = (self.backbone.channels[-1], side, side)
+        with torch.no_grad():
+            # Networks differ in how they round the size of a map.
+            self.shape = tuple(self.backbone.eval()(torch.zeros(1, 3, size, size))[-1].shape[1:])
+        self.backbone.train()
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
         rows = with_image_index(regions)

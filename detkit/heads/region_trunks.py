@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from detkit.backbones.weights import load_weights
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.registry import Registry
 
 region_trunks = Registry("trunk of regions", "detkit.heads")
@@ -31,6 +31,8 @@ class TwoLayers(RegionTrunk):
 
     def __init__(self, shape: tuple[int, ...], width: int = 1024, dropout: float = 0.0) -> None:
         super().__init__()
+        check_range("head.regions.trunk", 1, width=width)
+        check_range("head.regions.trunk", 0, 1, dropout=dropout)
         self.fc6 = nn.Linear(math.prod(shape), width)
         self.fc7 = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -53,6 +55,8 @@ class Convolutions(RegionTrunk):
 
     def __init__(self, shape: tuple[int, ...], depth: int = 4, channels: int = 256, width: int = 1024) -> None:
         super().__init__()
+        check_range("head.regions.trunk", 1, channels=channels, width=width)
+        check_range("head.regions.trunk", 0, depth=depth)
         incoming, rows, columns = _as_map(shape, "conv_fc")
         self.convolutions = convolutions(incoming, channels, depth, norm=True)
         self.fc = nn.Linear((channels if depth else incoming) * rows * columns, width)

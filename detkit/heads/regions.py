@@ -11,7 +11,7 @@ from detkit.boxes.coding import decode, encode
 from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_two_thresholds
 from detkit.boxes.sampling import sample_balanced
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Postprocess
 from detkit.heads.region_features import RegionFeatures, region_features
 from detkit.heads.region_trunks import RegionTrunk, region_trunks
@@ -20,6 +20,7 @@ from detkit.types import Detections, Match, Target
 
 DEVIATIONS = (0.1, 0.1, 0.2, 0.2)
 BETA = 1 / 9  # of smooth L1, as torchvision trains it
+REGIONS_AT_ONCE = 256
 SMALLEST_SIDE = 1e-2
 """Pixels; a detection with a shorter side is dropped."""
 
@@ -75,8 +76,9 @@ class RegionStage(nn.Module):
         box_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if samples < 1:
-            raise ConfigError(f"'head.regions.samples' must be at least 1, but is {samples}.")
+        check_range("head.regions", 1, samples=samples)
+        check_range("head.regions", 0, box_weight=box_weight)
+        check_range("head.regions", 0, 1, positive_fraction=positive_fraction)
         if not 0 <= background_from <= background_below <= foreground_from <= 1:
             raise ConfigError(
                 f"'head.regions' needs 0 <= background_from <= background_below <= foreground_from <= 1, but they are "
@@ -160,16 +162,19 @@ class RegionStage(nn.Module):
         limits: Postprocess,
     ) -> list[Detections]:
         """Detections of each image after per-class suppression, in pixels of the network's input."""
-        logits, offsets = self(maps, proposals)
-        # A margin is no probability; the sigmoid keeps its order and lies in 0..1.
-        scores = logits.softmax(-1)[:, 1:] if self.classifier == "softmax" else logits.sigmoid()
-        counts = [len(boxes) for boxes in proposals]
-        return [
-            _decode_image(image_scores, image_offsets, boxes, size, limits)
-            for image_scores, image_offsets, boxes, size in zip(
-                scores.split(counts), offsets.split(counts), proposals, sizes
-            )
-        ]
+        found = []
+        for image, (boxes, size) in enumerate(zip(proposals, sizes)):
+            own = [feature[image : image + 1] for feature in maps]
+            # Not all at once: each region's features may be a whole network's.
+            parts = [self(own, [part]) for part in boxes.split(REGIONS_AT_ONCE)]
+            logits, offsets = (torch.cat(values) for values in zip(*parts))
+            found.append(_decode_image(self._scores(logits), offsets, boxes, size, limits))
+        return found
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """(R, C) in 0..1. A margin is no probability; the sigmoid keeps its order, 0.5 is the border of the class, and
+        0.02 the margin that training wants of all that is not of it."""
+        return logits.softmax(-1)[:, 1:] if self.classifier == "softmax" else (4 * logits).sigmoid()
 
     def _match(self, boxes: Tensor, target: Target) -> Match:
         match = match_two_thresholds(
@@ -180,12 +185,11 @@ class RegionStage(nn.Module):
             high=self.foreground_from,
             force_best=False,
         )
-        if self.background_from == 0 or not (~target.ignored).any():
+        objects = target.boxes[~target.ignored]
+        if self.background_from == 0 or not len(objects):
             return match
-        far = match_two_thresholds(
-            boxes, target.boxes, target.ignored, low=self.background_from, high=1.0, force_best=False
-        ).negative
-        return Match(match.truth_index, match.positive, match.ignored | far & ~match.positive)
+        far = match_two_thresholds(boxes, objects, low=self.background_from, high=1.0, force_best=False).negative
+        return Match(match.truth_index, match.positive, match.ignored | far)
 
     def _class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         if self.classifier == "softmax":

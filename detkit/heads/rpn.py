@@ -14,7 +14,7 @@ from detkit.boxes.coding import encode
 from detkit.boxes.matching import match_two_thresholds
 from detkit.boxes.proposals import select_proposals
 from detkit.boxes.sampling import sample_balanced
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.losses import BoxLoss, box_loss
 from detkit.types import Inputs, Target
@@ -89,8 +89,16 @@ class RegionProposalNetwork(nn.Module):
                 f"channels, but they have {list(channels)}. Put a neck before the head ({{name: fpn}}), or give the "
                 f"backbone one level."
             )
-        if min(candidates, proposals, train_candidates, train_proposals, samples) < 1:
-            raise ConfigError("'head.rpn' needs at least one candidate, proposal and sample.")
+        check_range("head.rpn", 1, candidates=candidates, proposals=proposals, samples=samples)
+        check_range("head.rpn", 1, train_candidates=train_candidates, train_proposals=train_proposals)
+        check_range("head.rpn", 0, depth=depth, box_weight=box_weight)
+        check_range("head.rpn", 0, 1, positive_fraction=positive_fraction, nms_threshold=nms_threshold)
+        check_range("head.rpn", 0, 1, foreground_from=foreground_from, background_below=background_below)
+        if background_below > foreground_from:
+            raise ConfigError(
+                f"'head.rpn.background_below' must not be above 'head.rpn.foreground_from', but they are "
+                f"{background_below} and {foreground_from}."
+            )
         self.strides = tuple(strides)
         self.layout: AnchorLayout = anchor_layouts.build(anchors or _default_anchors(strides), "head.rpn.anchors")
         counts = self.layout.per_location(len(strides))
@@ -98,7 +106,7 @@ class RegionProposalNetwork(nn.Module):
             raise ConfigError(f"'head.rpn.anchors' must give each level as many anchors, but they give {counts}.")
         self.foreground_from, self.background_below = foreground_from, background_below
         self.samples, self.positive_fraction = samples, positive_fraction
-        self.limits, self.train_limits = (candidates, proposals), (train_candidates, train_proposals)
+        self.amounts, self.train_amounts = (candidates, proposals), (train_candidates, train_proposals)
         self.nms_threshold = nms_threshold
         self.box_loss: BoxLoss = box_loss
         self.box_weight = box_weight
@@ -153,9 +161,13 @@ class RegionProposalNetwork(nn.Module):
             "proposal_box": self.box_weight * boxes_loss / normaliser,
         }
 
-    def propose(self, outputs: ProposalOutputs, limits: tuple[int, int]) -> list[Tensor]:
-        """The best (candidates, proposals) regions of each image, (P, 4) xyxy pixels, best first, without gradient."""
-        candidates, proposals = limits
+    def propose(self, outputs: ProposalOutputs, amounts: tuple[int, int]) -> list[Tensor]:
+        """The best regions of each image, (P, 4) xyxy pixels, best first, without gradient.
+
+        Args:
+            amounts: (candidates, proposals): `self.amounts` or `self.train_amounts`.
+        """
+        candidates, proposals = amounts
         return select_proposals(
             outputs.objectness.detach(),
             outputs.offsets.detach(),
@@ -170,5 +182,10 @@ class RegionProposalNetwork(nn.Module):
 
 def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
     """The nine anchors of Ren et al. on one level; on several those of Lin et al. (FPN), one size for each."""
+    if min(strides) < 1:
+        raise ConfigError(
+            f"The region-proposal network has no default anchors for a map pooled from the whole picture (strides "
+            f"{list(strides)}). Give 'head.rpn.anchors', or leave that map out."
+        )
     sizes = [[128.0, 256.0, 512.0]] if len(strides) == 1 else [[8.0 * stride] for stride in strides]
     return {"name": "pyramid", "sizes": sizes}
