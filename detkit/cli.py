@@ -35,7 +35,10 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
     if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
-        print("usage: detkit eval RUN_OR_CHECKPOINT [--data.root PATH] [--data.val SPLIT] [--save-json FILE]")
+        print(
+            "usage: detkit eval RUN_OR_CHECKPOINT [--data.root PATH] [--data.val SPLIT] "
+            "[--proposals '{name: file, path: FILE}'] [--save-json FILE]"
+        )
         if not _wants_help(arguments):
             raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
         return
@@ -56,7 +59,7 @@ def infer(arguments: list[str]) -> None:
     from detkit.model import resolve_checkpoint
     from detkit.predict import load
 
-    predictor = load(options.checkpoint, options.device)
+    predictor = load(options.checkpoint, options.device, options.proposals)
     print(f"checkpoint {resolve_checkpoint(options.checkpoint)}\nclasses    {predictor.model.classes}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
     run(
@@ -80,19 +83,25 @@ def infer(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     """Read a data set from end to end and report what is broken: detkit check CONFIG.yaml [--data.root PATH]."""
     configs, rest = _leading_configs(arguments)
+    anchors, rest = _take_option(rest, "--anchors")
+    if anchors is not None and not (anchors.isdecimal() and int(anchors) > 0):
+        raise DetkitError(f"--anchors is the number of anchors to propose, at least 1, but is '{anchors}'.")
     if _wants_help(rest):
-        _experiment_help("check", "Only 'data' is used.")
+        _experiment_help("check", "Only 'data' is used, and 'input' by --anchors N, which proposes N anchors for YOLO.")
         return
     experiment = _experiment(configs, rest, "check")
     if experiment is None:
         return
     from detkit.data.check import check as run
+    from detkit.data.check import propose_anchors
 
     outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
     policy = str(experiment.data.get("broken", "fail"))
     if policy not in outcome:
         raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
     problems = run(experiment.data)
+    if anchors is not None:
+        propose_anchors(experiment.data, experiment.input, int(anchors))
     if problems:
         raise DetkitError(
             f"{problems} problem{'s' if problems > 1 else ''} found, listed above. With data.broken = {policy}, as "
@@ -101,11 +110,11 @@ def check(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """Time detkit beside other libraries, results checked first: detkit bench nms | iou | matching [--quick]."""
+    """Time detkit beside other libraries, results checked first: detkit bench BENCHMARK [--quick]."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: detkit bench BENCHMARK [--OPTION VALUE ...]\n")
         for name, (summary, _) in BENCHMARKS.items():
-            print(f"  {name:9} {summary}")
+            print(f"  {name:10} {summary}")
         print("\n`detkit bench BENCHMARK --help` lists its options.")
         if not arguments:
             raise DetkitError("detkit bench needs the name of a benchmark first, for example: detkit bench nms --quick")
@@ -130,7 +139,11 @@ BENCHMARKS = {
     "nms": ("Non-maximum suppression: boxes a second against their number, a table, a plot, JSON.", "NmsOptions"),
     "iou": ("Pairwise intersection over union.", "IouOptions"),
     "matching": ("Assignment of truths to anchors: time and memory.", "MatchingOptions"),
+    "proposals": ("Selective search: recall of real objects, pictures a second.", "ProposalsOptions"),
+    "inference": ("Whole networks, from a picture to boxes and masks: time, its parts, memory.", "InferenceOptions"),
+    "train_step": ("Whole networks, one step of training: time and memory.", "TrainStepOptions"),
 }
+EVAL_PARTS = frozenset({"data", "proposals"})
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -180,10 +193,10 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     save_json, rest = _take_option(arguments, "--save-json")
     for argument in rest:
         key = argument[2:].split("=")[0]
-        if argument.startswith("--") and not key.startswith("data.") and key not in EVAL_KEYS:
+        if argument.startswith("--") and key.partition(".")[0] not in EVAL_PARTS and key not in EVAL_KEYS:
             raise DetkitError(
                 f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
-                f"{nearest(key, {'data.*', 'save-json', *EVAL_KEYS})}"
+                f"{nearest(key, {'data.*', 'proposals.*', 'save-json', *EVAL_KEYS})}"
             )
     from rich.console import Console
 
@@ -193,12 +206,15 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.metrics.detection import write_coco_results
     from detkit.model import check_classes, load_model, resolve_checkpoint
     from detkit.predict import to_device
+    from detkit.proposals.dataset import check_needed, with_proposals
 
     path = resolve_checkpoint(checkpoint)
     model = load_model(path)
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
+    check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))
     dataset = open_split(experiment.data, "val", model.head.needs)
     check_classes(model.classes, dataset.classes, str(path))
+    dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")
     options = experiment.train
     model = to_device(model, options.device)
     batch_size = max(1, options.batch_size // (options.accumulate * options.devices))

@@ -1,8 +1,15 @@
 """What `detkit bench` takes: one list of options, common to all benchmarks, and what each adds."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from detkit.errors import DetkitError
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,120 @@ class MatchingOptions(BenchOptions):
     def shapes(self) -> list[tuple[int, int]]:
         """Anchors and truths of each case."""
         return parse_shapes(self.sizes or ("8732x8" if self.quick else "8732x8,100000x200"))
+
+
+@dataclass(frozen=True)
+class ModelOptions(BenchOptions):
+    """Whole networks.
+
+    Args:
+        rounds: calls of each side, taken in turns; default 15, with --quick 3.
+        seconds: default 300, with --quick 20.
+        threads: default all cores that the process may use.
+        models: torchvision's names of networks, with commas between; v2 of both R-CNNs can be had as well.
+        source: a picture, a folder of pictures, or a glob in quotes; default photographs that come with scikit-image,
+            or made-up pictures where it is not installed.
+        size: pixels of the network's input (of its shorter side in inference); default 512, with --quick 256. SSD300
+            has its own.
+    """
+
+    threads: int = field(default_factory=usable_cores)
+    models: str = "fasterrcnn_resnet50_fpn,maskrcnn_resnet50_fpn,ssd300_vgg16"
+    source: str | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < 32:
+            raise DetkitError(f"--size must be at least 32, but is {self.size}.")
+
+    @property
+    def round_count(self) -> int:
+        return self.rounds or (3 if self.quick else 15)
+
+    @property
+    def sample_seconds(self) -> float:
+        return self.seconds if self.seconds is not None else 20 if self.quick else 300
+
+    @property
+    def input_size(self) -> int:
+        """Pixels."""
+        return self.size or (256 if self.quick else 512)
+
+
+@dataclass(frozen=True)
+class InferenceOptions(ModelOptions):
+    """From a picture to boxes and masks, one picture at a time."""
+
+
+@dataclass(frozen=True)
+class TrainStepOptions(ModelOptions):
+    """Forward, loss, backward and a step of SGD.
+
+    Args:
+        batch: pictures of a step; default 2, of SSD300 8.
+    """
+
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch is not None and self.batch < 1:
+            raise DetkitError(f"--batch must be at least 1, but is {self.batch}.")
+
+
+@dataclass(frozen=True)
+class ProposalsOptions(BenchOptions):
+    """Proposals by selective search, on pictures of data sets.
+
+    Args:
+        rounds: passes over the pictures; default 3, with --quick 1.
+        seconds: has no use here.
+        device: auto or cpu, which are the same here.
+        data: the data set as in a config, '{name: coco, root: PATH}', or a list of such.
+        config: a config whose `data` is the data set.
+        split: of each data set.
+        pictures: at most so many of each data set, the first; default 30, with --quick 5.
+        mode: of selective search.
+        longest_side: pictures with a longer side are shrunk to it beforehand, for all candidates.
+        peer_python: a Python that has opencv-contrib-python; without it, OpenCV's selective search is left out.
+        plot: draw recall against the number of proposals, as PNG beside the JSON.
+    """
+
+    data: dict[str, Any] | list[dict[str, Any]] | None = None
+    config: str | None = None
+    split: Literal["train", "val"] = "val"
+    pictures: int | None = None
+    mode: Literal["fast", "quality"] = "fast"
+    longest_side: int = 640
+    peer_python: str | None = None
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pictures", "longest_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DetkitError(f"--{name} must be at least 1, but is {value}.")
+        if self.seconds is not None:
+            raise DetkitError("--seconds has no use for proposals: every picture is timed. Give --rounds, --pictures.")
+        if self.device == "cuda":
+            raise DetkitError("Selective search runs on the CPU; leave out --device.")
+        if (self.data is None) == (self.config is None):
+            raise DetkitError(
+                "The benchmark of proposals needs pictures with objects. Give either --config CONFIG.yaml or "
+                "--data '{name: coco, root: PATH}'."
+            )
+
+    @property
+    def round_count(self) -> int:
+        """Passes over the pictures."""
+        return self.rounds or (1 if self.quick else 3)
+
+    @property
+    def picture_count(self) -> int:
+        """Pictures of each data set."""
+        return self.pictures or (5 if self.quick else 30)
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:

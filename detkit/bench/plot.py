@@ -1,4 +1,4 @@
-"""The picture of a suppression benchmark: boxes a second against their number."""
+"""The pictures of benchmarks: boxes a second against their number; objects found against the number of proposals."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -62,6 +62,38 @@ def plot_rates(cases: Sequence[Case], title: str, path: Path) -> Path:
     figure.legend(
         [handles[name] for name in names], names, loc="outside lower center", ncols=2 * columns + 1, frameon=False
     )
+    figure.savefig(path)
+    return path
+
+
+def plot_recall(cases: Sequence[Case], title: str, path: Path) -> Path:
+    """Write a PNG with a panel for each data set, of recall and best overlap against the proposals; its path.
+
+    Args:
+        cases: with the facts of `detkit.bench.proposals.measure`.
+        title: names the hardware.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(cases), 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(cases), sharey=True, squeeze=False).flatten()
+    for axis, case in zip(axes, cases):
+        for row in case.rows:
+            colour, marker = STYLES[row.name]
+            for fact, line, label in (("recall", "-", "recall"), ("mabo", ":", "mean average best overlap")):
+                values = case.facts[fact][row.name]
+                axis.plot(
+                    *zip(*values.items()), color=colour, marker=marker, linestyle=line, label=f"{row.name}, {label}"
+                )
+        rates = ", ".join(f"{row.name} {row.rate:.2f}" for row in case.rows)
+        axis.set_title(f"{case.kind}, {case.size}; a second: {rates}", fontsize=10)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axis.set_xlabel("proposals of a picture")
+        axis.grid(visible=True, which="major", color="#dddddd")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
     figure.savefig(path)
     return path
 
