@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from detkit.boxes.anchors import kmeans_priors
+from detkit.config import InputOptions
 from detkit.data.dataset import Dataset
 from detkit.data.splits import Split, open_split
+from detkit.data.transforms import Fit, map_boxes
+from detkit.errors import DataError
 
 
 def check(data: dict[str, Any]) -> int:
@@ -28,13 +33,49 @@ def check(data: dict[str, Any]) -> int:
     problems = 0
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
-        dataset = open_split(options, split, frozenset())
+        dataset = _open_repaired(data, split)
         for problem in dataset.problems.found:
             console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}")
         problems += len(dataset.problems.found)
         console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
     return problems
+
+
+def propose_anchors(data: dict[str, Any], fitting: InputOptions, count: int) -> None:
+    """Print `count` anchors for YOLO that fit the objects of the training split, ready for a config.
+
+    They are clustered by IoU (detkit.boxes.kmeans_priors) in pixels of the network's input, without augmentation and
+    without crowds and difficult objects.
+
+    Raises:
+        DataError: there are fewer boxes of different shapes than anchors.
+    """
+    dataset = _open_repaired(data, "train")
+    fit = Fit(fitting.size, fitting.resize)
+    sides = []
+    for index in range(len(dataset)):
+        target = dataset.target(index)
+        boxes = map_boxes(target.boxes[~target.ignored], fit.matrix(dataset.size(index)))
+        sides.append(boxes[:, 2:] - boxes[:, :2])
+    shapes = torch.cat(sides)
+    distinct = len(shapes.unique(dim=0))
+    if distinct < count:
+        raise DataError(
+            f"--anchors asks for {count}, but the training split has objects of only {distinct} different shapes. Ask "
+            f"for at most {distinct}."
+        )
+    anchors, overlap = kmeans_priors(shapes, count)
+    rounded = [[round(side, 1) for side in anchor] for anchor in anchors.tolist()]
+    height, width = fitting.size
+    print(
+        f"{count} anchors for the {len(shapes)} objects of the training split at input.size [{height}, {width}] "
+        f"({fitting.resize}), mean IoU with the best {overlap:.3f}:\nhead:\n  anchors: {rounded}"
+    )
+
+
+def _open_repaired(data: dict[str, Any], split: Split) -> Dataset:
+    options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
+    return open_split(options, split, frozenset())
 
 
 def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
