@@ -50,7 +50,8 @@ class Predictor:
 
     def __init__(self, model: Model, device: str = "auto", proposals: Mapping[str, Any] | None = None) -> None:
         self.source = _proposal_source(model, proposals)
-        self.model = to_device(model, device).eval()
+        # With the channels of a pixel side by side convolutions run faster, on the CPU and on tensor cores.
+        self.model = to_device(model, device).eval().to(memory_format=torch.channels_last)
         self.device = self.model.mean.device
         self.class_names = model.classes.names
 

@@ -9,6 +9,8 @@ roi_align   samples between the places of the map, nothing rounded (Mask R-CNN, 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ region_features = Registry("kind of region features", "detkit.heads")
 
 COARSEST_STRIDE = 32
 """Maps of larger strides are for proposals alone: a region seldom has more than one place there."""
+LEAST_REGIONS_OF_A_THREAD = 32
 
 
 class RegionFeatures(nn.Module, ABC):
@@ -131,6 +134,16 @@ class RoiAlign(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
+        feature = feature.contiguous()  # once, and not in each thread
+        threads = min(torch.get_num_threads(), len(rows) // LEAST_REGIONS_OF_A_THREAD)
+        if feature.device.type != "cpu" or torch.is_grad_enabled() or threads < 2:
+            return self._align(feature, rows, scale)
+        # torchvision's kernel for the CPU works on one core; it took a third of Faster R-CNN's time on two.
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(torch.no_grad()(self._align), repeat(feature), rows.chunk(threads), repeat(scale))
+            return torch.cat(list(parts))
+
+    def _align(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
         return roi_align(feature, rows, self.size, scale, self.sampling or -1, self.aligned)
 
 
