@@ -81,7 +81,7 @@ def infer(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> None:
-    """Read a data set from end to end and report what is broken: detkit check CONFIG.yaml [--data.root PATH]."""
+    """Read a data set from end to end and report what is broken: detkit check CONFIG.yaml [--anchors N]."""
     configs, rest = _leading_configs(arguments)
     anchors, rest = _take_option(rest, "--anchors")
     if anchors is not None and not (anchors.isdecimal() and int(anchors) > 0):

@@ -25,7 +25,8 @@ class FeaturePyramid(Neck):
         strides: their strides, ascending.
         width: channels of every map that goes out.
         extra_levels: coarser maps made from the last output, each of half the size.
-        extra: how these are made: "conv", 3x3 convolutions of stride 2 with ReLU between (RetinaNet's P6, P7),
+        extra: how these are made: "conv", 3x3 convolutions of stride 2 with ReLU between (RetinaNet's P6, P7);
+            "conv_input", the same, but the first reads the last map that comes in (as the paper of RetinaNet has it);
             or "pool", every second value (Faster R-CNN).
         norm: batch norm behind each convolution, which a pyramid trained from scratch wants.
 
@@ -40,7 +41,7 @@ class FeaturePyramid(Neck):
         strides: tuple[int, ...],
         width: int = 256,
         extra_levels: int = 0,
-        extra: Literal["conv", "pool"] = "conv",
+        extra: Literal["conv", "conv_input", "pool"] = "conv",
         norm: bool = False,
     ) -> None:
         super().__init__()
@@ -56,8 +57,12 @@ class FeaturePyramid(Neck):
             )
         self.inner_blocks = nn.ModuleList(_convolution(count, width, 1, norm) for count in channels)
         self.layer_blocks = nn.ModuleList(_convolution(width, width, 3, norm) for _ in channels)
-        convolutions = extra_levels if extra == "conv" else 0
-        self.extra_blocks = nn.ModuleList(_convolution(width, width, 3, norm, stride=2) for _ in range(convolutions))
+        convolutions = 0 if extra == "pool" else extra_levels
+        self._extra_from_input = extra == "conv_input"
+        widths = [channels[-1] if self._extra_from_input else width, *[width] * extra_levels]
+        self.extra_blocks = nn.ModuleList(
+            _convolution(before, width, 3, norm, stride=2) for before in widths[:convolutions]
+        )
         self._pools = extra_levels - convolutions
         self.channels = (width,) * (len(channels) + extra_levels)
         self.strides = (*strides, *(strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
@@ -73,7 +78,8 @@ class FeaturePyramid(Neck):
             inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
         maps = [block(feature) for block, feature in zip(self.layer_blocks, inner, strict=True)]
         for i, block in enumerate(self.extra_blocks):
-            maps.append(block(F.relu(maps[-1]) if i else maps[-1]))
+            first = features[-1] if self._extra_from_input else maps[-1]
+            maps.append(block(F.relu(maps[-1]) if i else first))
         for _ in range(self._pools):
             maps.append(F.max_pool2d(maps[-1], kernel_size=1, stride=2))
         return maps

@@ -1,4 +1,4 @@
-"""The classes of torchvision's published detectors."""
+"""The classes of published detectors."""
 
 from detkit.types import ClassList
 
@@ -13,3 +13,10 @@ def coco_classes(count: int) -> ClassList:
     # COCO's ids have gaps, for which torchvision's heads have outputs all the same.
     unique = [f"unused {raw_id}" if name == "N/A" else name for raw_id, name in enumerate(names, start=1)]
     return ClassList.from_names(unique, first_raw_id=1)
+
+
+def coco_classes_without_gaps() -> ClassList:
+    """COCO's 80 classes with their raw ids, for models that have no outputs for the gaps between these."""
+    every = coco_classes(90)
+    used = [(name, raw_id) for name, raw_id in zip(every.names, every.raw_ids) if name != f"unused {raw_id}"]
+    return ClassList(tuple(name for name, _ in used), tuple(raw_id for _, raw_id in used))

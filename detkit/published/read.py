@@ -1,38 +1,47 @@
-"""Weights that torchvision publishes, under detkit's names, with the experiment and classes they belong to."""
+"""Weights that torchvision and others publish, under detkit's names, with the experiment and classes they belong to."""
 
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detkit.config import Experiment
 from detkit.errors import CheckpointError, nearest
+from detkit.published.darknet import read_darknet
 from detkit.published.rcnn import convert_rcnn
+from detkit.published.retinanet import convert_retinanet
 from detkit.published.ssd import convert_ssd300_vgg16
+from detkit.published.yolox import STEM, convert_yolox
 from detkit.types import ClassList
 
 PREFIX = "torchvision:"
+DARKNET_SUFFIX = ".weights"
 PUBLISHED = (
     "ssd300_vgg16",
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
 )
 Converter = Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Experiment, ClassList]]
 CONVERTERS: dict[str, Converter] = {
     # by a tensor that only this family has
     "backbone.scale_weight": convert_ssd300_vgg16,
     "rpn.head.cls_logits.weight": convert_rcnn,
+    "head.classification_head.cls_logits.weight": convert_retinanet,
+    STEM: convert_yolox,
 }
 
 
 def is_published(source: str) -> bool:
-    """Whether `source` names torchvision's weights, "torchvision:ssd300_vgg16" or a .pth file."""
-    return source.startswith(PREFIX) or source.endswith(".pth")
+    """Whether `source` is "torchvision:" and a name, a .pth file, or a .weights file of Darknet's."""
+    return source.startswith(PREFIX) or source.endswith((".pth", DARKNET_SUFFIX))
 
 
 def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
@@ -40,11 +49,14 @@ def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassLis
 
     Args:
         source: "torchvision:ssd300_vgg16" downloads the weights trained on COCO (or takes them from torch's
-            cache); a path ending in .pth is a state dict of one of the models.
+            cache); a path ending in .pth is a state dict of one of the models; one ending in .weights is a file of
+            Darknet's YOLOv2 or YOLOv3.
 
     Raises:
         CheckpointError: the weights cannot be had, or are of another model.
     """
+    if source.endswith(DARKNET_SUFFIX):
+        return read_darknet(source)
     state = _download(source) if source.startswith(PREFIX) else _read(Path(source))
     for name, convert in CONVERTERS.items():
         if name in state:
@@ -72,13 +84,25 @@ def _download(source: str) -> dict[str, Tensor]:
     return state
 
 
+# Some training programs save their best score beside the weights, as a number of NumPy; its module has had two names.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+]
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"There is no file of weights '{path}'.")
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"'{path}' is no file of weights: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds no dict of tensors by name. Save a model's state_dict().")
-    return state
+    inside = state.get("model")  # YOLOX saves the state of the training beside it
+    return inside if isinstance(inside, dict) else state

@@ -37,6 +37,30 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rpn": SMALL_RPN, "regions": SMALL_TRUNK, "mask": {"depth": 1, "width": 8}},
         {"rpn": SMALL_RPN, "regions": SMALL_TRUNK, "mask": {"depth": 2, "width": 8, "norm": True}},
     ],
+    "retinanet": [
+        {},
+        {"depth": 2, "norm": True, "box_loss": "giou", "gamma": 0.0},
+        {"depth": 0, "anchors": {"name": "pyramid", "sizes": [[16.0], [40.0]]}, "candidates": 20},
+    ],
+    "localize": [{}, {"box_loss": "smooth_l1"}],
+    "sliding_window": [{}, {"windows": [[3, 2]], "width": 16, "positive_fraction": 1.0}],
+    "yolov1": [
+        {"hidden": 32, "dropout": 0.0},
+        {"grid": 4, "boxes": 3, "layers": "convolution", "hidden": 16, "dropout": 0.0},
+    ],
+    "yolov2": [
+        {"width": 16, "passthrough": 4},
+        {
+            "width": 16,
+            "passthrough": 4,
+            "reorg": "darknet",
+            "depth": 1,
+            "rescore": False,
+            "anchors": [[9, 9], [40, 20]],
+        },
+    ],
+    "yolov3": [{}, {"anchors": [[9, 9], [40, 20]], "widths": [12, 20], "ignore_above": 0.3}],
+    "yolox": [{}, {"width": 12, "depthwise": True, "l1_weight": 1.0, "centre_radius": 1.5}],
 }
 CASES = [(name, options) for name in heads.names() for options in OPTIONS.get(name, [{}])]
 
@@ -49,8 +73,8 @@ def head(request: pytest.FixtureRequest) -> Head:
 
 
 def channels(name: str) -> tuple[int, int]:
-    """SSD's levels are independent; a second stage reads levels of one width."""
-    return (8, 12) if name == "ssd" else (8, 8)
+    """Heads whose levels are independent, and those that share layers between levels."""
+    return (8, 12) if name in ("ssd", "localize", "sliding_window", "yolov1", "yolov2", "yolov3") else (8, 8)
 
 
 def inputs() -> Inputs:
@@ -124,6 +148,8 @@ def test_decoding_gives_one_result_for_each_image_inside_it(head: Head) -> None:
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.3)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)  # some heads expect nearly everything to be background
     found = head.eval().decode(outputs_of(head))
     assert isinstance(found, list)
     assert len(found) == 3

@@ -1,0 +1,237 @@
+"""RetinaNet: a class and a box for every anchor of a feature pyramid, trained with the focal loss.
+
+Lin, Goyal, Girshick, He and Dollár, "Focal Loss for Dense Object Detection", 2017.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detkit.boxes.coding import decode, encode
+from detkit.boxes.convert import clip
+from detkit.boxes.matching import match_two_thresholds
+from detkit.errors import ConfigError, check_range
+from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
+from detkit.heads.base import Head, Postprocess, check_count
+from detkit.losses import BoxLoss, box_loss, sigmoid_focal_loss
+from detkit.registry import heads
+from detkit.types import Detections, Inputs, Target
+
+DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
+BETA = 1 / 9  # of smooth L1, as in the region-proposal network
+NORM_WIDTH = 8  # channels of one group of the group norm: 32 groups of 256 channels
+
+
+class RetinaNetOutputs(NamedTuple):
+    """Raw outputs of RetinaNet.
+
+    Args:
+        logits: (B, A, C), one yes or no for each class; there is no background.
+        offsets: (B, A, 4), see detkit.boxes.coding, with deviations 1.
+        anchors: (A, 4) xyxy pixels of the network's input.
+        level_counts: how many of the A anchors each level has.
+        sizes: (height, width) of each image, without padding.
+    """
+
+    logits: Tensor
+    offsets: Tensor
+    anchors: Tensor
+    level_counts: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+
+@heads.register("retinanet")
+class RetinaNet(Head):
+    """Two towers of convolutions, one for classes and one for boxes, that all levels share.
+
+    The neck that goes with it is `{name: fpn, extra_levels: 2}` on C3 to C5. Anchors that reach over the border of the
+    picture take part in training, and a truth's best anchor is positive whatever its overlap, as in torchvision.
+
+    Args:
+        channels, strides: of the feature maps, which must have the same channels.
+        num_classes: C, without background.
+        anchors: `name` of an anchor layout and its options; default the paper's nine, of 4, 5.04 and 6.35 strides and
+            ratios 1:2, 1:1 and 2:1.
+        depth: 3x3 convolutions in each tower.
+        norm: group norm behind each of them, groups of 8 channels.
+        prior: the score that an untrained network gives every anchor and class, so that the many that are background
+            do not swamp the first steps.
+        alpha: weight of the right class in the focal loss; all that is background weighs 1 - alpha.
+        gamma: how much less the focal loss counts what is easy; see detkit.losses.sigmoid_focal_loss.
+        foreground_from: an anchor that overlaps a truth this much is an object.
+        background_below: one that overlaps every truth less is background; between them it does not count.
+        box_loss: l1, smooth_l1, giou, diou or ciou.
+        box_weight: factor of the box loss.
+        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        candidates: pairs of an anchor and a class, of each level and image, that enter suppression.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        anchors: dict[str, Any] | None = None,
+        depth: int = 4,
+        norm: bool = False,
+        prior: float = 0.01,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        foreground_from: float = 0.5,
+        background_below: float = 0.4,
+        box_loss: BoxLoss = "smooth_l1",
+        box_weight: float = 1.0,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        candidates: int = 1000,
+        max_detections: int = 300,
+    ) -> None:
+        super().__init__()
+        check_range("head", 0, depth=depth, gamma=gamma, box_weight=box_weight)
+        check_range("head", 0, 1, alpha=alpha, foreground_from=foreground_from, background_below=background_below)
+        check_range("head", 1e-6, 0.5, prior=prior)
+        if background_below > foreground_from:
+            raise ConfigError(
+                f"'head.background_below' must not be above 'head.foreground_from', but they are {background_below} "
+                f"and {foreground_from}."
+            )
+        width = _common_width(channels, norm)
+        self.num_classes, self.strides = num_classes, tuple(strides)
+        self.layout: AnchorLayout = anchor_layouts.build(anchors or _default_anchors(strides), "head.anchors")
+        counts = self.layout.per_location(len(strides))
+        if len(set(counts)) != 1:
+            raise ConfigError(f"'head.anchors' must give each level as many anchors, but they give {counts}.")
+        self.foreground_from, self.background_below = foreground_from, background_below
+        self.alpha, self.gamma = alpha, gamma
+        self.box_loss: BoxLoss = box_loss
+        self.box_weight = box_weight
+        self.postprocess = Postprocess(score_threshold, nms_threshold, candidates, max_detections)
+        self.class_tower, self.box_tower = _tower(width, depth, norm), _tower(width, depth, norm)
+        self.class_predictor = nn.Conv2d(width, counts[0] * num_classes, 3, padding=1)
+        self.box_predictor = nn.Conv2d(width, counts[0] * 4, 3, padding=1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.class_predictor.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> RetinaNetOutputs:
+        """Logits and offsets of all anchors, for feature maps [(B, width, h_i, w_i)]."""
+        logits = [
+            _per_anchor(self.class_predictor(self.class_tower(feature)), self.num_classes) for feature in features
+        ]
+        offsets = [_per_anchor(self.box_predictor(self.box_tower(feature)), 4) for feature in features]
+        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
+        anchors = self.layout(map_sizes, inputs.size, self.strides).to(features[0].device)
+        level_counts = tuple(level.shape[1] for level in logits)
+        return RetinaNetOutputs(
+            torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, level_counts, inputs.sizes
+        )
+
+    def loss(self, outputs: RetinaNetOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`class` (focal) and `box`, each summed and divided by the positives of the batch.
+
+        Raises:
+            ValueError: there is not one target for each image.
+        """
+        check_count(targets, outputs.sizes)
+        anchors = outputs.anchors
+        true_classes = torch.zeros_like(outputs.logits, dtype=torch.bool)
+        counted = true_classes.new_zeros(true_classes.shape[:2])
+        boxes_loss = outputs.offsets.sum() * 0.0
+        positives = 0
+        for image, target in enumerate(targets):
+            match = match_two_thresholds(
+                anchors, target.boxes, target.ignored, low=self.background_below, high=self.foreground_from
+            )
+            counted[image] = ~match.ignored
+            positive = match.positive.nonzero().flatten()
+            truth = match.truth_index[positive]
+            true_classes[image, positive, target.labels[truth]] = True
+            matched = anchors[positive]
+            true_offsets = encode(target.boxes[truth], matched, deviations=DEVIATIONS)
+            boxes_loss = boxes_loss + box_loss(
+                outputs.offsets[image, positive], matched, true_offsets, self.box_loss, DEVIATIONS, BETA
+            )
+            positives += len(positive)
+        focal = sigmoid_focal_loss(outputs.logits, true_classes, self.alpha, self.gamma).sum(-1)
+        normaliser = max(positives, 1)
+        return {
+            "class": torch.where(counted, focal, 0.0).sum() / normaliser,
+            "box": self.box_weight * boxes_loss / normaliser,
+        }
+
+    @torch.no_grad()
+    def decode(self, outputs: RetinaNetOutputs) -> list[Detections]:
+        """Detections after per-class suppression, in pixels of the network's input."""
+        scores = outputs.logits.sigmoid()
+        return [
+            self._decode_image(image_scores, offsets, outputs, size)
+            for image_scores, offsets, size in zip(scores, outputs.offsets, outputs.sizes)
+        ]
+
+    def _decode_image(
+        self, scores: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int]
+    ) -> Detections:
+        chosen, chosen_scores, start = [], [], 0
+        for level in scores.split(outputs.level_counts):
+            pairs = level.flatten()
+            # Millions are not above the threshold, which need no sorting; NaN is not below it either, and is found.
+            above = (~(pairs <= self.postprocess.score_threshold)).nonzero().flatten()
+            # All classes of a level compete for its places: as one column.
+            best_of_level, _, pair_scores = self.postprocess.candidates(pairs[above][:, None])
+            chosen.append(above[best_of_level] + start)
+            chosen_scores.append(pair_scores)
+            start += level.numel()
+        pairs, best = torch.cat(chosen), torch.cat(chosen_scores)
+        rows, labels = pairs // self.num_classes, pairs % self.num_classes
+        boxes = clip(decode(offsets[rows], outputs.anchors[rows], deviations=DEVIATIONS), size)
+        kept = self.postprocess.suppress(boxes, best, labels)
+        return Detections(boxes[kept], best[kept], labels[kept])
+
+
+def _common_width(channels: Sequence[int], norm: bool) -> int:
+    """The channels of every map."""
+    if len(set(channels)) != 1:
+        raise ConfigError(
+            f"RetinaNet shares its convolutions between levels, so that all must have the same channels, but they have "
+            f"{list(channels)}. Put a neck before the head ({{name: fpn}}), or give the backbone one level."
+        )
+    if norm and channels[0] % NORM_WIDTH:
+        raise ConfigError(
+            f"'head.norm' makes groups of {NORM_WIDTH} channels, but the maps have {channels[0]}. Give the neck a "
+            f"'width' that {NORM_WIDTH} divides."
+        )
+    return channels[0]
+
+
+def _tower(width: int, depth: int, norm: bool) -> nn.Sequential:
+    layers = []
+    for _ in range(depth):
+        norms = [nn.GroupNorm(width // NORM_WIDTH, width)] if norm else []
+        convolution = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
+        layers.append(nn.Sequential(convolution, *norms, nn.ReLU(inplace=True)))
+    return nn.Sequential(*layers)
+
+
+def _per_anchor(prediction: Tensor, values: int) -> Tensor:
+    """(B, anchors * values, h, w) to (B, h * w * anchors, values)."""
+    return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
+
+
+def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
+    """The nine anchors of the paper, section 4: three sizes an octave, from 32 pixels on a map of stride 8."""
+    if min(strides) < 1:
+        raise ConfigError(
+            f"RetinaNet has no default anchors for a map pooled from the whole picture (strides {list(strides)}). "
+            f"Give 'head.anchors', or leave that map out."
+        )
+    sizes = [[4 * stride * 2 ** (third / 3) for third in range(3)] for stride in strides]
+    return {"name": "pyramid", "sizes": sizes}

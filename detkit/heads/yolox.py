@@ -1,0 +1,225 @@
+"""The head of YOLOX: anchor-free, with classes and boxes on paths of their own, and SimOTA to assign truths.
+
+Ge, Liu, Wang, Li and Sun, "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.backbones.csp_darknet import Convolution, convolution
+from detkit.boxes.convert import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
+from detkit.boxes.iou import elementwise_iou
+from detkit.boxes.sim_ota import match_sim_ota
+from detkit.errors import ConfigError, check_range
+from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.registry import heads
+from detkit.types import Detections, Inputs, Match, Target
+
+PRIOR = 0.01
+"""Probability of each class and of an object that an untrained network predicts, as in RetinaNet."""
+LARGEST_LOG_SIDE = 10.0
+"""Of predicted sides in cells, against overflow: larger than 20,000 cells no box is."""
+SMALLEST_SIDE = 1e-8
+
+
+class YOLOXOutputs(NamedTuple):
+    """Raw outputs of the head of YOLOX.
+
+    Args:
+        class_logits: (B, A, C).
+        objectness: (B, A) logits.
+        offsets: (B, A, 4) the centre from the corner of the cell and the logarithms of width and height, in cells.
+        corners: (A, 2) left and top of the cells in pixels of the network's input.
+        strides: (A,) sides of the cells in pixels.
+        sizes: (height, width) of each image, without padding.
+    """
+
+    class_logits: Tensor
+    objectness: Tensor
+    offsets: Tensor
+    corners: Tensor
+    strides: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    def boxes(self) -> Tensor:
+        """(B, A, 4) xyxy pixels."""
+        strides = self.strides[:, None]
+        centres = self.corners + self.offsets[..., :2] * strides
+        sides = self.offsets[..., 2:].clamp(max=LARGEST_LOG_SIDE).exp() * strides
+        return cxcywh_to_xyxy(torch.cat((centres, sides), dim=-1))
+
+
+@heads.register("yolox")
+class YOLOX(Head):
+    """On each level a 1x1 convolution, then two 3x3 for the classes and two for box and objectness.
+
+    Layers are named as in the published weights.
+
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: C.
+        width: channels of the convolutions; null for those of the finest map, as published.
+        depthwise: 3x3 convolutions become a depthwise and a pointwise one.
+        centre_radius: half the side, in cells, of the square around a truth's centre in which cells may be positive.
+        candidates: predictions whose IoUs say how many cells answer for a truth (see detkit.boxes.sim_ota).
+        box_weight: factor of the box loss, 1 - IoU squared.
+        l1_weight: factor of the L1 loss of the offsets; the authors trained with 0, and with 1 for the last 15 of 300
+            epochs, without augmentation.
+        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+
+    Raises:
+        ConfigError: an option is out of range, or a map has no stride.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        width: int | None = None,
+        depthwise: bool = False,
+        centre_radius: float = 2.5,
+        candidates: int = 10,
+        box_weight: float = 5.0,
+        l1_weight: float = 0.0,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.65,
+        max_detections: int = 300,
+    ) -> None:
+        super().__init__()
+        check_range("head", 1, width=1 if width is None else width, candidates=candidates)
+        check_range("head", 0, centre_radius=centre_radius, box_weight=box_weight, l1_weight=l1_weight)
+        if min(strides) < 1:
+            raise ConfigError(
+                f"The head 'yolox' has no cells on a map pooled from the whole picture (strides {list(strides)}). "
+                f"Choose other maps by the 'levels' of the backbone."
+            )
+        self.num_classes, self.strides = num_classes, tuple(strides)
+        self.centre_radius, self.candidates = centre_radius, candidates
+        self.box_weight, self.l1_weight = box_weight, l1_weight
+        self.postprocess = Postprocess(score_threshold, nms_threshold, ALL, max_detections)
+        width = channels[0] if width is None else width
+        self.stems = nn.ModuleList(Convolution(count, width, 1) for count in channels)
+        self.cls_convs = nn.ModuleList(_tower(width, depthwise) for _ in channels)
+        self.reg_convs = nn.ModuleList(_tower(width, depthwise) for _ in channels)
+        self.cls_preds = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for _ in channels)
+        self.reg_preds = nn.ModuleList(nn.Conv2d(width, 4, 1) for _ in channels)
+        self.obj_preds = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
+        for predictor in (*self.cls_preds, *self.obj_preds):
+            nn.init.constant_(predictor.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> YOLOXOutputs:
+        """Logits and offsets of all cells, for feature maps [(B, C_i, h_i, w_i)]."""
+        classes, objects, offsets = [], [], []
+        for level, feature in enumerate(features):
+            stem = self.stems[level](feature)
+            box_features = self.reg_convs[level](stem)
+            classes.append(_per_cell(self.cls_preds[level](self.cls_convs[level](stem))))
+            objects.append(_per_cell(self.obj_preds[level](box_features)))
+            offsets.append(_per_cell(self.reg_preds[level](box_features)))
+        corners, strides = _cells([(feature.shape[2], feature.shape[3]) for feature in features], self.strides)
+        device = features[0].device
+        # Sigmoids and exponentials lose too much in half precision.
+        return YOLOXOutputs(
+            torch.cat(classes, 1).float(),
+            torch.cat(objects, 1).squeeze(-1).float(),
+            torch.cat(offsets, 1).float(),
+            corners.to(device),
+            strides.to(device),
+            inputs.sizes,
+        )
+
+    def loss(self, outputs: YOLOXOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the positives of the batch.
+
+        The classes of a positive are to be as probable as its box overlaps the truth.
+
+        Raises:
+            ValueError: there is not one target for each image.
+        """
+        check_count(targets, outputs.sizes)
+        boxes = outputs.boxes()
+        matches = [self._match(outputs, boxes, image, target) for image, target in enumerate(targets)]
+        positive = torch.stack([match.positive for match in matches])
+        counted = ~torch.stack([match.ignored for match in matches])
+        owners = [match.truth_index[match.positive] for match in matches]
+        truths = torch.cat([target.boxes[owner] for target, owner in zip(targets, owners)])
+        labels = torch.cat([target.labels[owner] for target, owner in zip(targets, owners)])
+        normaliser = positive.sum().clamp(min=1)
+        iou = elementwise_iou(boxes[positive], truths)
+        class_truths = F.one_hot(labels, self.num_classes) * iou.detach()[:, None]
+        losses = {
+            "box": self.box_weight * (1 - iou.square()).sum(),
+            "objectness": _cross_entropy(outputs.objectness[counted], positive[counted].float()),
+            "class": _cross_entropy(outputs.class_logits[positive], class_truths),
+        }
+        if self.l1_weight:
+            distance = F.l1_loss(outputs.offsets[positive], _encode(truths, outputs, positive), reduction="sum")
+            losses["l1"] = self.l1_weight * distance
+        return {name: value / normaliser for name, value in losses.items()}
+
+    def _match(self, outputs: YOLOXOutputs, boxes: Tensor, image: int, target: Target) -> Match:
+        return match_sim_ota(
+            outputs.corners + outputs.strides[:, None] / 2,
+            outputs.strides,
+            boxes[image].detach(),
+            outputs.class_logits[image].detach(),
+            outputs.objectness[image].detach(),
+            target.boxes,
+            target.labels,
+            target.ignored,
+            self.centre_radius,
+            self.candidates,
+        )
+
+    @torch.no_grad()
+    def decode(self, outputs: YOLOXOutputs) -> list[Detections]:
+        """Detections after per-class suppression, in pixels of the network's input; each cell has its best class."""
+        scores, labels = (outputs.class_logits.sigmoid() * outputs.objectness.sigmoid()[..., None]).max(-1)
+        return [self._decode_image(*image) for image in zip(scores, labels, outputs.boxes(), outputs.sizes)]
+
+    def _decode_image(self, scores: Tensor, labels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
+        cells, _, scores = self.postprocess.candidates(scores[:, None])
+        boxes, labels = clip(boxes[cells], size), labels[cells]
+        kept = self.postprocess.suppress(boxes, scores, labels)
+        return Detections(boxes[kept], scores[kept], labels[kept])
+
+
+def _tower(width: int, depthwise: bool) -> nn.Sequential:
+    return nn.Sequential(*(convolution(width, width, depthwise=depthwise) for _ in range(2)))
+
+
+def _per_cell(prediction: Tensor) -> Tensor:
+    """(B, values, h, w) to (B, h * w, values)."""
+    return prediction.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _cells(map_sizes: list[tuple[int, int]], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(A, 2) left and top corners of the cells of all levels in pixels, row by row, and (A,) their sides."""
+    corners, sides = [], []
+    for (height, width), stride in zip(map_sizes, strides):
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        corners.append(torch.stack((columns, rows), -1).flatten(0, 1).float() * stride)
+        sides.append(torch.full((height * width,), float(stride)))
+    return torch.cat(corners), torch.cat(sides)
+
+
+def _encode(truths: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
+    """(P, 4) the offsets that would give the truths of the P positive cells of (B, A)."""
+    cells = positive.nonzero()[:, 1]
+    strides = outputs.strides[cells, None]
+    boxes = xyxy_to_cxcywh(truths)
+    centres = (boxes[:, :2] - outputs.corners[cells]) / strides
+    return torch.cat((centres, (boxes[:, 2:] / strides + SMALLEST_SIDE).log()), dim=1)
+
+
+def _cross_entropy(logits: Tensor, truths: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truths, reduction="sum")
