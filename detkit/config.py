@@ -6,6 +6,7 @@ is listed here, once.
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,14 @@ class InputOptions:
             and the most that its longer side may have.
         resize: stretch pictures to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
             short_side keeps it too, and pads the pictures of a batch to the largest of them.
+        multi_scale: smallest and largest factor of `size` in training: each batch gets another input at random, with
+            sides that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction keep
+            to `size`. Null for always `size`.
     """
 
     size: tuple[int, int] = (320, 320)
     resize: Literal["stretch", "letterbox", "short_side"] = "stretch"
+    multi_scale: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -41,6 +46,40 @@ class InputOptions:
             raise ConfigError(
                 f"'input.size' with input.resize short_side is [shorter side, most of the longer side], such as "
                 f"[800, 1333], but is {list(self.size)}."
+            )
+        if self.multi_scale is not None:
+            self._check_multi_scale(self.multi_scale)
+
+    @property
+    def training_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) that the inputs of training batches are drawn from: all that have about the shape of
+        `size` and a shorter side of a multiple of 32 pixels within multi_scale; none without multi_scale."""
+        if self.multi_scale is None:
+            return ()
+        shorter = min(self.size)
+        smallest, largest = (factor * shorter / 32 for factor in self.multi_scale)
+        # 0.7 of 320 is 224, whatever the last bit says.
+        first, last = math.ceil(smallest - 1e-6), math.floor(largest + 1e-6)
+        shape = [side / shorter for side in self.size]
+        return tuple(
+            (32 * round(count * shape[0]), 32 * round(count * shape[1])) for count in range(max(first, 1), last + 1)
+        )
+
+    def _check_multi_scale(self, factors: tuple[float, float]) -> None:
+        if self.resize == "short_side":
+            raise ConfigError(
+                "'input.multi_scale' cannot go with input.resize short_side, where each batch is as large as its "
+                "pictures. Set input.resize to stretch or letterbox, or input.multi_scale to null."
+            )
+        if not 0 < factors[0] <= factors[1] < math.inf:
+            raise ConfigError(
+                f"'input.multi_scale' is the smallest and the largest factor of input.size, both greater than 0, such "
+                f"as [0.5, 1.5], but is {list(factors)}."
+            )
+        if not self.training_sizes:
+            raise ConfigError(
+                f"'input.multi_scale' {list(factors)} of input.size {list(self.size)} leaves no multiple of 32 pixels "
+                f"for the shorter side. Give a wider range, such as [0.5, 1.5], or null."
             )
 
 
@@ -74,6 +113,8 @@ class TrainOptions:
         validate_every: epochs between evaluations; the last epoch is always evaluated.
         patience: evaluations without a better score after which training stops early; null for never.
         plain_epochs: last epochs, trained on pictures without augmentation.
+        unmixed_epochs: last epochs, trained without those augmentations that mix pictures (mosaic, mixup), the others
+            staying on, as YOLOX does.
         seed: of the weights, the order of pictures and their augmentation.
     """
 
@@ -101,6 +142,7 @@ class TrainOptions:
     validate_every: int = 1
     patience: int | None = None
     plain_epochs: int = 0
+    unmixed_epochs: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,6 +156,7 @@ class TrainOptions:
             "warmup_epochs",
             "freeze",
             "plain_epochs",
+            "unmixed_epochs",
             "backbone_lr_factor",
             "seed",
         ):
@@ -145,8 +188,9 @@ class Experiment:
         backbone: `name` of a backbone and its options.
         head: `name` of a head and its options.
         neck: `name` of a neck and its options; null for none.
-        augment: augmentations of training pictures, each a `name` and its options; those that move pixels run first,
-            in order, then the resize to the input, then those that only change colours.
+        augment: augmentations of training pictures, each a `name` and its options; those that mix pictures (mosaic,
+            mixup) run first, in order, then those that move pixels, then the resize to the input, then those that only
+            change colours.
         proposals: `name` of a source of proposals (selective_search, file) for a head that needs them, its options, and
             the folder `cache` in which they are kept; null for none.
         input: how a picture becomes the network's input.

@@ -1,4 +1,5 @@
-"""Augmentations by name, each an albumentations transform, so that any of albumentations' own can join them."""
+"""Augmentations of single pictures by name, each an albumentations transform, so that any of albumentations' own can
+join them. Those that mix several pictures are in detkit.data.mix."""
 
 import os
 import warnings
@@ -8,10 +9,12 @@ from typing import Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
+import cv2
 import numpy as np
 from albumentations.augmentations.crops.transforms import BaseCrop
 
-from detkit.errors import ConfigError, nearest
+from detkit.data.warp import RandomWarp, warp_boxes, warp_image, warp_mask
+from detkit.errors import ConfigError, check_range, nearest
 from detkit.registry import augmentations
 
 
@@ -37,6 +40,87 @@ def photometric(
         hue=(-hue, hue),
         p=probability,
     )
+
+
+class _HSV(A.ImageOnlyTransform):
+    """Hue shifted, saturation and value multiplied, by look-up tables."""
+
+    def __init__(self, hue: float, saturation: float, value: float, p: float) -> None:
+        super().__init__(p=p)
+        self.strengths = hue, saturation, value
+
+    def get_params(self) -> dict[str, Any]:
+        hue, saturation, value = (self.py_random.uniform(-strength, strength) for strength in self.strengths)
+        levels = np.arange(256)
+        # OpenCV's hues are 0..179.
+        tables = [(levels + round(180 * hue)) % 180, levels * (1 + saturation), levels * (1 + value)]
+        return {"tables": np.stack(tables, axis=-1).round().clip(0, 255).astype(np.uint8)[None]}
+
+    def apply(self, img: np.ndarray, tables: np.ndarray, **params: Any) -> np.ndarray:
+        changed = cv2.LUT(cv2.cvtColor(img, cv2.COLOR_RGB2HSV), tables)
+        return cv2.cvtColor(changed, cv2.COLOR_HSV2RGB)
+
+
+@augmentations.register("hsv")
+def hsv(hue: float = 0.015, saturation: float = 0.7, value: float = 0.4, probability: float = 1.0) -> Any:
+    """YOLO's colour distortion (Redmon et al. 2016, section 2.2): the hue shifted by up to `hue` of the colour circle,
+    saturation and value multiplied by up to 1 ± their strength. The defaults are YOLOv5's."""
+    check_range("hsv", 0, 0.5, hue=hue)
+    check_range("hsv", 0, 1, saturation=saturation, value=value, probability=probability)
+    return _HSV(hue, saturation, value, probability)
+
+
+class _Perspective(A.DualTransform):
+    """A random homography to a picture of the same size."""
+
+    def __init__(self, warp: RandomWarp, fill: float, p: float) -> None:
+        super().__init__(p=p)
+        self.warp, self.fill = warp, fill
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        size = params["shape"][:2]
+        return {"matrix": self.warp.draw(self.random_generator, size, size)}
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        return warp_image(img, matrix, params["shape"][:2], self.fill)
+
+    def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        return warp_mask(mask, matrix, params["shape"][:2])
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        height, width = params["shape"][:2]
+        sides = np.array([width, height, width, height])
+        # Albumentations gives boxes as fractions of the sides, and further columns behind them.
+        moved = warp_boxes(bboxes[:, :4] * sides, matrix) / sides
+        return np.column_stack([moved, bboxes[:, 4:]]).astype(bboxes.dtype)
+
+
+@augmentations.register("perspective")
+def perspective(
+    rotation: float = 10.0,
+    translation: float = 0.1,
+    scale: tuple[float, float] = (0.5, 1.5),
+    shear: float = 2.0,
+    perspective: float = 0.1,
+    fill: float = 114.0,
+    probability: float = 1.0,
+) -> Any:
+    """The picture turned, moved, scaled, sheared and seen at a slant, all at random and in one step (YOLOv5's
+    random perspective). The new boxes enclose the turned ones: at large rotations they are too wide for most objects.
+
+    Args:
+        rotation: degrees, to either side of upright.
+        translation: of the centre, as a fraction of each side, either way.
+        scale: smallest and largest factor.
+        shear: degrees, along each axis.
+        perspective: how much nearer or farther than the centre the edges may be along each axis, as a fraction of the
+            distance; 0 for none.
+        fill: grey, 0..255, where the picture has no pixels.
+        probability: of doing it at all.
+    """
+    check_range("perspective", 0, 255, fill=fill)
+    check_range("perspective", 0, 1, probability=probability)
+    return _Perspective(RandomWarp("perspective", rotation, translation, scale, shear, perspective), fill, probability)
 
 
 class _Expand(A.Pad):

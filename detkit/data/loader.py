@@ -1,13 +1,14 @@
 """Batches from a data set, by worker processes, reproducible whatever their number.
 
-The random state of a picture's augmentation is made from (seed, epoch, index) alone, so no two workers can
-repeat one another, and a resumed run sees the pictures it would have seen.
+The random state of a picture's augmentation is made from (seed, epoch, picture) alone, with the choice of the pictures
+that it is mixed with, so no two workers can repeat one another, and a resumed run sees the pictures it would have seen.
+The size of a batch is made from (seed, epoch, number of the batch).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,19 @@ from detkit.data.transforms import Augment, Fit, Fitted
 from detkit.errors import DataError
 from detkit.types import Batch
 
-Key = tuple[int, int]
+
+class Key(NamedTuple):
+    """Which picture to read, and how.
+
+    Args:
+        epoch: of which its augmentation is.
+        picture: its index in the data set.
+        size: (height, width) of the input; None for the usual one.
+    """
+
+    epoch: int
+    picture: int
+    size: tuple[int, int] | None = None
 
 
 def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
@@ -60,6 +73,8 @@ def training_loader(
     workers: int,
     seed: int,
     plain_from_epoch: int | None = None,
+    unmixed_from_epoch: int | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[DataLoader[Any], "EpochSampler"]:
@@ -67,10 +82,12 @@ def training_loader(
 
     Args:
         plain_from_epoch: from this epoch on pictures are only fitted, not augmented.
+        unmixed_from_epoch: from this epoch on they are not mixed (mosaic, mixup), but still augmented otherwise.
+        sizes: (height, width) of the inputs that each batch's is drawn from; empty for always that of `fit`.
         rank, world_size: this process among those that share an epoch.
     """
-    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size)
-    reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch)
+    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size, sizes)
+    reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch, unmixed_from_epoch)
     return _loader(reader, fit, sampler, batch_size, workers), sampler
 
 
@@ -80,14 +97,24 @@ def evaluation_loader(dataset: Dataset, fit: Fit, *, batch_size: int, workers: i
 
 
 class EpochSampler(Sampler[Key]):
-    """(epoch, index) of every picture in random order, filled up to whole batches from the front of the order.
+    """The key of every picture in random order, filled up to whole batches from the front of the order.
 
-    Whole batches keep batch norm away from a batch of one and every process in step; no picture is left out.
+    Whole batches keep batch norm away from a batch of one and every process in step; no picture is left out. The
+    pictures of a batch have one size, the same in all processes.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self.sizes = sizes
         self.epoch = 0
 
     @property
@@ -99,10 +126,13 @@ class EpochSampler(Sampler[Key]):
         return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[Key]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        order = np.resize(order, len(self) * self.world_size)
-        for index in order[self.rank :: self.world_size]:
-            yield self.epoch, int(index)
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = np.resize(random.permutation(self.count), len(self) * self.world_size)
+        sizes: list[tuple[int, int] | None] = [None] * self.batches
+        if self.sizes:
+            sizes = [self.sizes[choice] for choice in random.integers(len(self.sizes), size=self.batches)]
+        for position, index in enumerate(order[self.rank :: self.world_size]):
+            yield Key(self.epoch, int(index), sizes[position // self.batch_size])
 
 
 @dataclass
@@ -112,18 +142,29 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
     augment: Augment | None
     seed: int
     plain_from_epoch: int | None
+    unmixed_from_epoch: int | None
+    _at_size: dict[tuple[int, int], tuple[Fit, Augment | None]] = field(default_factory=dict)
 
     def __getitem__(self, key: Key) -> Fitted | DataError:
-        epoch, index = key
+        fit, augment = self._at(key.size)
+        plain = self.plain_from_epoch is not None and key.epoch >= self.plain_from_epoch
+        unmixed = self.unmixed_from_epoch is not None and key.epoch >= self.unmixed_from_epoch
         try:
-            sample = self.dataset[index]
+            sample = self.dataset[key.picture]
+            if augment is not None and not plain:
+                seed = np.random.SeedSequence([self.seed, key.epoch, key.picture]).generate_state(1)[0]
+                sample = augment(sample, int(seed), None if unmixed else self.dataset)
         except DataError as error:
             return error
-        plain = self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
-        if self.augment is not None and not plain:
-            seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
-            sample = self.augment(sample, int(seed))
-        return self.fit(sample)
+        return fit(sample)
+
+    def _at(self, size: tuple[int, int] | None) -> tuple[Fit, Augment | None]:
+        """What fits and augments pictures to `size`, built once."""
+        if size is None:
+            return self.fit, self.augment
+        if size not in self._at_size:
+            self._at_size[size] = self.fit.at(size), None if self.augment is None else self.augment.at(size)
+        return self._at_size[size]
 
 
 @dataclass

@@ -5,9 +5,10 @@ evaluated or predicted are only fitted here, which has an exact inverse.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from detkit.boxes.convert import clip
 from detkit.boxes.mask_paste import paste_masks
+from detkit.data.dataset import Dataset
 from detkit.registry import augmentations
 from detkit.types import Detections, Meta, Sample, Target
 
@@ -67,6 +69,10 @@ class Fit:
         self.size = size
         self.resize = resize
         self.padding = padding
+
+    def at(self, size: tuple[int, int]) -> "Fit":
+        """The same for an input of another size."""
+        return Fit(size, self.resize, self.padding)
 
     def inner_size(self, source: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that a picture of size `source` gets inside the input."""
@@ -172,12 +178,39 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
     return replace(target, boxes=clip(map_boxes(target.boxes, matrix), inner), area=area, masks=masks)
 
 
-class Augment:
-    """Random augmentation of a training picture by one albumentations pipeline, ending at the input's size.
+class Mix(ABC):
+    """An augmentation that makes one picture of several, registered among the others.
 
-    Geometric transforms run first, then the resize to the input (but for short_side, whose size depends on the
-    picture), then those that only change pixels: they cost least there. Proposals go where their pixels go, and have
-    no influence on anything else.
+    Attributes:
+        partners: how many further pictures it takes.
+        probability: of mixing; otherwise the picture stays as it is.
+    """
+
+    partners: ClassVar[int]
+    probability: float
+
+    @abstractmethod
+    def __call__(
+        self, samples: Sequence[Sample], size: tuple[int, int], min_visibility: float, random: np.random.Generator
+    ) -> Sample:
+        """The mixed picture; the given ones stay as they are.
+
+        Args:
+            samples: 1 + `partners` pictures of any size.
+            size: (height, width) of the input.
+            min_visibility: an object or proposal of which a smaller part is left is dropped.
+            random: the only source of chance.
+        """
+
+
+class Augment:
+    """Random augmentation of a training picture: mixes with others, then one albumentations pipeline that ends at the
+    input's size.
+
+    Mixes (mosaic, mixup) come first, in their order, on pictures as the data set has them. Of the others geometric
+    transforms run first, then the resize to the input (but for short_side, whose size depends on the picture), then
+    those that only change pixels: they cost least there. Proposals go where their pixels go, and have no influence on
+    anything else.
 
     Args:
         options: `[{name: flip, ...}, ...]`, parts of the registry of augmentations.
@@ -188,7 +221,10 @@ class Augment:
     def __init__(self, options: Sequence[Mapping[str, Any]], fit: Fit, min_visibility: float = 0.2) -> None:
         import albumentations as A
 
-        parts = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]
+        self.options, self.fit, self.min_visibility = options, fit, min_visibility
+        built = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]
+        self.mixes = [part for part in built if isinstance(part, Mix)]
+        parts = [part for part in built if not isinstance(part, Mix)]
         pixel_only = [part for part in parts if _changes_only_pixels(part)]
         geometric = [part for part in parts if not _changes_only_pixels(part)]
         # Truths may touch the border to within a rounding error: clip, instead of refusing the picture.
@@ -200,8 +236,23 @@ class Augment:
             additional_targets={"proposals": "bboxes"},
         )
 
-    def __call__(self, sample: Sample, seed: int) -> Sample:
-        """The augmented sample, at the input's size unless that is short_side; the same seed gives the same picture."""
+    def at(self, size: tuple[int, int]) -> "Augment":
+        """The same for an input of another size."""
+        return Augment(self.options, self.fit.at(size), self.min_visibility)
+
+    def __call__(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample] | None = None) -> Sample:
+        """The augmented sample, at the input's size unless that is short_side.
+
+        The same seed gives the same picture, if `others` are the same.
+
+        Args:
+            others: what mixes draw their further pictures from; None to leave the mixes out.
+
+        Raises:
+            DataError: a further picture cannot be read.
+        """
+        if others is not None:
+            sample = self._mixed(sample, seed, others)
         # One pair of generators for all transforms: seeding each with the same number would make their
         # choices depend on one another.
         self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -225,6 +276,16 @@ class Augment:
         if sample.proposals is not None:
             proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 5)[:, :4]
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
+
+    def _mixed(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample]) -> Sample:
+        for number, mix in enumerate(self.mixes, start=1):
+            # A generator of its own: a pipeline behind mixes makes the choices that it would make without them.
+            generator = np.random.default_rng([seed, number])
+            if generator.uniform() < mix.probability:
+                drawn = generator.integers(len(others), size=mix.partners).tolist()
+                samples = [sample, *(others[index] for index in drawn)]
+                sample = mix(samples, self.fit.size, self.min_visibility, generator)
+        return sample
 
 
 def _resize_parts(fit: Fit) -> list[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from detkit.data.dataset import Dataset
-from detkit.data.loader import collate
+from detkit.data.loader import Key, collate
 from detkit.data.transforms import undo
 from detkit.draw import compare, draw_targets, grid, write_image
 from detkit.engine.run_folder import RunFolder
@@ -25,7 +25,7 @@ def write_training_batch(reader: Any, path: Path, classes: ClassList, count: int
     """The first training pictures as the network gets them, augmented, with their boxes and masks."""
     pictures = []
     for index in range(min(count, len(reader.dataset))):
-        fitted = reader[0, index]
+        fitted = reader[Key(0, index)]
         pixels = (fitted.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         factor = _enlargement(pixels)
         target = _enlarge_objects(fitted.target, factor)

@@ -214,6 +214,7 @@ def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
 def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_weights: bool) -> Setup:
     options = experiment.train
     model = build_model(experiment, train_set.classes, load_weights=load_weights)
+    _check_smallest_size(model, experiment.input.training_sizes)
     model.freeze(options.freeze, options.freeze_norms)
     # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -230,11 +231,36 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
         workers=options.workers,
         seed=options.seed,
         plain_from_epoch=options.epochs - options.plain_epochs if options.plain_epochs else None,
+        unmixed_from_epoch=options.epochs - options.unmixed_epochs if options.unmixed_epochs else None,
+        sizes=experiment.input.training_sizes,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
     steps_per_epoch = -(-sampler.batches // options.accumulate)
     return Setup(fabric, options, model, wrapped, average, optimizer, peak_lrs, loader, sampler, steps_per_epoch)
+
+
+@torch.no_grad()
+def _check_smallest_size(model: Model, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Refuse input.multi_scale where the model cannot take the smallest input, before it comes up in some epoch.
+
+    Raises:
+        ConfigError: with what the model says.
+    """
+    if not sizes:
+        return
+    height, width = sizes[0]
+    whole = torch.tensor([[0.0, 0.0, width, height]])
+    proposals = (whole,) if "proposals" in model.head.needs else None
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, height, width), ((height, width),), proposals)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"'input.multi_scale' makes inputs as small as {[height, width]}, which this model cannot take: "
+            f"{' '.join(str(error).split())}. Raise its first number, or set it to null for a model of one size only."
+        ) from None
+    model.train(training)
 
 
 def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer:

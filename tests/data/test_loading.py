@@ -242,7 +242,12 @@ def test_proposals_are_checked_where_they_are_built(proposals: Any, message: str
         Inputs((8, 8), ((8, 8),) * 2, proposals)
 
 
-@pytest.mark.parametrize("name", sorted(set(augmentations.names()) - {"albumentations"}))
+# Mosaic and mixup are tested in test_mix.py, and perspective, whose turned boxes no longer fit tightly where the border
+# cuts them, in test_augment.py.
+SIMPLE = sorted(set(augmentations.names()) - {"albumentations", "mosaic", "mixup", "perspective"})
+
+
+@pytest.mark.parametrize("name", SIMPLE)
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "short_side"])
 def test_boxes_labels_and_masks_stay_with_their_pixels(name: str, resize: Resize) -> None:
     augment = Augment([{"name": name}], Fit((90, 120), resize))
@@ -260,7 +265,7 @@ def test_boxes_labels_and_masks_stay_with_their_pixels(name: str, resize: Resize
             rows, columns = torch.nonzero(mask, as_tuple=True)
             from_mask = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             assert (box - from_mask).abs().max() < 1.5
-            if name != "photometric":
+            if name not in ("photometric", "hsv"):
                 assert (bright & mask).sum() > 0.8 * mask.sum()
     assert kept > 40
 
@@ -339,11 +344,11 @@ def test_every_picture_is_seen_and_batches_are_whole() -> None:
             sampler = EpochSampler(count, batch_size, 0, rank, world)
             keys = list(sampler)
             assert len(keys) == len(sampler) == sampler.batches * batch_size
-            indices += [index for _, index in keys]
+            indices += [key.picture for key in keys]
         assert set(indices) == set(range(count))
     first, second = EpochSampler(50, 5, 0), EpochSampler(50, 5, 0)
     second.epoch = 1
-    assert [index for _, index in first] != [index for _, index in second]
+    assert [key.picture for key in first] != [key.picture for key in second]
 
 
 def test_last_epochs_can_be_plain() -> None:
@@ -354,7 +359,7 @@ def test_last_epochs_can_be_plain() -> None:
     )
     sampler.epoch = 5
     plain = next(iter(loader))
-    order = [int(index) for _, index in sampler]
+    order = [key.picture for key in sampler]
     for row, index in enumerate(order):
         assert torch.equal(plain.images[row], fit.image(dataset[index].image))
 
