@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import detection, get_model
+from torchvision_reference import as_tensor, calibrate, counterparts, fit_norms, photograph
 
 from detkit.config import InputOptions
 from detkit.errors import CheckpointError
@@ -20,15 +20,6 @@ SHORT, LONG = 192, 320
 # Fewer proposals than the models' own, which cost a minute here.
 LIMITS = {"candidates": 200, "proposals": 100, "train_candidates": 150, "train_proposals": 120}
 NAMES = ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"]
-
-
-def photograph() -> np.ndarray:
-    pictures = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
-    return np.ascontiguousarray(pictures.astronaut()[:400])
-
-
-def as_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -47,34 +38,12 @@ def reference(request: pytest.FixtureRequest) -> nn.Module:
         rpn_pre_nms_top_n_train=LIMITS["train_candidates"],
         rpn_post_nms_top_n_train=LIMITS["train_proposals"],
     )
-    # Batch norms that fit the picture: with those of a new network the values of 50 layers grow without bound.
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    model.backbone.train()
     with torch.no_grad():
-        model.backbone(nn.functional.interpolate(as_tensor(photograph())[None], (192, 256)))
-        model.eval()
-        calibrate(model, {model.rpn.head.cls_logits: 1.0, model.rpn.head.bbox_pred: 0.2})
-        calibrate(model, {model.roi_heads.box_predictor.cls_score: 2.0, model.roi_heads.box_predictor.bbox_pred: 1.0})
+        fit_norms(model)
+        calibrate(model, {model.rpn.head.cls_logits: (1.0, 0.0), model.rpn.head.bbox_pred: (0.2, 0.0)})
+        predictor = model.roi_heads.box_predictor
+        calibrate(model, {predictor.cls_score: (2.0, 0.0), predictor.bbox_pred: (1.0, 0.0)})
     return model.eval()
-
-
-def calibrate(model: nn.Module, layers: dict[nn.Module, float]) -> None:
-    """New random weights, with which the outputs have mean 0 and the given deviation, as a trained network's do."""
-    values: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
-    hooks = []
-    for layer in layers:
-        layer.weight.normal_()
-        layer.bias.zero_()
-        hooks.append(layer.register_forward_hook(lambda m, _, out: values[m].append(out.movedim(1, -1).flatten(0, -2))))
-    model([as_tensor(photograph())])
-    for hook in hooks:
-        hook.remove()
-    for layer, deviation in layers.items():
-        outputs = torch.cat(values[layer])
-        layer.weight.mul_((deviation / outputs.std(0)).view(-1, *[1] * (layer.weight.ndim - 1)))
-        layer.bias.copy_(-deviation * outputs.mean(0) / outputs.std(0))
 
 
 def converted(reference: nn.Module) -> Model:
@@ -108,15 +77,6 @@ def test_same_detections(reference: nn.Module, crop: tuple[int, int]) -> None:
         assert both.sum() > 0.999 * either.sum()
         # Of a random network's few scattered pixels many are near the threshold: one of 50 is 2 %.
         assert (both >= 0.99 * either - 1).all()
-
-
-def counterparts(found: Any, expected: dict[str, Tensor]) -> Tensor:
-    """For each detection the torchvision detection of its class that is nearest: close scores may swap places."""
-    distance = (found.boxes[:, None] - expected["boxes"][None]).abs().amax(-1)
-    distance = distance + 1e6 * (found.labels[:, None] + 1 != expected["labels"][None])
-    nearest = distance.argmin(1)
-    assert nearest.unique().numel() == len(found)
-    return nearest
 
 
 def test_same_losses(reference: nn.Module) -> None:

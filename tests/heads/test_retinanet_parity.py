@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision_reference import as_tensor, calibrate, counterparts, fit_norms, photograph
 
 from detkit.config import InputOptions
 from detkit.errors import CheckpointError
@@ -23,15 +22,6 @@ CLASSES = 7
 NAMES = ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"]
 
 
-def photograph() -> np.ndarray:
-    pictures = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
-    return np.ascontiguousarray(pictures.astronaut()[:400])
-
-
-def as_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def reference(request: pytest.FixtureRequest) -> nn.Module:
     """Torchvision's model with random weights whose scores are spread out; on small pictures, to be fast."""
@@ -39,13 +29,8 @@ def reference(request: pytest.FixtureRequest) -> nn.Module:
     model = get_model(
         request.param, weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=SHORT, max_size=LONG
     )
-    # Batch norms that fit the picture: with those of a new network the values of 50 layers grow without bound.
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.momentum = 1.0
-    model.backbone.train()
     with torch.no_grad():
-        model.backbone(nn.functional.interpolate(as_tensor(photograph())[None], (192, 256)))
-        model.eval()
+        fit_norms(model)
         for head in (model.head.classification_head, model.head.regression_head):
             for layer in head.conv:
                 nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
@@ -57,23 +42,6 @@ def reference(request: pytest.FixtureRequest) -> nn.Module:
         # Number 0 is torchvision's background, which its training never shows and detkit does not have.
         model.head.classification_head.cls_logits.bias.view(9, CLASSES + 1)[:, 0] = -100
     return model
-
-
-def calibrate(model: nn.Module, layers: dict[nn.Module, tuple[float, float]]) -> None:
-    """New random weights, with which the outputs have the given deviation and mean, as a trained network's do."""
-    values: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
-    hooks = []
-    for layer in layers:
-        layer.weight.normal_()
-        layer.bias.zero_()
-        hooks.append(layer.register_forward_hook(lambda m, _, out: values[m].append(out.movedim(1, -1).flatten(0, -2))))
-    model([as_tensor(photograph())])
-    for hook in hooks:
-        hook.remove()
-    for layer, (deviation, mean) in layers.items():
-        outputs = torch.cat(values[layer])
-        layer.weight.mul_((deviation / outputs.std(0)).view(-1, 1, 1, 1))
-        layer.bias.copy_(mean - deviation * outputs.mean(0) / outputs.std(0))
 
 
 def converted(reference: nn.Module) -> Model:
@@ -95,19 +63,6 @@ def test_same_detections(reference: nn.Module, crop: tuple[int, int]) -> None:
     torch.testing.assert_close(found.scores, expected["scores"], rtol=0, atol=1e-3)
     counterpart = counterparts(found, expected)
     torch.testing.assert_close(found.boxes, expected["boxes"][counterpart], rtol=0, atol=1e-2)
-
-
-def counterparts(found: Any, expected: dict[str, Tensor]) -> Tensor:
-    """For each detection the torchvision detection of its class that is nearest: close scores may swap places.
-
-    Scores count, too: boxes outside of the picture are cut to the same line on its border.
-    """
-    distance = (found.boxes[:, None] - expected["boxes"][None]).abs().amax(-1)
-    distance = distance + 1e3 * (found.scores[:, None] - expected["scores"][None]).abs()
-    distance = distance + 1e6 * (found.labels[:, None] + 1 != expected["labels"][None])
-    nearest = distance.argmin(1)
-    assert nearest.unique().numel() == len(found)
-    return nearest
 
 
 def test_same_losses(reference: nn.Module) -> None:
