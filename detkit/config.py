@@ -41,7 +41,8 @@ class InputOptions:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
-            raise ConfigError(f"'input.size' is the height and width in pixels, at least 1, but is {list(self.size)}.")
+            what = "[shorter side, most of the longer side]" if self.resize == "short_side" else "the height and width"
+            raise ConfigError(f"'input.size' is {what} in pixels, at least 1, but is {list(self.size)}.")
         if self.resize == "short_side" and self.size[0] > self.size[1]:
             raise ConfigError(
                 f"'input.size' with input.resize short_side is [shorter side, most of the longer side], such as "

@@ -65,7 +65,14 @@ class Coco(FileDataset):
         folder = check_root(root, f"the file '{annotations}' and the folder '{images}' (data.annotations, data.images)")
         self._json = folder / annotations.replace("{split}", split)
         if not self._json.is_file():
-            raise missing_split(split, self._json, _splits(folder, annotations))
+            if not (available := _splits(folder, annotations)):
+                files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.json"))[:10]
+                raise DataError(
+                    f"There is no annotation file '{self._json}' of the split '{split}'. Set data.annotations, now "
+                    f"'{annotations}', and data.images, now '{images}', to where yours lie below '{root}'; '{{split}}' "
+                    f"in them becomes '{split}'. JSON files there: {', '.join(files) or '(none)'}."
+                )
+            raise missing_split(split, self._json, available)
         image_folder = folder / images.replace("{split}", split)
         if not image_folder.is_dir():
             raise DataError(

@@ -29,7 +29,8 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     if missing := needs - dataset.fields - {"proposals"}:
         raise DataError(
             f"The head needs {', '.join(sorted(missing))}, which the data set '{options['name']}' of split "
-            f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use another head."
+            f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use data that has them "
+            "(masks: COCO's segmentations, YOLO's polygons), or another head."
         )
     if not len(dataset):
         raise DataError(

@@ -98,7 +98,7 @@ def with_proposals(
     source = build_source(options, split)
     proposed = ProposalDataset(dataset, source, default_folder() if folder is None else Path(folder).expanduser())
     console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{title}: {proposed.prepare(console)}")
+    console.print(f"proposals  {title}: {proposed.prepare(console)}")
     return proposed
 
 

@@ -256,3 +256,10 @@ def test_coco_itself_agrees_with_pycocotools(split):
         assert np.allclose(target.area, [e["area"] for e in entries])
         for mask, entry in zip(target.masks.numpy(), entries):
             assert np.array_equal(mask, coco.annToMask(entry).astype(bool))
+
+
+def test_annotations_of_other_names_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(DataError, match=r"Set data\.annotations, now .*2017.* annotations/instances_train\.json"):
+        Coco(str(tmp_path), "train", annotations="annotations/instances_{split}2017.json")

@@ -66,15 +66,15 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     proposed = with_proposals(data, options, "val", "validation")
     mean = f"mean {16 * (6 - without) / 6:.0f} proposals a picture, {without} pictures without"
-    assert capsys.readouterr().out == f"validation: 4 computed, 2 from the cache, {mean}\n"
+    assert capsys.readouterr().out == f"proposals  validation: 4 computed, 2 from the cache, {mean}\n"
     files = sorted(tmp_path.rglob("*.boxes"))
     assert len(files) == 6
     files[0].write_bytes(files[0].read_bytes()[:-3])
     files[1].write_bytes(b"")
     files[2].write_bytes(bytes(100))
     with_proposals(data, options, "val", "validation")
-    line = f"validation: 3 computed, 3 from the cache, {mean}; 3 of the computed had a damaged file in the cache\n"
-    assert capsys.readouterr().out == line
+    damaged = "3 of the computed had a damaged file in the cache"
+    assert capsys.readouterr().out == f"proposals  validation: 3 computed, 3 from the cache, {mean}; {damaged}\n"
     assert all(
         torch.equal(proposed[index].proposals, Grid(darkest=darkest)(data[index].image, 0)) for index in range(6)
     )
