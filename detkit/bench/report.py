@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detkit.bench.harness import Case, Row
-from detkit.bench.options import BenchOptions
+from detkit.bench.options import BenchOptions, usable_cores
 from detkit.errors import DetkitError
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
@@ -35,7 +35,7 @@ def hardware() -> dict[str, Any]:
         "cpu": " ".join(model.split()),
         "cpu_model_number": " ".join(family) or None,
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "memory_gb": _memory_gb(),
         "gpu": gpus[0] if gpus else None,
         "gpus": len(gpus),
@@ -202,10 +202,6 @@ def _cpu_info() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
     first = path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else ""
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_gb() -> float | None:

@@ -134,7 +134,7 @@ class RoiAlign(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
-        feature = feature.contiguous()  # once, and not in each thread
+        feature = feature.contiguous()  # torchvision would copy it in each thread
         threads = min(torch.get_num_threads(), len(rows) // LEAST_REGIONS_OF_A_THREAD)
         if feature.device.type != "cpu" or torch.is_grad_enabled() or threads < 2:
             return self._align(feature, rows, scale)

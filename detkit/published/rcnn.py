@@ -4,19 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes
+from detkit.published.names import TRUNK, add_counters, renamed
 from detkit.types import ClassList
 
-# Published files of the first versions have older names than torchvision's code; both are here.
 NAMES = (
-    (r"backbone\.body\.(.+)", r"backbone.\1"),
-    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(\d\..+)", r"neck.\1_blocks.\2.\3"),
-    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)", r"neck.\1_blocks.\2.0.\3"),
+    *TRUNK,
     (r"rpn\.head\.conv\.(\d+)\.0\.(\w+)", r"head.rpn.convolutions.\1.\2"),
     (r"rpn\.head\.conv\.(weight|bias)", r"head.rpn.convolutions.0.\1"),
     (r"rpn\.head\.cls_logits\.(\w+)", r"head.rpn.objectness.\1"),
@@ -43,18 +40,12 @@ def convert_rcnn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experi
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        renamed = _renamed(name)
-        rows = BACKGROUND_ROWS.get(renamed.rpartition(".")[0], 0)
-        tensors[renamed] = tensor[rows:] if rows else tensor
+        own_name = _detkit_name(name)
+        rows = BACKGROUND_ROWS.get(own_name.rpartition(".")[0], 0)
+        tensors[own_name] = tensor[rows:] if rows else tensor
     if "head.regions.class_predictor.bias" not in tensors:
         raise CheckpointError("The state dict is not torchvision's Faster R-CNN: it lacks roi_heads.box_predictor.")
-    # The first versions' batch norms were frozen, and were published with an epsilon of 0.
-    frozen = "backbone.bn1.num_batches_tracked" not in tensors
-    if frozen:
-        counters = [
-            name.replace("running_mean", "num_batches_tracked") for name in tensors if name.endswith("running_mean")
-        ]
-        tensors |= {name: torch.tensor(0) for name in counters}
+    frozen = add_counters(tensors)
     second = "head.regions.trunk.fc.weight" in tensors
     masks = any(name.startswith("head.mask.") for name in tensors)
     experiment = Experiment(
@@ -68,14 +59,11 @@ def convert_rcnn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experi
     return tensors, experiment, coco_classes(len(tensors["head.regions.class_predictor.bias"]) - 1)
 
 
-def _renamed(name: str) -> str:
+def _detkit_name(name: str) -> str:
     old = OLD_MASK_NAME.fullmatch(name)
     if old:
         name = f"roi_heads.mask_head.{int(old[1]) - 1}.0.{old[2]}"
-    for pattern, replacement in NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    raise CheckpointError(f"'{name}' is no tensor of torchvision's Faster or Mask R-CNN with ResNet-50 and FPN.")
+    return renamed(name, NAMES, "Faster or Mask R-CNN with ResNet-50 and FPN")
 
 
 def _head(second: bool, masks: bool) -> dict[str, Any]:

@@ -4,19 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes
+from detkit.published.names import TRUNK, add_counters, renamed
 from detkit.types import ClassList
 
-# The published file of the first version has older names than torchvision's code; both are here.
 NAMES = (
-    (r"backbone\.body\.(.+)", r"backbone.\1"),
-    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(\d\..+)", r"neck.\1_blocks.\2.\3"),
-    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)", r"neck.\1_blocks.\2.0.\3"),
+    *TRUNK,
     (r"backbone\.fpn\.extra_blocks\.p6\.(\w+)", r"neck.extra_blocks.0.0.\1"),
     (r"backbone\.fpn\.extra_blocks\.p7\.(\w+)", r"neck.extra_blocks.1.0.\1"),
     (r"head\.classification_head\.conv\.(\d+\.\d+\.\w+)", r"head.class_tower.\1"),
@@ -39,7 +36,7 @@ def convert_retinanet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], E
     Raises:
         CheckpointError: a tensor is unknown, or missing.
     """
-    tensors = {_renamed(name): tensor for name, tensor in state.items()}
+    tensors = {_detkit_name(name): tensor for name, tensor in state.items()}
     for kind in ("weight", "bias"):
         name = f"{CLASS_PREDICTOR}.{kind}"
         if name not in tensors:
@@ -47,13 +44,7 @@ def convert_retinanet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], E
                 f"The state dict is not torchvision's RetinaNet: it lacks head.classification_head.cls_logits.{kind}."
             )
         tensors[name] = tensors[name].unflatten(0, (ANCHORS_PER_LOCATION, -1))[:, 1:].flatten(0, 1)
-    # The first version's batch norms were frozen, and were published with an epsilon of 0.
-    frozen = "backbone.bn1.num_batches_tracked" not in tensors
-    if frozen:
-        counters = [
-            name.replace("running_mean", "num_batches_tracked") for name in tensors if name.endswith("running_mean")
-        ]
-        tensors |= {name: torch.tensor(0) for name in counters}
+    frozen = add_counters(tensors)
     second = "head.class_tower.0.1.weight" in tensors
     backbone: dict[str, Any] = {"name": "resnet50", "levels": [3, 4, 5]}
     experiment = Experiment(
@@ -72,11 +63,8 @@ def convert_retinanet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], E
     return tensors, experiment, coco_classes(len(tensors[f"{CLASS_PREDICTOR}.bias"]) // ANCHORS_PER_LOCATION)
 
 
-def _renamed(name: str) -> str:
+def _detkit_name(name: str) -> str:
     old = OLD_TOWER_NAME.fullmatch(name)
     if old:
         name = f"{old[1]}.{int(old[2]) // 2}.0.{old[3]}"  # between them stood a ReLU, which has no tensors
-    for pattern, replacement in NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    raise CheckpointError(f"'{name}' is no tensor of torchvision's retinanet_resnet50_fpn.")
+    return renamed(name, NAMES, "retinanet_resnet50_fpn")
