@@ -62,22 +62,8 @@ def infer(arguments: list[str]) -> None:
     predictor = load(options.checkpoint, options.device, options.proposals)
     print(f"checkpoint {resolve_checkpoint(options.checkpoint)}\nclasses    {predictor.model.classes}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
-    run(
-        predictor,
-        options.source,
-        output,
-        conf=options.conf,
-        iou=options.iou,
-        max_det=options.max_det,
-        classes=[name.strip() for name in options.classes.strip("[]").split(",")] if options.classes else None,
-        batch=options.batch,
-        skip_broken=options.skip_broken,
-        save_images=options.save_images,
-        save_json=options.save_json,
-        save_txt=options.save_txt,
-        save_conf=options.save_conf,
-        save_crop=options.save_crop,
-    )
+    common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
+    run(predictor, options.source, output, **common, **_of_the_task(options))
 
 
 def check(arguments: list[str]) -> None:
@@ -142,6 +128,7 @@ BENCHMARKS = {
     "proposals": ("Selective search: recall of real objects, pictures a second.", "ProposalsOptions"),
     "inference": ("Whole networks, from a picture to boxes and masks: time, its parts, memory.", "InferenceOptions"),
     "train_step": ("Whole networks, one step of training: time and memory.", "TrainStepOptions"),
+    "model_table": ("Runs and configs: parameters, FLOPs, time of a picture, scores.", "ModelTableOptions"),
 }
 EVAL_PARTS = frozenset({"data", "proposals"})
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
@@ -189,6 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _of_the_task(options: Any) -> dict[str, Any]:
+    """Those options of `detkit infer` that only some tasks have, as far as they were given."""
+    names = ("conf", "iou", "max_det", "classes", "save_txt", "save_conf", "save_crop")
+    values = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    if "classes" in given:
+        given["classes"] = [name.strip() for name in options.classes.strip("[]").split(",")]
+    return given
+
+
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     save_json, rest = _take_option(arguments, "--save-json")
     for argument in rest:
@@ -203,10 +200,10 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
     from detkit.engine.evaluate import evaluate as run
-    from detkit.metrics.detection import write_coco_results
     from detkit.model import check_classes, load_model, resolve_checkpoint
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
+    from detkit.tasks.base import task_of, write_json
 
     path = resolve_checkpoint(checkpoint)
     model = load_model(path)
@@ -223,8 +220,8 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
     console.print(found.scores.table())
     if save_json is not None:
-        write_coco_results(save_json, found.results)
-        console.print(f"{len(found.results)} detections -> {save_json}")
+        write_json(save_json, found.results)
+        console.print(f"{len(found.results)} {task_of(model.head).noun} -> {save_json}")
 
 
 def _leading_configs(arguments: list[str]) -> tuple[list[str], list[str]]:

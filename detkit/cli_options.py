@@ -17,7 +17,7 @@ class InferOptions:
         checkpoint: a run's folder, or a checkpoint file.
         source: a picture, a folder of pictures, or a glob in quotes.
         output: the folder to write to; default runs/infer/run, run2 ...
-        conf: detections need a higher score, 0..1.
+        conf: detections need a higher score, 0..1; default 0.25.
         iou: of two boxes of one class that overlap more, the weaker goes; default as trained.
         max_det: at most so many detections a picture; default as trained.
         classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
@@ -35,7 +35,7 @@ class InferOptions:
     checkpoint: str
     source: str
     output: str | None = None
-    conf: float = 0.25
+    conf: float | None = None
     iou: float | None = None
     max_det: int | None = None
     classes: str | None = None

@@ -92,11 +92,16 @@ def compare(image: np.ndarray, detections: Detections, target: Target, class_nam
     Raises:
         ValueError: `image` has another shape or type.
     """
-    truth = _captioned(draw_targets(image, target, class_names), f"truth: {len(target)}")
     named = replace(detections, class_names=tuple(class_names))
-    found = _captioned(draw_detections(image, named), f"detected: {len(detections)}")
-    gap = np.full((len(truth), _line_width(image.shape) * 2, 3), BACKGROUND, dtype=np.uint8)
-    return np.concatenate([truth, gap, found], axis=1)
+    truth, found = draw_targets(image, target, class_names), draw_detections(image, named)
+    return side_by_side(truth, found, f"truth: {len(target)}", f"detected: {len(detections)}")
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, left_caption: str, right_caption: str) -> np.ndarray:
+    """Two (H, W, 3) uint8 RGB images of one size as one, each below its caption."""
+    gap = _line_width(left.shape) * 2
+    left, right = _captioned(left, left_caption), _captioned(right, right_caption)
+    return np.concatenate([left, np.full((len(left), gap, 3), BACKGROUND, dtype=np.uint8), right], axis=1)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

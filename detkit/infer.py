@@ -1,4 +1,4 @@
-"""What `detkit infer` writes: pictures with boxes, COCO JSON, YOLO text, crops."""
+"""What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,13 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from detkit.boxes.convert import xyxy_to_cxcywh
 from detkit.data.image import find_images, read_image
-from detkit.draw import draw_detections, write_image
+from detkit.draw import write_image
 from detkit.errors import ConfigError, DataError
-from detkit.metrics.detection import coco_results, write_coco_results
 from detkit.predict import Predictor
-from detkit.types import Detections, Meta
+from detkit.tasks.base import write_json
+from detkit.types import Meta
 
 
 def infer(
@@ -22,35 +21,37 @@ def infer(
     source: str,
     output: Path,
     *,
-    conf: float = 0.25,
-    iou: float | None = None,
-    max_det: int | None = None,
-    classes: Sequence[str] | None = None,
     batch: int = 1,
     skip_broken: bool = False,
     save_images: bool = True,
     save_json: bool = True,
-    save_txt: bool = False,
-    save_conf: bool = False,
-    save_crop: bool = False,
+    **options: Any,
 ) -> int:
-    """Detect objects in every picture of `source`, and write what is asked for into `output`.
+    """Predict on every picture of `source`, and write what is asked for into `output`.
+
+    Args:
+        options: those of the model's task (Task.options); of a detector conf, iou, max_det, classes, save_txt,
+            save_conf, save_crop.
 
     Returns:
         How many pictures were left out because they are broken.
 
     Raises:
         DataError: there is no picture, or one is broken and `skip_broken` is false.
+        ConfigError: an option makes no sense, or has no use for the model's task.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     files = find_images(source)
     if batch < 1:
         raise ConfigError(f"'batch' must be at least 1, but is {batch}.")
+    task = predictor.task
+    choices = task.complete(options)
+    limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
     names = unique_names(files)
     ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []
     broken: list[str] = []
-    for start in track(range(0, len(files), batch), "detecting", console=console, disable=not console.is_terminal):
+    for start in track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal):
         chunk = []
         for file in files[start : start + batch]:
             try:
@@ -59,25 +60,22 @@ def infer(
                 if not skip_broken:
                     raise DataError(f"{error} To leave broken pictures out: --skip-broken true.") from None
                 broken.append(str(error))
-        found_all = predictor.predict_all(
-            [image for _, image in chunk], conf=conf, iou=iou, max_det=max_det, classes=classes, batch_size=batch
-        )
+        found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
         for (file, image), found in zip(chunk, found_all):
             name = names[file]
             meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
-            results += coco_results(found, meta, predictor.model.classes)
-            console.print(f"{file}: {_counts(found)}")
+            results += task.records(found, meta, predictor.model.classes)
+            console.print(f"{file}: {task.describe(found)}")
             if save_images:
-                write_image(output / "pictures" / f"{name}.jpg", draw_detections(image, found))
-            if save_txt:
-                _write_text(output / "labels" / f"{name}.txt", found, meta.size, save_conf)
-            if save_crop:
-                _write_crops(output / "crops", name, image, found)
+                write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
+            task.write(output, name, image, found, meta, choices)
     if save_json:
-        write_coco_results(output / "predictions.json", results)
+        write_json(output / "predictions.json", results)
     for message in broken:
         console.print(f"left out: {message}")
-    console.print(f"{len(files) - len(broken)} pictures, {len(results)} detections, {len(broken)} left out -> {output}")
+    console.print(
+        f"{len(files) - len(broken)} pictures, {len(results)} {task.noun}, {len(broken)} left out -> {output}"
+    )
     return len(broken)
 
 
@@ -101,35 +99,6 @@ def image_ids(names: Sequence[str]) -> dict[str, int | str]:
     same number; else the name."""
     numbers = Counter(int(name) for name in names if name.isdecimal())
     return {name: int(name) if name.isdecimal() and numbers[int(name)] == 1 else name for name in names}
-
-
-def _counts(found: Detections) -> str:
-    counts: dict[str, int] = {}
-    for _, _, name in found:
-        counts[str(name)] = counts.get(str(name), 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing found"
-
-
-def _write_text(path: Path, found: Detections, size: tuple[int, int], with_score: bool) -> None:
-    """YOLO's text: `class cx cy w h [score]`, normalised to 0..1; an empty file for no detections."""
-    height, width = size
-    lines = []
-    centres = xyxy_to_cxcywh(found.boxes).tolist()
-    for (x, y, w, h), score, label in zip(centres, found.scores.tolist(), found.labels.tolist()):
-        line = f"{label} {x / width:.6f} {y / height:.6f} {w / width:.6f} {h / height:.6f}"
-        lines.append(f"{line} {score:.6f}" if with_score else line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _write_crops(folder: Path, name: str, image: Any, found: Detections) -> None:
-    """One file for each detection, in a folder for each class."""
-    height, width = image.shape[:2]
-    for number, (box, _, class_name) in enumerate(found, start=1):
-        left, top = int(box[0]), int(box[1])
-        right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
-        crop = image[min(top, height - 1) : bottom, min(left, width - 1) : right]
-        write_image(folder / str(class_name).replace("/", "_") / f"{name}_{number}.jpg", crop)
 
 
 def numbered_folder(path: Path) -> Path:

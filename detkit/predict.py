@@ -1,7 +1,6 @@
-"""From a checkpoint to detections in the pixels of any picture."""
+"""From a checkpoint to predictions in the pixels of any picture."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,14 +10,12 @@ from PIL import Image
 
 from detkit.data.image import read_image, rgb_uint8
 from detkit.data.loader import collate
-from detkit.data.transforms import undo
-from detkit.errors import ConfigError, DataError, nearest
+from detkit.errors import ConfigError, DataError
 from detkit.model import Model, load_model
 from detkit.proposals.dataset import CACHE_KEY, build_source, check_needed
 from detkit.proposals.sources import ProposalSource
-from detkit.types import Detections, Meta, Sample, Target
-
-UNLIMITED = 1_000_000
+from detkit.tasks.base import task_of
+from detkit.types import Meta, Sample, Target
 
 Picture: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
@@ -54,30 +51,34 @@ class Predictor:
         self.model = to_device(model, device).eval().to(memory_format=torch.channels_last)
         self.device = self.model.mean.device
         self.class_names = model.classes.names
+        self.task = task_of(model.head)
 
     def predict(
         self,
         image: Picture,
         *,
-        conf: float = 0.25,
+        conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
-    ) -> Detections:
-        """Detections in one picture, in its own pixels, best score first.
+    ) -> Any:
+        """What the model says of one picture, in its own pixels: a detector's Detections, best score first.
 
         Args:
             image: a path, an (H, W, 3) uint8 RGB array (or (H, W) grey), or a PIL image. Exif rotation of files
                 and PIL images is applied.
-            conf: detections need a higher score, 0..1.
+            conf: detections need a higher score, 0..1; default 0.25.
             iou: of two boxes of one class that overlap more, the weaker goes; default what the head was
                 trained with.
             max_det: the best that are kept; default the head's.
             classes: names or labels to keep; default all.
 
+        Returns:
+            Detections of a detector; of the other tasks what stands in detkit.predictions.
+
         Raises:
             DataError: the picture cannot be read.
-            ConfigError: a threshold or class makes no sense.
+            ConfigError: a threshold or class makes no sense, or is given to a model that is no detector.
         """
         return next(self.predict_all([image], conf=conf, iou=iou, max_det=max_det, classes=classes, batch_size=1))
 
@@ -85,72 +86,36 @@ class Predictor:
         self,
         images: Sequence[Picture],
         *,
-        conf: float = 0.25,
+        conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
         batch_size: int = 8,
-    ) -> Iterator[Detections]:
-        """Detections of each picture in turn; see `predict`."""
-        wanted = self._labels(classes)
-        default = self.model.head.postprocess
-        for name, value in (("conf", conf), ("iou", iou)):
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"'{name}' must lie in 0..1, but is {value}.")
-        for name, count in (("max_det", max_det), ("batch", batch_size)):
-            if count is not None and count < 1:
-                raise ConfigError(f"'{name}' must be at least 1, but is {count}.")
-        kept = default.max_detections if max_det is None else max_det
-        limits = replace(
-            default,
-            score_threshold=conf,
-            iou_threshold=default.iou_threshold if iou is None else iou,
-            max_candidates=max(default.max_candidates, kept),
-            # Where classes are chosen afterwards, those left out must not use up the places.
-            max_detections=kept if wanted is None else UNLIMITED,
-        )
+    ) -> Iterator[Any]:
+        """What the model says of each picture in turn; see `predict`."""
+        if batch_size < 1:
+            raise ConfigError(f"'batch' must be at least 1, but is {batch_size}.")
+        given = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes}
+        options = self.task.complete({name: value for name, value in given.items() if value is not None})
         for start in range(0, len(images), batch_size):
             arrays = [to_array(image) for image in images[start : start + batch_size]]
-            for found in self._run(arrays, limits):
-                if wanted is not None:
-                    found = found[torch.isin(found.labels, wanted)]
-                    found = found[torch.arange(min(len(found), kept))]
-                yield found
+            yield from self._run(arrays, options)
 
     @torch.inference_mode()
-    def _run(self, arrays: list[np.ndarray], limits: Any) -> list[Detections]:
-        fit = self.model.fit
+    def _run(self, arrays: list[np.ndarray], options: Mapping[str, Any]) -> list[Any]:
+        fit, head = self.model.fit, self.model.head
         batch = collate([fit(self._sample(array)) for array in arrays], fit).to(self.device)
-        metas = batch.metas
-        head = self.model.head
-        before, head.postprocess = head.postprocess, limits
-        try:
+        with self.task.limited(head, self.class_names, options) as select:
             found = head.decode(self.model(batch.images, batch.sizes, batch.proposals))
-        finally:
-            head.postprocess = before
-        return [
-            replace(undo(detections.to("cpu"), meta), class_names=self.class_names)
-            for detections, meta in zip(found, metas)
-        ]
+            return [
+                select(self.task.undo(prediction.to("cpu"), meta, self.class_names))
+                for prediction, meta in zip(found, batch.metas)
+            ]
 
     def _sample(self, array: np.ndarray) -> Sample:
         meta = Meta("", "the picture", (array.shape[0], array.shape[1]))
         proposals = None if self.source is None else self.source(array, meta.image_id)
         return Sample(array, Target.empty(), meta, proposals)
-
-    def _labels(self, classes: Sequence[str | int] | None) -> torch.Tensor | None:
-        """The labels of the classes to keep."""
-        if classes is None:
-            return None
-        labels = []
-        for given in classes:
-            if given in self.class_names:
-                labels.append(self.class_names.index(str(given)))
-            elif str(given).isdigit() and int(given) < len(self.class_names):
-                labels.append(int(given))
-            else:
-                raise ConfigError(f"'{given}' is no class of this model. {nearest(str(given), self.class_names)}")
-        return torch.tensor(labels)
 
 
 def _proposal_source(model: Model, options: Mapping[str, Any] | None) -> ProposalSource | None:

@@ -52,6 +52,12 @@ class ClassList:
         return ", ".join(f"{i}: {name} (raw id {raw})" for i, (name, raw) in enumerate(zip(self.names, self.raw_ids)))
 
 
+IGNORED_PIXEL = 255
+"""In Target.semantic: this pixel counts neither in the loss nor in the scores, as in VOC and Cityscapes."""
+OF_OBJECTS = ("boxes", "labels", "crowd", "difficult", "area", "masks", "points", "visible")
+OF_PICTURE = ("image_labels", "semantic")
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """The truth of one image.
@@ -64,6 +70,10 @@ class Target:
         area: (N,) float32 area of the object in square pixels, by which COCO tells small from large;
             default the area of the boxes.
         masks: (N, H, W) bool, or None where the data has none.
+        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None where the data has none.
+        visible: (N, K) bool: which of the points were annotated; the others say nothing. None without points.
+        image_labels: (M,) int64 in 0..C-1, the classes of the picture as a whole, or None where the data has none.
+        semantic: (H, W) uint8, the class of each pixel, IGNORED_PIXEL where there is no telling; or None.
     """
 
     boxes: Tensor
@@ -72,6 +82,10 @@ class Target:
     difficult: Tensor = None  # type: ignore[assignment]
     area: Tensor = None  # type: ignore[assignment]
     masks: Tensor | None = None
+    points: Tensor | None = None
+    visible: Tensor | None = None
+    image_labels: Tensor | None = None
+    semantic: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = _check_boxes(self.boxes)
@@ -87,6 +101,17 @@ class Target:
         _check(self.area, "area", (count,), torch.float32)
         if self.masks is not None:
             _check(self.masks, "masks", (count, *self.masks.shape[1:]), torch.bool)
+        if (self.points is None) != (self.visible is None):
+            raise ValueError("points and visible belong together, but only one of them is given")
+        if self.points is not None and self.visible is not None:
+            _check(self.points, "points", (count, *self.points.shape[1:2], 2), torch.float32)
+            _check(self.visible, "visible", tuple(self.points.shape[:2]), torch.bool)
+        if self.image_labels is not None:
+            _check(self.image_labels, "image_labels", (self.image_labels.numel(),), torch.int64)
+        if self.semantic is not None and (self.semantic.ndim != 2 or self.semantic.dtype != torch.uint8):
+            raise ValueError(
+                f"semantic must be (H, W) uint8, but got {tuple(self.semantic.shape)} {self.semantic.dtype}"
+            )
 
     @classmethod
     def empty(cls) -> Target:
@@ -102,23 +127,16 @@ class Target:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> Target:
-        """The objects that `index` (a bool mask or indices, 1-D) selects."""
-        masks = None if self.masks is None else self.masks[index]
-        return Target(
-            self.boxes[index], self.labels[index], self.crowd[index], self.difficult[index], self.area[index], masks
-        )
+        """The objects that `index` (a bool mask or indices, 1-D) selects; what is of the picture as a whole stays."""
+        chosen = {name: tensor[index] for name, tensor in self._tensors(OF_OBJECTS)}
+        return replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
-        masks = None if self.masks is None else self.masks.to(device)
-        return Target(
-            self.boxes.to(device),
-            self.labels.to(device),
-            self.crowd.to(device),
-            self.difficult.to(device),
-            self.area.to(device),
-            masks,
-        )
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
+
+    def _tensors(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+        return [(name, tensor) for name in names if (tensor := getattr(self, name)) is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +182,11 @@ class Sample:
         if self.target.masks is not None and tuple(self.target.masks.shape[1:]) != self.image.shape[:2]:
             raise ValueError(
                 f"the masks of {self.meta.source} are {tuple(self.target.masks.shape[1:])}, "
+                f"its image {self.image.shape[:2]}"
+            )
+        if self.target.semantic is not None and tuple(self.target.semantic.shape) != self.image.shape[:2]:
+            raise ValueError(
+                f"the semantic map of {self.meta.source} is {tuple(self.target.semantic.shape)}, "
                 f"its image {self.image.shape[:2]}"
             )
         if self.proposals is not None:
@@ -274,6 +297,7 @@ class Detections:
         masks: (N, H, W) bool, or None for a detector without masks.
         mask_patches: (N, m, m) float32 in 0..1, the probability of the object over its box: what a network predicts,
             and `detkit.data.transforms.undo` turns into `masks`. None elsewhere.
+        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None for a detector without.
         class_names: names by label; empty inside the network, filled by the predictor.
     """
 
@@ -282,6 +306,7 @@ class Detections:
     labels: Tensor
     masks: Tensor | None = None
     mask_patches: Tensor | None = None
+    points: Tensor | None = None
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -293,6 +318,8 @@ class Detections:
         if self.mask_patches is not None:
             side = self.mask_patches.shape[-1]
             _check(self.mask_patches, "mask_patches", (count, side, side), torch.float32)
+        if self.points is not None:
+            _check(self.points, "points", (count, *self.points.shape[1:2], 2), torch.float32)
 
     @classmethod
     def empty(cls) -> Detections:
@@ -311,6 +338,10 @@ class Detections:
         """The detections that `index` (a bool mask or indices, 1-D) selects."""
         return self._each(lambda tensor: tensor[index])
 
+    def best(self, count: int) -> Detections:
+        """The first `count`, or all."""
+        return self._each(lambda tensor: tensor[:count])
+
     def to(self, device: torch.device | str) -> Detections:
         """The same detections with their tensors on `device`."""
         return self._each(lambda tensor: tensor.to(device))
@@ -323,6 +354,7 @@ class Detections:
             labels=change(self.labels),
             masks=None if self.masks is None else change(self.masks),
             mask_patches=None if self.mask_patches is None else change(self.mask_patches),
+            points=None if self.points is None else change(self.points),
         )
 
     def to_supervision(self) -> supervision.Detections:

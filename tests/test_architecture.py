@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 # Imports run one way: a module may import from layers before its own, and from its own.
 LAYERS = [
     {"errors"},
-    {"types", "registry", "config"},
+    {"types", "predictions", "registry", "config"},
     {"boxes"},
     {"data", "backbones", "losses"},
     {"proposals"},
@@ -20,6 +20,7 @@ LAYERS = [
     {"published"},
     {"model"},
     {"metrics", "draw"},
+    {"tasks"},
     {"engine"},
     {"predict"},
     {"infer", "bench"},

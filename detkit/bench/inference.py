@@ -27,9 +27,9 @@ from detkit.bench.models import (
 from detkit.bench.options import InferenceOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
 from detkit.data.loader import collate
-from detkit.data.transforms import undo
 from detkit.errors import DetkitError
 from detkit.predict import Predictor
+from detkit.tasks.base import task_of
 from detkit.types import Detections, Inputs, Meta, Sample, Target
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
@@ -159,7 +159,7 @@ def stages(predictor: Predictor, images: Sequence[np.ndarray]) -> dict[str, floa
             clocks.append(_now(device))
             found = model.head.decode(outputs)[0]
             clocks.append(_now(device))
-            undo(found.to("cpu"), batch.metas[0])
+            task_of(model.head).undo(found.to("cpu"), batch.metas[0], model.classes.names)
             clocks.append(_now(device))
             spent = [total + after - before for total, before, after in zip(spent, clocks, clocks[1:])]
         samples.append([1e3 * seconds / len(images) for seconds in spent])

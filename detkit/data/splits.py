@@ -22,8 +22,10 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     """
     options = {key: value for key, value in data.items() if key not in ("train", "val")}
     injected: dict[str, Any] = {"split": str(data.get(split, split))}
-    if "name" in options and "masks" in option_names(datasets.get(options["name"])):
-        injected["masks"] = "masks" in needs
+    if "name" in options:
+        # What costs time or memory to read is read only for a head that needs it.
+        known = option_names(datasets.get(options["name"]))
+        injected |= {name: name in needs for name in ("masks", "points", "semantic") if name in known}
     dataset: Dataset = datasets.build(options, "data", ("train", "val"), **injected)
     # Proposals are not the data set's: detkit.proposals adds them.
     if missing := needs - dataset.fields - {"proposals"}:
@@ -53,10 +55,4 @@ def open_train_and_val(data: dict[str, Any], needs: frozenset[str]) -> tuple[Dat
             f"The splits disagree on the classes: training has {train.classes}; validation has {val.classes}. "
             "Name them once with data.class_names."
         )
-    for dataset, split in ((train, "train"), (val, "val")):
-        if not any((~dataset.target(index).ignored).any() for index in range(len(dataset))):
-            raise DataError(
-                f"No picture of the split '{data.get(split, split)}' has an object that counts, so there is nothing to "
-                f"{'learn' if split == 'train' else 'score'}. Check data.{split} and its annotations (detkit check)."
-            )
     return train, val

@@ -16,6 +16,7 @@ from detkit.data.dataset import Dataset
 from detkit.engine.evaluate import Evaluation
 from detkit.engine.run_folder import RunFolder
 from detkit.model import Model
+from detkit.tasks.base import task_of
 
 
 class TrainingConsole:
@@ -33,9 +34,7 @@ class TrainingConsole:
         self.folder, self.options = folder, experiment.train
         self.console = Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True, markup=False)
         self.active = fabric.is_global_zero
-        self._figures = ["mAP", "mAP50", "mAP75"]
-        if "masks" in model.head.needs:
-            self._figures += ["mask_mAP", "mask_mAP50"]
+        self._figures = task_of(model.head).figures(model.head)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -116,8 +115,8 @@ class TrainingConsole:
             line += f"  val loss {sum(evaluation.losses.values()):.3f}"
             shown = (name for name in self._figures if name != "mAP75")
             line += "".join(f"  {name.replace('_', ' ')} {figures[name]:.3f}" for name in shown) + best
-            if not evaluation.scores.detections:
-                line += f"  ({evaluation.scores.summary})"
+            if evaluation.scores.remark:
+                line += f"  ({evaluation.scores.remark})"
         self.folder.append_metrics(row)
         self.console.print(line)
         if self._events is not None:

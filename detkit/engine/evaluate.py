@@ -9,10 +9,9 @@ import torch
 
 from detkit.data.dataset import Dataset
 from detkit.data.loader import batches, evaluation_loader
-from detkit.data.transforms import undo
 from detkit.heads.base import Head
-from detkit.metrics.detection import DetectionEvaluator, DetectionScores
 from detkit.model import Model
+from detkit.tasks.base import task_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,12 @@ class Evaluation:
 
     Args:
         losses: mean over pictures, by name.
-        scores: of all detections.
-        results: the detections as COCO results.
+        scores: of all predictions, of a class of the task (Detections: DetectionScores).
+        results: the predictions as the task writes them (Detections: COCO results).
     """
 
     losses: dict[str, float]
-    scores: DetectionScores
+    scores: Any
     results: list[dict[str, Any]]
 
 
@@ -43,7 +42,8 @@ def evaluate(
     Args:
         advance: called with the number of pictures after each batch.
     """
-    evaluator = DetectionEvaluator(dataset.classes)
+    task = task_of(model.head)
+    evaluator = task.evaluator(dataset.classes, model.head)
     sums: dict[str, float] = defaultdict(float)
     device = next(model.parameters()).device
     model.eval()
@@ -61,7 +61,8 @@ def evaluate(
             for found, meta in zip(model.head.decode(outputs), batch.metas):
                 # The truth in the source's own pixels comes straight from the file: no rounding on the way.
                 truth = dataset.target(position)
-                evaluator.update([undo(found.to("cpu"), meta)], [truth], [replace(meta, matrix=None)])
+                found = task.undo(found.to("cpu"), meta, dataset.classes.names)
+                evaluator.update([found], [truth], [replace(meta, matrix=None)])
                 position += 1
             advance(len(batch))
     losses = {name: value / position for name, value in sums.items()}

@@ -2,55 +2,54 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from detkit.data.dataset import Dataset
 from detkit.data.loader import Key, collate
-from detkit.data.transforms import undo
-from detkit.draw import compare, draw_targets, grid, write_image
+from detkit.draw import grid, write_image
 from detkit.engine.run_folder import RunFolder
 from detkit.model import Model, load_model
-from detkit.types import ClassList, Detections, Sample, Target
+from detkit.tasks.base import Task, task_of
+from detkit.types import ClassList, Sample, Target
 
-Objects = TypeVar("Objects", Detections, Target)
-
-SHOWN_SCORE = 0.4
 SMALLEST_SIDE = 320
 
 
-def write_training_batch(reader: Any, path: Path, classes: ClassList, count: int = 12) -> None:
-    """The first training pictures as the network gets them, augmented, with their boxes and masks."""
+def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: ClassList, count: int = 12) -> None:
+    """The first training pictures as the network gets them, augmented, with their truth."""
     pictures = []
     for index in range(min(count, len(reader.dataset))):
         fitted = reader[Key(0, index)]
         pixels = (fitted.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         factor = _enlargement(pixels)
-        target = _enlarge_objects(fitted.target, factor)
-        pictures.append(draw_targets(_enlarge(pixels, factor), target, classes.names))
+        target = _enlarge_target(fitted.target, factor)
+        pictures.append(task.draw_target(_enlarge(pixels, factor), target, classes.names))
     write_image(path, grid(pictures, columns=4))
 
 
 def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> None:
     """Validation pictures, truth beside what the best checkpoint finds, spread over the set."""
     model = load_model(folder.best)
+    task = task_of(model.head)
+    names = dataset.classes.names
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
         sample = dataset[index]
-        found = predict_sample(model, sample)
-        found = found[found.scores > SHOWN_SCORE]
         factor = _enlargement(sample.image)
-        found, truth = _enlarge_objects(found, factor), _enlarge_objects(sample.target, factor)
-        picture = compare(_enlarge(sample.image, factor), found, truth, dataset.classes.names)
+        found = task.enlarged(task.shown(predict_sample(model, task, sample)), factor)
+        truth = _enlarge_target(sample.target, factor)
+        picture = task.compare(_enlarge(sample.image, factor), found, truth, names)
         write_image(folder.pictures / f"val_{index:05d}.jpg", picture)
 
 
 @torch.inference_mode()
-def predict_sample(model: Model, sample: Sample) -> Detections:
-    """Detections of one sample in its own pixels."""
+def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
+    """The prediction of one sample in its own pixels."""
     batch = collate([model.fit(sample)], model.fit)
-    return undo(model.head.decode(model(batch.images, batch.sizes, batch.proposals))[0], batch.metas[0])
+    outputs = model(batch.images, batch.sizes, batch.proposals)
+    return task.undo(model.head.decode(outputs)[0], batch.metas[0], model.classes.names)
 
 
 def _enlargement(image: np.ndarray) -> int:
@@ -62,9 +61,18 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _enlarge_objects(objects: Objects, factor: int) -> Objects:
-    """Boxes and masks for the picture that `_enlarge` makes."""
-    masks = objects.masks
-    if masks is not None:
-        masks = masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    return replace(objects, boxes=objects.boxes * factor, masks=masks)
+def _enlarge_target(target: Target, factor: int) -> Target:
+    """The truth for the picture that `_enlarge` makes."""
+
+    def repeated(pixels: torch.Tensor | None) -> torch.Tensor | None:
+        if pixels is None:
+            return None
+        return pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+    return replace(
+        target,
+        boxes=target.boxes * factor,
+        points=None if target.points is None else target.points * factor,
+        masks=repeated(target.masks),
+        semantic=repeated(target.semantic),
+    )

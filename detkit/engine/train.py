@@ -1,5 +1,6 @@
 """Training: the loop, and what surrounds it. Devices, precision and processes are lightning-fabric's."""
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from detkit.heads.base import Head
 from detkit.model import Model, build_model, check_classes, read_checkpoint
 from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
+from detkit.tasks.base import task_of
 from detkit.types import Batch
 
 
@@ -43,7 +45,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
-    best_score: float = -1.0
+    best_score: float = -math.inf
     evaluations_since_best: int = 0
 
 
@@ -91,7 +93,8 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     if resume is not None:
         progress = _resume(setup, folder, experiment)
     elif fabric.is_global_zero:
-        write_training_batch(setup.loader.dataset, folder.pictures / "training_batch.jpg", train_set.classes)
+        task = task_of(head)
+        write_training_batch(setup.loader.dataset, task, folder.pictures / "training_batch.jpg", train_set.classes)
     with TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console:
         while progress.epoch < options.epochs and not _patience_is_over(progress, options):
             started = time.perf_counter()
@@ -142,6 +145,9 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
     """Both splits, with the proposals of all their pictures where the head needs them."""
     data, proposals = experiment.data, experiment.proposals
     train_set, val_set = open_train_and_val(data, head.needs)
+    task = task_of(head)
+    task.check_data(train_set, str(data.get("train", "train")))
+    task.check_data(val_set, str(data.get("val", "val")))
     quiet = not fabric.is_global_zero
     # The first process fills the cache that the others then read.
     with fabric.rank_zero_first():
@@ -160,9 +166,10 @@ def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str |
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
     """One pass over the training pictures; the mean of each loss."""
-    options, optimizer = setup.options, setup.optimizer
+    options, optimizer, head = setup.options, setup.optimizer, setup.model.head
     setup.wrapped.train()
     setup.sampler.epoch = progress.epoch
+    mixed = setup.loader.dataset.mixes(progress.epoch)
     sums: dict[str, float] = defaultdict(float)
     for number, batch in enumerate(batches(setup.loader), start=1):
         whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
@@ -175,7 +182,9 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals)
             # A head of two stages runs layers in its loss, too.
             with setup.fabric.autocast():
-                losses = setup.model.head.loss(outputs, batch.targets)
+                losses = head.loss(outputs, batch.targets)
+            if mixed:
+                losses |= {name: torch.zeros_like(losses[name]) for name in head.unmixed_losses & losses.keys()}
             _check_finite(losses, progress.step, batch)
             setup.fabric.backward(torch.stack(list(losses.values())).sum() / share)
         if whole_step:
@@ -286,7 +295,7 @@ def _validate(
         batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
             evaluation = evaluate(model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance)
-        score = evaluation.scores.decisive["mAP"]
+        score = task_of(model.head).score(evaluation.scores, model.head)
         if score > progress.best_score:
             progress.best_score, progress.evaluations_since_best = score, 0
             model.save(folder.best)

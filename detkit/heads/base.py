@@ -1,6 +1,7 @@
 """What every head promises, whatever its task: one forward, then a loss or predictions from its raw outputs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from detkit.boxes.nms import nms
 from detkit.errors import ConfigError, DetkitError
-from detkit.types import Detections, Inputs, Target
+from detkit.predictions import Prediction
+from detkit.types import Inputs, Target
 
 ALL = 1_000_000_000
 """For Postprocess.max_candidates."""
@@ -75,13 +77,15 @@ class Head(nn.Module, ABC):
     reads `self.training`, so that one forward serves the validation loss and the predictions.
 
     Attributes:
-        task: what it does, and the name of the folder of its runs: "detect".
+        task: what it does, out of detkit.registry.tasks, and the name of the folder of its runs: "detect".
         needs: the fields of Target that its loss reads; checked against the data set at the start.
-        postprocess: used by decode; may be replaced between calls.
+        postprocess: used by decode of a detector; may be replaced between calls.
+        unmixed_losses: the losses that training counts as 0 in epochs whose pictures are mixed (mosaic, mixup).
     """
 
     task: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    unmixed_losses: ClassVar[frozenset[str]] = frozenset()
     postprocess: Postprocess
 
     @abstractmethod
@@ -93,5 +97,5 @@ class Head(nn.Module, ABC):
         """Scalars by name, to be summed; finite also when no image has an object."""
 
     @abstractmethod
-    def decode(self, outputs: Any) -> list[Detections]:
-        """One result for each image, in pixels of the network's input."""
+    def decode(self, outputs: Any) -> Sequence[Prediction]:
+        """One result for each image, a list, in pixels of the network's input."""

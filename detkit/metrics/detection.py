@@ -109,6 +109,11 @@ class DetectionScores:
             return f"{counts}. Every figure is 0: nothing was detected; is the score threshold too high?"
         return counts + "."
 
+    @property
+    def remark(self) -> str:
+        """The summary where nothing was detected; else empty."""
+        return "" if self.detections else self.summary
+
     def as_dict(self) -> dict[str, float | int]:
         """Every figure under one flat name, for CSV or JSON: "mAP50", "voc12", "images", "AP/cat", "AP50/cat" ...
 

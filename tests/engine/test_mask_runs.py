@@ -22,6 +22,7 @@ from detkit.heads.ssd import SSD
 from detkit.infer import infer
 from detkit.model import build_model
 from detkit.predict import Predictor
+from detkit.tasks.detect import Detect
 from detkit.types import ClassList, Detections, Meta, Sample, Target
 
 
@@ -104,7 +105,7 @@ def test_pictures_show_masks_also_where_they_are_enlarged(tmp_path: Path) -> Non
 
             return Fit((40, 40))(sample)
 
-    write_training_batch(Reader(), tmp_path / "batch.png", ClassList.from_names(["cat"]))
+    write_training_batch(Reader(), Detect(), tmp_path / "batch.png", ClassList.from_names(["cat"]))
     picture = np.asarray(Image.open(tmp_path / "batch.png"))[2:322, 2:322]
     assert picture.shape == (320, 320, 3)
     # Away from lines and label: inside of the mask, and inside of the box but outside of the mask.

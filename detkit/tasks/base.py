@@ -1,0 +1,176 @@
+"""The contract of a task: what the trainer, the evaluation and the command line need to know of its predictions.
+
+A head names its task, and a task is a class registered in detkit.registry.tasks, in a file of its own in this package.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+from rich.table import Table
+
+from detkit.data.dataset import Dataset
+from detkit.draw import side_by_side
+from detkit.errors import ConfigError, DetkitError, nearest
+from detkit.heads.base import Head
+from detkit.predictions import Prediction
+from detkit.registry import tasks
+from detkit.types import ClassList, Meta, Target
+
+P = TypeVar("P", bound=Prediction)
+P_contra = TypeVar("P_contra", contravariant=True)
+
+
+class Scores(Protocol):
+    """The figures of a whole data set."""
+
+    @property
+    def remark(self) -> str:
+        """Behind the figures of an epoch: why there is nothing to see; empty where all is well."""
+        ...
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Every figure under one flat name, nan where no truth supports it."""
+        ...
+
+    def table(self) -> Table:
+        """For the terminal."""
+        ...
+
+
+class Evaluator(Protocol[P_contra]):
+    """Collects predictions and truths, and scores them."""
+
+    def update(self, predictions: Sequence[P_contra], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
+        """Add images, all in pixels of their sources."""
+        ...
+
+    def compute(self) -> Scores:
+        """Score all that was added."""
+        ...
+
+    def results(self) -> list[dict[str, Any]]:
+        """All predictions as `Task.records` writes them."""
+        ...
+
+
+class Task(ABC, Generic[P]):
+    """What surrounds the heads of one kind.
+
+    Attributes:
+        noun: what predictions.json holds, in the plural: "detections".
+        options: those options of `detkit infer` beyond the common ones that mean something here, and what holds where
+            the user says nothing.
+    """
+
+    noun: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def figures(self, head: Head) -> tuple[str, ...]:
+        """Names in `Scores.as_dict` that are shown after each epoch; the first decides which checkpoint is the best."""
+
+    def score(self, scores: Scores, head: Head) -> float:
+        """The figure by which checkpoints are compared, the larger the better."""
+        return scores.as_dict()[self.figures(head)[0]]
+
+    @abstractmethod
+    def evaluator(self, classes: ClassList, head: Head) -> Evaluator[P]:
+        """What scores one data set."""
+
+    @abstractmethod
+    def undo(self, prediction: P, meta: Meta, class_names: tuple[str, ...]) -> P:
+        """A prediction in the network's pixels as one in the source's own, with its class names."""
+
+    @abstractmethod
+    def describe(self, prediction: P) -> str:
+        """One line for people: "3 RBC, 1 WBC"."""
+
+    @abstractmethod
+    def records(self, prediction: P, meta: Meta, classes: ClassList) -> list[dict[str, Any]]:
+        """What predictions.json says of one image."""
+
+    @abstractmethod
+    def draw(self, image: np.ndarray, prediction: P) -> np.ndarray:
+        """The picture (H, W, 3) with the prediction on it."""
+
+    @abstractmethod
+    def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
+        """The picture (H, W, 3) with the truth on it."""
+
+    @contextmanager
+    def limited(
+        self, head: Head, class_names: tuple[str, ...], options: Mapping[str, Any]
+    ) -> Iterator[Callable[[P], P]]:
+        """Within it the head decodes as `options`, all of this task, say.
+
+        Yields:
+            What turns each prediction, in pixels of its source, into what was asked for.
+
+        Raises:
+            ConfigError: an option makes no sense.
+        """
+        yield lambda prediction: prediction
+
+    def shown(self, prediction: P) -> P:
+        """What of a prediction a person wants to see in a picture."""
+        return prediction
+
+    def compare(self, image: np.ndarray, prediction: P, target: Target, class_names: Sequence[str]) -> np.ndarray:
+        """Truth and prediction side by side."""
+        truth = self.draw_target(image, target, class_names)
+        return side_by_side(truth, self.draw(image, prediction), "truth", f"predicted: {self.describe(prediction)}")
+
+    def enlarged(self, prediction: P, factor: int) -> P:
+        """The prediction on a picture whose pixels are each repeated `factor` times in both directions."""
+        return prediction
+
+    def write(
+        self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: Mapping[str, Any]
+    ) -> None:
+        """Write what `options` ask for besides picture and predictions.json."""
+
+    def check_data(self, dataset: Dataset, split: str) -> None:
+        """Refuse data that have nothing to learn or to score.
+
+        Raises:
+            DataError: naming the split.
+        """
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of this task, those that the user gave among them.
+
+        Raises:
+            ConfigError: one that was given has no use here.
+        """
+        for name in given:
+            if name not in self.options:
+                raise ConfigError(
+                    f"'{name}' has no use for this model, which gives {self.noun}. "
+                    f"{nearest(name, self.options) if self.options else 'There are no options to choose.'}"
+                )
+        return {**self.options, **given}
+
+
+def task_of(head: Head | type[Head]) -> Task[Any]:
+    """The task of a head."""
+    task: Task[Any] = tasks.build({"name": head.task}, "head")
+    return task
+
+
+def write_json(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write the records of many images as one file; its folder is made, and a file that is there is replaced.
+
+    Raises:
+        DetkitError: the file can't be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(list(records)), encoding="utf-8")
+    except OSError as error:
+        raise DetkitError(f"The results can't be written to {path}: {error.strerror}.") from error
