@@ -1,0 +1,81 @@
+"""The task of detectors: options, limits while decoding, what has nothing to learn from."""
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from detkit.data.shapes import Shapes
+from detkit.errors import ConfigError, DataError
+from detkit.heads.base import Postprocess
+from detkit.registry import heads, tasks
+from detkit.tasks.base import task_of
+from detkit.tasks.detect import Detect
+from detkit.types import Detections, Target
+
+
+def head() -> Any:
+    return heads.build({"name": "ssd"}, "head", channels=(4, 4), strides=(8, 16), num_classes=3)
+
+
+def test_every_head_names_a_task() -> None:
+    for name in heads.names():
+        assert heads.get(name).task in tasks.names()  # type: ignore[attr-defined]
+        task_of(heads.get(name))  # type: ignore[arg-type]
+
+
+def test_options_are_completed_and_foreign_ones_refused() -> None:
+    assert Detect().complete({"conf": 0.5})["conf"] == 0.5
+    assert Detect().complete({})["conf"] == 0.25
+    with pytest.raises(ConfigError, match="'gallery' has no use for this model, which gives detections"):
+        Detect().complete({"gallery": "faces"})
+
+
+def test_limits_hold_within_and_end_with_the_block_also_after_an_error() -> None:
+    ssd, task = head(), Detect()
+    options = task.complete({"conf": 0.6, "max_det": 2, "classes": ["b"]})
+    before = ssd.postprocess
+    boxes = torch.tensor([[0.0, 0, 1, 1]] * 4)
+    found = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 1, 1]))
+    with task.limited(ssd, ("a", "b", "c"), options) as select:
+        assert ssd.postprocess.score_threshold == 0.6
+        assert ssd.postprocess.max_detections > 1000
+        assert select(found).scores.tolist() == pytest.approx([0.9, 0.7])
+    assert ssd.postprocess == before
+    with contextlib.suppress(RuntimeError), task.limited(ssd, ("a", "b", "c"), options):
+        raise RuntimeError
+    assert ssd.postprocess == before
+
+
+def test_more_detections_than_candidates_may_be_asked_for() -> None:
+    ssd, task = head(), Detect()
+    ssd.postprocess = Postprocess(max_candidates=10)
+    with task.limited(ssd, ("a",), task.complete({"max_det": 50})):
+        assert ssd.postprocess.max_candidates == 50
+
+
+def test_data_without_an_object_that_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Shapes("val", val_count=2, size=32)
+    Detect().check_data(dataset, "val")
+    crowd = Target(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]), crowd=torch.tensor([True]))
+    monkeypatch.setattr(dataset, "target", lambda index: crowd)
+    with pytest.raises(DataError, match="'val' has an object that counts"):
+        Detect().check_data(dataset, "val")
+
+
+def test_a_target_keeps_what_is_of_the_picture_when_objects_are_chosen() -> None:
+    target = replace(
+        Target(torch.tensor([[0.0, 0, 9, 9], [0, 0, 5, 5]]), torch.tensor([0, 1])),
+        points=torch.zeros(2, 3, 2),
+        visible=torch.ones(2, 3, dtype=torch.bool),
+        image_labels=torch.tensor([4]),
+        semantic=torch.zeros(8, 9, dtype=torch.uint8),
+    )
+    chosen = target[torch.tensor([1])]
+    assert chosen.points is not None
+    assert chosen.semantic is not None
+    assert chosen.image_labels is not None
+    assert (len(chosen), chosen.points.shape, chosen.semantic.shape) == (1, (1, 3, 2), (8, 9))
+    assert chosen.image_labels.tolist() == [4]
