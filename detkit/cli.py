@@ -1,4 +1,4 @@
-"""The command line: `detkit train | eval | infer | check | bench`. Each command imports what it needs when it runs."""
+"""The command line: `detkit train | eval | infer | check | models | bench`; each imports what it needs when it runs."""
 
 import argparse
 import shlex
@@ -46,8 +46,12 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def infer(arguments: list[str]) -> None:
-    """Draw boxes on pictures: detkit infer RUN --source IMAGE|FOLDER|'*.jpg'."""
+    """Draw boxes on pictures: detkit infer RUN --source IMAGE|FOLDER|'*.jpg'|VIDEO."""
     from detkit.cli_options import InferOptions, parse_options
+
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        _transfer_style(arguments[0], arguments[1:])
+        return
 
     options = parse_options(InferOptions, "infer", arguments)
     if options is None:
@@ -59,8 +63,11 @@ def infer(arguments: list[str]) -> None:
     from detkit.model import resolve_checkpoint
     from detkit.predict import load
 
-    predictor = load(options.checkpoint, options.device, options.proposals)
+    predictor = load(
+        options.checkpoint, options.device, options.proposals, precision=options.precision, compile=options.compile
+    )
     print(f"checkpoint {resolve_checkpoint(options.checkpoint)}\nclasses    {predictor.model.classes}")
+    print(f"runs on    {predictor.network.choices}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
     run(predictor, options.source, output, **common, **_of_the_task(options))
@@ -80,12 +87,14 @@ def check(arguments: list[str]) -> None:
         return
     from detkit.data.check import check as run
     from detkit.data.check import propose_anchors
+    from detkit.registry import heads
 
     outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
     policy = str(experiment.data.get("broken", "fail"))
     if policy not in outcome:
         raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
-    problems = run(experiment.data)
+    needs: frozenset[str] = heads.get(str(experiment.head.get("name"))).needs  # type: ignore[attr-defined]
+    problems = run(experiment.data, needs)
     if anchors is not None:
         propose_anchors(experiment.data, experiment.input, int(anchors))
     if problems:
@@ -95,12 +104,33 @@ def check(arguments: list[str]) -> None:
         )
 
 
+def models(arguments: list[str]) -> None:
+    """List heads with their tasks, backbones and necks: detkit models."""
+    if _wants_help(arguments):
+        print("usage: detkit models\n\nNames for a config's head, backbone and neck, those of installed packages too.")
+        return
+    if arguments:
+        raise DetkitError(f"detkit models takes no arguments, but got '{arguments[0]}'.")
+    import inspect
+
+    from detkit.registry import backbones, heads, necks
+
+    for title, registry in (("heads", heads), ("backbones", backbones), ("necks", necks)):
+        print(f"{title}:")
+        for name in registry.names():
+            part = registry.get(name)
+            # Of a part without a docstring inspect would give its base class's.
+            paragraph = (inspect.cleandoc(part.__doc__ or "").split("\n\n")[0]).replace("\n", " ")
+            task = f"{getattr(part, 'task', ''):10}" if registry is heads else ""
+            print(f"  {name:16} {task}{paragraph.split('. ')[0].removesuffix('.')}".rstrip())
+
+
 def bench(arguments: list[str]) -> None:
     """Time detkit beside other libraries, results checked first: detkit bench BENCHMARK [--quick]."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: detkit bench BENCHMARK [--OPTION VALUE ...]\n")
         for name, (summary, _) in BENCHMARKS.items():
-            print(f"  {name:10} {summary}")
+            print(f"  {name:11} {summary}")
         print("\n`detkit bench BENCHMARK --help` lists its options.")
         if not arguments:
             raise DetkitError("detkit bench needs the name of a benchmark first, for example: detkit bench nms --quick")
@@ -129,6 +159,7 @@ BENCHMARKS = {
     "inference": ("Whole networks, from a picture to boxes and masks: time, its parts, memory.", "InferenceOptions"),
     "train_step": ("Whole networks, one step of training: time and memory.", "TrainStepOptions"),
     "model_table": ("Runs and configs: parameters, FLOPs, time of a picture, scores.", "ModelTableOptions"),
+    "scaling": ("Growth of time and memory with pixels, batch, objects, classes and data set.", "ScalingOptions"),
 }
 EVAL_PARTS = frozenset({"data", "proposals"})
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
@@ -137,6 +168,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "infer": infer,
     "check": check,
+    "models": models,
     "bench": bench,
 }
 
@@ -178,12 +210,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _of_the_task(options: Any) -> dict[str, Any]:
     """Those options of `detkit infer` that only some tasks have, as far as they were given."""
-    names = ("conf", "iou", "max_det", "classes", "save_txt", "save_conf", "save_crop")
+    names = ("conf", "iou", "max_det", "classes", "save_txt", "save_conf", "save_crop", "gallery", "threshold")
     values = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None and value is not False}
     if "classes" in given:
         given["classes"] = [name.strip() for name in options.classes.strip("[]").split(",")]
     return given
+
+
+def _transfer_style(config: str, arguments: list[str]) -> None:
+    from pathlib import Path
+
+    from detkit.cli_options import parse_options, with_config
+    from detkit.infer import numbered_folder
+    from detkit.style_transfer import StyleOptions, transfer
+
+    title = f"infer {config}"
+    options = parse_options(StyleOptions, title, with_config(StyleOptions, config, arguments), positional=False)
+    if options is None:
+        return
+    transfer(options, Path(options.output) if options.output else numbered_folder(Path("runs/style") / "run"))
 
 
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
@@ -210,7 +256,8 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
     check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))
     dataset = open_split(experiment.data, "val", model.head.needs)
-    check_classes(model.classes, dataset.classes, str(path))
+    if not model.head.open_set:
+        check_classes(model.classes, dataset.classes, str(path))
     dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")
     options = experiment.train
     model = to_device(model, options.device)

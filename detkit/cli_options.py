@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from detkit.errors import ConfigError, DetkitError
 
@@ -15,7 +15,7 @@ class InferOptions:
 
     Args:
         checkpoint: a run's folder, or a checkpoint file.
-        source: a picture, a folder of pictures, or a glob in quotes.
+        source: a picture, a folder of pictures, a glob in quotes, or a video.
         output: the folder to write to; default runs/infer/run, run2 ...
         conf: detections need a higher score, 0..1; default 0.25.
         iou: of two boxes of one class that overlap more, the weaker goes; default as trained.
@@ -23,6 +23,8 @@ class InferOptions:
         classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
         proposals: where the regions come from, for a head that needs them; default as trained.
         device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto, fp32, bf16 or fp16; auto is bf16 where the hardware multiplies it faster, else fp32.
+        compile: let TorchInductor compile the network, which takes a minute the first time.
         batch: pictures that go through the network together.
         skip_broken: leave unreadable pictures out, and list them at the end, instead of stopping.
         save_images: write pictures with their boxes drawn.
@@ -30,6 +32,9 @@ class InferOptions:
         save_txt: write YOLO text, a file for each picture.
         save_conf: with the score as sixth column of the text.
         save_crop: write each detection as a picture of its own.
+        gallery: for a model that gives embeddings, a folder of known things, a folder of pictures for each name or
+            pictures named by their files; each picture of `source` gets the name of the nearest.
+        threshold: the distance to it, 0..2, from which on a picture is unknown; default the best of the evaluation.
     """
 
     checkpoint: str
@@ -41,6 +46,8 @@ class InferOptions:
     classes: str | None = None
     proposals: dict[str, Any] | None = None
     device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
     batch: int = 1
     skip_broken: bool = False
     save_images: bool = True
@@ -48,6 +55,48 @@ class InferOptions:
     save_txt: bool = False
     save_conf: bool = False
     save_crop: bool = False
+    gallery: str | None = None
+    threshold: float | None = None
+
+
+def with_config(schema: type[Any], config: str, arguments: list[str]) -> list[str]:
+    """The values of a YAML file as arguments, then those of the command line; `--head.width 16` goes into `head`.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or has a key that `schema` does not.
+    """
+    import dataclasses
+    import json
+
+    import yaml
+
+    from detkit.config import read_yaml
+    from detkit.errors import nearest
+
+    values = read_yaml(config)
+    names = {field.name for field in dataclasses.fields(schema)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(
+                f"'{key}' in {config} is not for detkit infer, which takes a config for style transfer alone, else the "
+                f"folder of a run. {nearest(key, names)}"
+            )
+    rest: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        key, equals, value = argument[2:].partition("=")
+        *parents, last = key.split(".")
+        if not argument.startswith("--") or not parents or parents[0] not in names:
+            rest.append(argument)
+            continue
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"'--{key}' sets an option of '{parent}', which has none in {config}.")
+        inner[last] = yaml.safe_load(value if equals else next(given, ""))
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return [*(f"--{key}={text}" for key, text in texts.items()), *rest]
 
 
 def parse_options(schema: type[Options], command: str, arguments: list[str], positional: bool = True) -> Options | None:

@@ -5,9 +5,12 @@ constructor arguments of the part registered by that name, and are checked when 
 is listed here, once.
 """
 
+import copy
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +20,10 @@ import yaml
 from detkit.errors import ConfigError, nearest
 
 PartOptions = dict[str, Any]
-PATHS = (("data", "root"), ("proposals", "path"), ("proposals", "cache"))
+PATHS = (("data", "root"), ("head", "picture"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
 """Options of parts that are paths."""
+OF_PARTS = ("data", "backbone", "neck", "head", "proposals")
+"""Those keys of a config that are parts."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +34,18 @@ class InputOptions:
         size: height and width of the network's input in pixels; for short_side the length of a picture's shorter side,
             and the most that its longer side may have.
         resize: stretch pictures to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
-            short_side keeps it too, and pads the pictures of a batch to the largest of them.
+            short_side keeps it too, and pads the pictures of a batch to the largest of them; crop, for segmentation,
+            cuts parts of `size` at random in training, and goes over whole pictures in windows of it afterwards.
         multi_scale: smallest and largest factor of `size` in training: each batch gets another input at random, with
             sides that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction keep
             to `size`. Null for always `size`.
+        overlap: of neighbouring windows under crop, as a fraction of their sides; more is slower and smoother.
     """
 
     size: tuple[int, int] = (320, 320)
-    resize: Literal["stretch", "letterbox", "short_side"] = "stretch"
+    resize: Literal["stretch", "letterbox", "short_side", "crop"] = "stretch"
     multi_scale: tuple[float, float] | None = None
+    overlap: float = 1 / 3
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -48,6 +56,8 @@ class InputOptions:
                 f"'input.size' with input.resize short_side is [shorter side, most of the longer side], such as "
                 f"[800, 1333], but is {list(self.size)}."
             )
+        if not 0 <= self.overlap <= 0.9:
+            raise ConfigError(f"'input.overlap' must lie in 0..0.9, but is {self.overlap}.")
         if self.multi_scale is not None:
             self._check_multi_scale(self.multi_scale)
 
@@ -106,8 +116,11 @@ class TrainOptions:
         clip_norm: gradients are scaled down to this total norm; null for never.
         ema_decay: decay per step of an exponential moving average of the weights, which is then what is
             evaluated and saved; null for none.
-        freeze: the first stages of the backbone that keep their weights and batch-norm statistics.
+        freeze: the first stages of the backbone that keep their weights and batch-norm statistics; all for the whole
+            backbone.
         freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few pictures.
+        store_features: with a backbone that is frozen as a whole and without augmentation, compute its maps of each
+            picture in the first epoch only, and keep them in files in the run's folder until its end.
         precision: arithmetic of the forward and backward passes.
         device: auto takes a GPU where there is one.
         devices: how many of them.
@@ -116,6 +129,12 @@ class TrainOptions:
         plain_epochs: last epochs, trained on pictures without augmentation.
         unmixed_epochs: last epochs, trained without those augmentations that mix pictures (mosaic, mixup), the others
             staying on, as YOLOX does.
+        per_class: so many pictures of one class stand together in a batch, which then has as many of each of several
+            classes (metric learning's P x K), for data with one class a picture; null for any.
+        cache: keep decoded pictures in memory or in a file on the disk of `runs`, shared by the workers, so that each
+            is decoded once; null for never. It changes no result.
+        cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (a picture of 640 x 480 has 0.9 MB); the
+            pictures beyond are decoded each time.
         seed: of the weights, the order of pictures and their augmentation.
     """
 
@@ -135,8 +154,9 @@ class TrainOptions:
     final_lr_factor: float = 0.01
     clip_norm: float | None = None
     ema_decay: float | None = None
-    freeze: int = 0
+    freeze: int | Literal["all"] = 0
     freeze_norms: bool = False
+    store_features: bool = False
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
@@ -144,10 +164,13 @@ class TrainOptions:
     patience: int | None = None
     plain_epochs: int = 0
     unmixed_epochs: int = 0
+    per_class: int | None = None
+    cache: Literal["memory", "disk"] | None = None
+    cache_gb: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "accumulate", "lr", "devices", "validate_every")
+        positive = ("epochs", "batch_size", "accumulate", "lr", "devices", "validate_every", "cache_gb")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"'train.{name}' must be greater than 0, but is {getattr(self, name)}.")
@@ -155,7 +178,6 @@ class TrainOptions:
             "workers",
             "weight_decay",
             "warmup_epochs",
-            "freeze",
             "plain_epochs",
             "unmixed_epochs",
             "backbone_lr_factor",
@@ -163,10 +185,19 @@ class TrainOptions:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"'train.{name}' must not be negative, but is {getattr(self, name)}.")
+        if self.freeze != "all" and self.freeze < 0:
+            raise ConfigError(f"'train.freeze' must be a number of stages, or all, but is {self.freeze}.")
         if self.batch_size % (self.accumulate * self.devices):
             raise ConfigError(
                 f"'train.batch_size' is the total, {self.batch_size} pictures a step: it must be a multiple of "
                 f"train.accumulate x train.devices = {self.accumulate * self.devices}."
+            )
+        batch = self.batch_size // (self.accumulate * self.devices)
+        if self.per_class is not None and (self.per_class < 1 or batch % self.per_class or batch == self.per_class):
+            raise ConfigError(
+                f"'train.per_class' is {self.per_class}, but the pictures of a batch, {batch} (train.batch_size over "
+                f"train.accumulate x train.devices), must be a multiple of it, twice at least, so that a batch has "
+                f"several classes."
             )
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"'train.patience' must be at least 1, or null for never, but is {self.patience}.")
@@ -196,7 +227,8 @@ class Experiment:
             the folder `cache` in which they are kept; null for none.
         input: how a picture becomes the network's input.
         train: how the model is trained.
-        weights: a detkit checkpoint to start from; null to start from the backbone's own weights.
+        weights: a checkpoint to start from: a run's folder, a .safetensors file, torchvision:NAME, a .pth file of
+            torchvision's or YOLOX's, a .weights file of Darknet's; null to start from the backbone's own weights.
         weights_parts: what to take from it; without the head it may have been trained on other classes.
         name: name of the run's folder, runs/<task>/<name>.
         runs: the folder of all runs.
@@ -248,7 +280,49 @@ def load_experiment(
     for override in overrides or []:
         if override.startswith("--"):
             _check_key(override[2:].split("=")[0], "the command line")
-    return _parse(["--config", yaml.safe_dump(merged), *(overrides or [])])
+    return _parse(["--config", yaml.safe_dump(merged), *_whole_options(overrides or [], merged)])
+
+
+def _whole_options(overrides: list[str], values: dict[str, Any]) -> list[str]:
+    """`overrides`, of which those that reach into an option of a part (--data.data.root, --head.anchors.sizes) give
+    that whole option with its other keys: jsonargparse would drop them.
+
+    Args:
+        values: what the overrides change.
+    """
+    whole = []
+    current: dict[str, Any] = copy.deepcopy(values)
+    arguments = iter(overrides)
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        part, *keys = name.split(".")
+        given = [argument]
+        if argument.startswith("--") and part in OF_PARTS:
+            if not equals:
+                given += itertools.islice(arguments, 1)
+                value = given[-1] if len(given) == 2 else ""
+            _put(current, [part, *keys], _from_text(value, name))
+            if len(keys) > 1:
+                option = yaml.safe_dump(current[part][keys[0]], default_flow_style=True, width=math.inf)
+                given = [f"--{part}.{keys[0]}", option]
+        whole += given
+    return whole
+
+
+def _from_text(value: str, name: str) -> Any:
+    try:
+        return yaml.load(value, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of '--{name}' is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set what stands under `keys`; dicts on the way are made where there are none."""
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
 
 
 def experiment_from_dict(values: dict[str, Any]) -> Experiment:
@@ -281,11 +355,19 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}."
         )
-    for part, key in PATHS:
-        options = values.get(part)
-        if isinstance(options, dict) and isinstance(options.get(key), str):
-            options[key] = str((file.parent / Path(options[key]).expanduser()).resolve())
+    for options, key in _paths(values):
+        options[key] = str((file.parent / Path(options[key]).expanduser()).resolve())
     return values
+
+
+def _paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where in `values` the options of PATHS stand, as far as they are given: the dict and the key in it."""
+    for *parts, key in PATHS:
+        options: Any = values
+        for part in parts:
+            options = options.get(part) if isinstance(options, dict) else None
+        if isinstance(options, dict) and isinstance(options.get(key), str):
+            yield options, key
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -320,11 +402,9 @@ def _parse(arguments: list[str]) -> Experiment:
     try:
         parsed = parser.parse_args(arguments)
         parsed.pop("config", None)
-        for part, key in PATHS:
-            options = parsed.get(part)
-            if isinstance(options, dict) and isinstance(options.get(key), str):
-                # A run is evaluated and resumed from other folders than it was started in.
-                options[key] = str(Path(options[key]).expanduser().absolute())
+        for options, key in _paths({name: parsed.get(name) for name in ("data", "proposals")}):
+            # A run is evaluated and resumed from other folders than it was started in.
+            options[key] = str(Path(options[key]).expanduser().absolute())
         return Experiment(**vars(parser.instantiate(parsed)))
     except ArgumentError as error:
         reason = " ".join(str(error).split())

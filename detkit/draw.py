@@ -120,7 +120,7 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     if not images or columns < 1:
         raise ValueError(f"a sheet needs images and at least one column, but got {len(images)} and {columns}")
     for image in images:
-        _check_image(image)
+        check_image(image)
     gap = 4
     height = max(image.shape[0] for image in images) + gap
     width = max(image.shape[1] for image in images) + gap
@@ -147,7 +147,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """
     from PIL import Image
 
-    _check_image(image)
+    check_image(image)
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise DetkitError(
@@ -173,7 +173,7 @@ def _annotate(
     """
     import supervision
 
-    _check_image(image)
+    check_image(image)
     if not len(objects):
         return image.copy()
     height, width = image.shape[:2]
@@ -196,8 +196,8 @@ def _annotate(
     corners = supervision.BoxCornerAnnotator(palette, thickness, corner)
     scene = corners.annotate(scene, chosen(order[corners_only[order]]))
 
-    size = _text_size(image.shape, len(texts))
-    font_path, texts = _readable(texts, labels)
+    size = text_size(image.shape, len(texts))
+    font_path, texts = readable(texts, labels)
     annotator = supervision.RichLabelAnnotator(
         palette,
         text_color=_text_colors(palette),
@@ -207,7 +207,12 @@ def _annotate(
         smart_position=True,
     )
     scene = annotator.annotate(scene, chosen(order), labels=[texts[index] for index in order])
-    return np.ascontiguousarray(scene[:, :, ::-1])
+    picture = np.ascontiguousarray(scene[:, :, ::-1])
+    if objects.points is None:
+        return picture
+    from detkit.draw_points import draw_points
+
+    return draw_points(picture, objects.points, getattr(objects, "visible", None), numbers=False)
 
 
 def _paint_masks(
@@ -238,9 +243,9 @@ def _captioned(image: np.ndarray, text: str) -> np.ndarray:
     """`image` below a strip with `text`."""
     from PIL import Image, ImageDraw
 
-    size = _text_size(image.shape, 1)
+    size = text_size(image.shape, 1)
     strip = Image.new("RGB", (image.shape[1], size * 2), (BACKGROUND,) * 3)
-    ImageDraw.Draw(strip).text((size // 2, size), text, fill="white", font=_font(size), anchor="lm")
+    ImageDraw.Draw(strip).text((size // 2, size), text, fill="white", font=font(size), anchor="lm")
     return np.concatenate([np.asarray(strip), image])
 
 
@@ -253,7 +258,7 @@ def _line_width(shape: tuple[int, ...]) -> int:
     return max(1, round(min(shape[:2]) / 280))
 
 
-def _text_size(shape: tuple[int, ...], count: int) -> int:
+def text_size(shape: tuple[int, ...], count: int) -> int:
     """Height of the font in pixels: 12 in a picture of 640 x 480, 11 where it holds many objects."""
     share = 0.025 if count <= 30 else 0.021
     return max(9, round(min(shape[:2]) * share))
@@ -269,6 +274,11 @@ def _palette(count: int) -> supervision.ColorPalette:
         hue, saturation, value = label * 0.618034 % 1, (0.9, 0.55, 0.75)[label % 3], (0.95, 1.0, 0.6)[label % 3]
         colors.append(supervision.Color(*(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))))
     return supervision.ColorPalette(colors)
+
+
+def label_colors(count: int) -> np.ndarray:
+    """(count, 3) uint8 RGB: the colour of every label below `count`, as boxes of that class have it."""
+    return np.array([color.as_rgb() for color in _palette(count).colors], dtype=np.uint8).reshape(-1, 3)
 
 
 def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
@@ -287,13 +297,14 @@ def _default_font_path() -> str:
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of captions and legends, `size` pixels high."""
     from PIL import ImageFont
 
     return ImageFont.truetype(_default_font_path(), size)
 
 
-def _readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
+def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
     """A font with every character of `texts`; where the system has none, some names give way to the label's number."""
     default = _default_font_path()
     missing = _missing(default, "".join(texts))
@@ -325,6 +336,11 @@ def _missing(font_path: str, text: str) -> set[str]:
     return {character for character in text if not font.get_char_index(ord(character))}
 
 
-def _check_image(image: np.ndarray) -> None:
+def check_image(image: np.ndarray) -> None:
+    """Refuse what is not (H, W, 3) uint8.
+
+    Raises:
+        ValueError: naming what it is.
+    """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be (H, W, 3) uint8, but is {image.shape} {image.dtype}")

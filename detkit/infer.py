@@ -2,18 +2,27 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from detkit.data.image import find_images, read_image
+from detkit.data.video import is_video
 from detkit.draw import write_image
 from detkit.errors import ConfigError, DataError
+from detkit.gallery import Gallery
+from detkit.infer_video import infer_video
+from detkit.overlap import Behind, ahead
 from detkit.predict import Predictor
 from detkit.tasks.base import write_json
 from detkit.types import Meta
+
+READ_AHEAD, WRITE_BEHIND = 4, 4
+"""Pictures that wait to be predicted, beyond a batch, and to be drawn and written."""
 
 
 def infer(
@@ -27,11 +36,11 @@ def infer(
     save_json: bool = True,
     **options: Any,
 ) -> int:
-    """Predict on every picture of `source`, and write what is asked for into `output`.
+    """Predict on every picture of `source`, or every frame of a film, and write what is asked for into `output`.
 
     Args:
         options: those of the model's task (Task.options); of a detector conf, iou, max_det, classes, save_txt,
-            save_conf, save_crop.
+            save_conf, save_crop; of a model that gives embeddings gallery (a folder, see detkit.gallery) and threshold.
 
     Returns:
         How many pictures were left out because they are broken.
@@ -41,34 +50,48 @@ def infer(
         ConfigError: an option makes no sense, or has no use for the model's task.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    files = find_images(source)
+    files = [] if is_video(source) else find_images(source)
     if batch < 1:
         raise ConfigError(f"'batch' must be at least 1, but is {batch}.")
     task = predictor.task
     choices = task.complete(options)
-    limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
+    limits: dict[str, Any] = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
+    if "gallery" in options:
+        limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
+    elif "threshold" in options:
+        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
+    if is_video(source):
+        common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
+        return infer_video(predictor, source, output, **common, choices=choices, limits=limits)
     names = unique_names(files)
     ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []
     broken: list[str] = []
-    for start in track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal):
-        chunk = []
-        for file in files[start : start + batch]:
-            try:
-                chunk.append((file, read_image(file)))
-            except DataError as error:
+    pictures = ahead(_read, files, batch + READ_AHEAD)
+
+    def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
+        if save_images:
+            write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
+        task.write(output, name, image, found, meta, choices)
+
+    starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
+    with closing(pictures), Behind(WRITE_BEHIND) as behind:
+        for start in starts:
+            chunk = []
+            for file, picture in zip(files[start : start + batch], pictures):
+                if not isinstance(picture, DataError):
+                    chunk.append((file, picture))
+                    continue
                 if not skip_broken:
-                    raise DataError(f"{error} To leave broken pictures out: --skip-broken true.") from None
-                broken.append(str(error))
-        found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
-        for (file, image), found in zip(chunk, found_all):
-            name = names[file]
-            meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
-            results += task.records(found, meta, predictor.model.classes)
-            console.print(f"{file}: {task.describe(found)}")
-            if save_images:
-                write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
-            task.write(output, name, image, found, meta, choices)
+                    raise DataError(f"{picture} To leave broken pictures out: --skip-broken true.") from None
+                broken.append(str(picture))
+            found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
+            for (file, image), found in zip(chunk, found_all):
+                name = names[file]
+                meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
+                results += task.records(found, meta, predictor.model.classes)
+                console.print(f"{file}: {task.describe(found)}")
+                behind.submit(write, name, image, found, meta)
     if save_json:
         write_json(output / "predictions.json", results)
     for message in broken:
@@ -77,6 +100,14 @@ def infer(
         f"{len(files) - len(broken)} pictures, {len(results)} {task.noun}, {len(broken)} left out -> {output}"
     )
     return len(broken)
+
+
+def _read(file: Path) -> np.ndarray | DataError:
+    """The pixels, or why there are none: a value, so that reading ahead does not end at it."""
+    try:
+        return read_image(file)
+    except DataError as error:
+        return error
 
 
 def unique_names(files: Sequence[Path]) -> dict[Path, str]:

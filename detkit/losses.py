@@ -69,3 +69,35 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.25, gamma
     weight = (1 - alpha) + (2 * alpha - 1) * truth.to(logits.dtype)
     # (1 - p)^gamma as an exponential, whose gradient is finite where 1 - p is 0.
     return -weight * torch.exp(gamma * F.logsigmoid(-right)) * F.logsigmoid(right)
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """How strongly the channels of a map occur together: its style, without where anything is.
+
+    Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks", equation 3, divided by c·h·w as in
+    "Dive into Deep Learning", so that neither the size of the picture nor the number of channels matters.
+
+    Args:
+        features: (B, c, h, w).
+
+    Returns:
+        (B, c, c): XXᵀ / (c·h·w), with X the map as (c, h·w).
+    """
+    channels, pixels = features.shape[1], features.shape[2] * features.shape[3]
+    flat = features.reshape(len(features), channels, pixels)
+    # Divided first: of half-precision maps the sum over a large picture would overflow.
+    return flat @ (flat / (channels * pixels)).transpose(1, 2)
+
+
+def style_loss(features: Tensor, gram: Tensor) -> Tensor:
+    """The mean squared difference of the Gram matrices of (B, c, h, w) maps and `gram`, (1 or B, c, c)."""
+    return (gram_matrix(features) - gram).square().mean()
+
+
+def total_variation(pictures: Tensor) -> Tensor:
+    """How much neighbours in (B, C, H, W) differ: (mean |x_ij - x_i+1,j| + mean |x_ij - x_i,j+1|) / 2.
+
+    Means and not the sum over a picture, so that a weight means the same at every size; 0 along a side of one pixel.
+    """
+    down, right = pictures.diff(dim=2).abs(), pictures.diff(dim=3).abs()
+    return 0.5 * (down.sum() / max(down.numel(), 1) + right.sum() / max(right.numel(), 1))

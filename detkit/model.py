@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,11 @@ class Model(nn.Module):
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(
-        self, images: Tensor, sizes: tuple[tuple[int, int], ...], proposals: tuple[Tensor, ...] | None = None
+        self,
+        images: Tensor,
+        sizes: tuple[tuple[int, int], ...],
+        proposals: tuple[Tensor, ...] | None = None,
+        features: tuple[Tensor, ...] | None = None,
     ) -> Any:
         """The head's raw outputs.
 
@@ -53,18 +57,27 @@ class Model(nn.Module):
             images: (B, 3, H, W) float32 RGB in 0..1.
             sizes: (height, width) of each image inside the tensor.
             proposals: (P, 4) float32 xyxy pixels of `images` for each image, for a head that needs them.
+            features: `maps` of the images, where they are known; of `images` only the size counts then.
         """
-        features = self.backbone((images - self.mean) / self.std)
+        maps = self.maps(images) if features is None else list(features)
         if self.neck is not None:
-            features = self.neck(features)
-        return self.head(features, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
+            maps = self.neck(maps)
+        return self.head(maps, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
 
-    def freeze(self, stages: int, norms: bool) -> None:
-        """Keep the first `stages` of the backbone as they are, and with `norms` all batch norms of all backbones."""
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps [(B, C_i, h_i, w_i)] of images (B, 3, H, W) float32 RGB in 0..1."""
+        return self.backbone((images - self.mean) / self.std)
+
+    def freeze(self, stages: int | Literal["all"], norms: bool) -> None:
+        """Keep the first `stages` of the backbone, or the whole of it, as they are, and with `norms` all batch norms of
+        all backbones."""
         for module in self.modules():
             if isinstance(module, Backbone) and norms:
                 module.freeze(module.frozen_stages, norms=True)
-        self.backbone.freeze(stages, norms)
+        if stages == "all":
+            self.backbone.freeze_all()
+        else:
+            self.backbone.freeze(stages, norms)
 
     def parameter_groups(self, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone apart from the rest, and no decay for biases and norms.
@@ -123,14 +136,24 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
         neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
         channels, strides = neck.channels, neck.strides
     head: Head = heads.build(head_options, "head", channels=channels, strides=strides, num_classes=len(classes))
+    whole_picture = not head.any_size and bool(head.needs & {"boxes", "points", "image_labels"})
+    if experiment.input.resize == "crop" and whole_picture:
+        raise ConfigError(
+            f"'input.resize' crop is for heads that say something of each pixel, but the head "
+            f"'{experiment.head['name']}' says something of the whole picture. Set input.resize to stretch, letterbox "
+            f"or short_side."
+        )
     model = Model(backbone, neck, head, experiment, classes)
-    if load_weights and experiment.weights is not None:
-        _start_from(model, experiment.weights, experiment.weights_parts)
+    if load_weights:
+        head.prepare()
+        if experiment.weights is not None:
+            _start_from(model, experiment.weights, experiment.weights_parts)
     return model
 
 
 def load_model(path: str | Path) -> Model:
-    """The model in a checkpoint file, or torchvision's published one (see detkit.published), on the CPU.
+    """The model of a checkpoint, on the CPU: a run's folder or file, or published weights (see detkit.published), which
+    are torchvision's by name or file, YOLOX's `.pth` files and Darknet's `.weights` files.
 
     Raises:
         CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
@@ -142,7 +165,8 @@ def load_model(path: str | Path) -> Model:
 
 
 def resolve_checkpoint(path: str | Path) -> str:
-    """The checkpoint that a user means by a run's folder (its best), by the file itself, or by torchvision's name.
+    """The checkpoint that a user means by a run's folder (its best), by a file of detkit's or of others (`.pth`,
+    `.weights`), or by torchvision's name.
 
     Raises:
         CheckpointError: the folder is no run with a checkpoint.

@@ -2,25 +2,36 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from detkit.data.image import read_image, rgb_uint8
 from detkit.data.loader import collate
 from detkit.errors import ConfigError, DataError
 from detkit.model import Model, load_model
+from detkit.optimize import FastNetwork, Precision
+from detkit.predictions import Recogniser
 from detkit.proposals.dataset import CACHE_KEY, build_source, check_needed
 from detkit.proposals.sources import ProposalSource
+from detkit.sliding import predict
 from detkit.tasks.base import task_of
 from detkit.types import Meta, Sample, Target
 
+M = TypeVar("M", bound=nn.Module)
 Picture: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
 
-def load(checkpoint: str | Path, device: str = "auto", proposals: Mapping[str, Any] | None = None) -> "Predictor":
+def load(
+    checkpoint: str | Path,
+    device: str = "auto",
+    proposals: Mapping[str, Any] | None = None,
+    precision: Precision = "auto",
+    compile: bool = False,
+) -> "Predictor":
     """A predictor from a run's folder (its best checkpoint), or from a checkpoint file.
 
     Args:
@@ -28,28 +39,43 @@ def load(checkpoint: str | Path, device: str = "auto", proposals: Mapping[str, A
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
         proposals: {"name": "selective_search", option: value}, for a model whose head needs proposals; by default what
             it was trained with.
+        precision: "auto", "fp32", "bf16" or "fp16"; see detkit.optimize.
+        compile: let TorchInductor compile the network; likewise.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is broken.
-        ConfigError: there is no such device, or the proposals do not go with the model or with new pictures.
+        ConfigError: there is no such device, the proposals do not go with the model or with new pictures, or the
+            precision or the compiler is not to be had.
     """
-    return Predictor(load_model(checkpoint), device, proposals)
+    return Predictor(load_model(checkpoint), device, proposals, precision, compile)
 
 
 class Predictor:
     """Runs a model on pictures.
 
+    Attributes:
+        network: the model as it runs; `network.choices` says how.
+
     Args:
-        model: with its classes and input size.
+        model: with its classes and input size. It is changed for good: see detkit.optimize.FastNetwork.
         device: where it runs.
-        proposals: see `load`.
+        proposals, compile: see `load`.
+        precision: see `load`; by default that of the model's weights.
     """
 
-    def __init__(self, model: Model, device: str = "auto", proposals: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str = "auto",
+        proposals: Mapping[str, Any] | None = None,
+        precision: Precision = "fp32",
+        compile: bool = False,
+    ) -> None:
         self.source = _proposal_source(model, proposals)
         # With the channels of a pixel side by side convolutions run faster, on the CPU and on tensor cores.
         self.model = to_device(model, device).eval().to(memory_format=torch.channels_last)
-        self.device = self.model.mean.device
+        self.network = FastNetwork(self.model, precision, compile)
+        self.device = self.network.device
         self.class_names = model.classes.names
         self.task = task_of(model.head)
 
@@ -61,6 +87,7 @@ class Predictor:
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
+        gallery: Recogniser | None = None,
     ) -> Any:
         """What the model says of one picture, in its own pixels: a detector's Detections, best score first.
 
@@ -72,6 +99,7 @@ class Predictor:
                 trained with.
             max_det: the best that are kept; default the head's.
             classes: names or labels to keep; default all.
+            gallery: names what the picture shows, for a model that gives embeddings (detkit.gallery.Gallery.read).
 
         Returns:
             Detections of a detector; of the other tasks what stands in detkit.predictions.
@@ -80,7 +108,8 @@ class Predictor:
             DataError: the picture cannot be read.
             ConfigError: a threshold or class makes no sense, or is given to a model that is no detector.
         """
-        return next(self.predict_all([image], conf=conf, iou=iou, max_det=max_det, classes=classes, batch_size=1))
+        options: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
+        return next(self.predict_all([image], **options, batch_size=1))
 
     def predict_all(
         self,
@@ -90,23 +119,23 @@ class Predictor:
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
+        gallery: Recogniser | None = None,
         batch_size: int = 8,
     ) -> Iterator[Any]:
         """What the model says of each picture in turn; see `predict`."""
         if batch_size < 1:
             raise ConfigError(f"'batch' must be at least 1, but is {batch_size}.")
-        given = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes}
+        given = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
         options = self.task.complete({name: value for name, value in given.items() if value is not None})
         for start in range(0, len(images), batch_size):
             arrays = [to_array(image) for image in images[start : start + batch_size]]
             yield from self._run(arrays, options)
 
-    @torch.inference_mode()
     def _run(self, arrays: list[np.ndarray], options: Mapping[str, Any]) -> list[Any]:
         fit, head = self.model.fit, self.model.head
         batch = collate([fit(self._sample(array)) for array in arrays], fit).to(self.device)
-        with self.task.limited(head, self.class_names, options) as select:
-            found = head.decode(self.model(batch.images, batch.sizes, batch.proposals))
+        with self.network.arithmetic(), self.task.limited(head, self.class_names, options) as select:
+            found = predict(self.model, batch, self.network)
             return [
                 select(self.task.undo(prediction.to("cpu"), meta, self.class_names))
                 for prediction, meta in zip(found, batch.metas)
@@ -132,8 +161,8 @@ def _proposal_source(model: Model, options: Mapping[str, Any] | None) -> Proposa
     return None if options is None else build_source(options)
 
 
-def to_device(model: Model, device: str) -> Model:
-    """The model on a device by its name; "auto" is a GPU where there is one.
+def to_device(model: M, device: str) -> M:
+    """The model (or head) on a device by its name; "auto" is a GPU where there is one.
 
     Raises:
         ConfigError: there is no such device.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,18 +44,24 @@ class SemanticMap:
 
     Args:
         labels: (H, W) uint8 in 0..C-1.
+        logits: (C, H, W) float32, what the labels are the largest of: what a network predicts, and a task's `undo`
+            turns into `labels` of the source's size. None elsewhere.
         class_names: names by label; empty inside the network, filled by the predictor.
     """
 
     labels: Tensor
+    logits: Tensor | None = None
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.labels, "labels", 2, torch.uint8)
+        if self.logits is not None:
+            _check(self.logits, "logits", 3, torch.float32)
 
     def to(self, device: torch.device | str) -> SemanticMap:
-        """The same with its tensor on `device`."""
-        return replace(self, labels=self.labels.to(device))
+        """The same with its tensors on `device`."""
+        logits = None if self.logits is None else self.logits.to(device)
+        return replace(self, labels=self.labels.to(device), logits=logits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +70,19 @@ class Embedding:
 
     Args:
         vector: (D,) float32, of length 1.
+        identity: the name of what the picture shows, by a gallery (detkit.gallery); None for what is not in it, and
+            without one.
+        distance: to the nearest picture of the gallery, in 0..2; None without one.
     """
 
     vector: Tensor
+    identity: str | None = None
+    distance: float | None = None
+
+    def distance_to(self, other: Embedding) -> float:
+        """0 (the same point) to 2 (opposite): two pictures show the same where it is below a threshold, such as the one
+        that `detkit eval` finds the best."""
+        return float(torch.linalg.vector_norm(self.vector - other.vector))
 
     def __post_init__(self) -> None:
         _check(self.vector, "vector", 1, torch.float32)
@@ -73,6 +90,14 @@ class Embedding:
     def to(self, device: torch.device | str) -> Embedding:
         """The same with its tensor on `device`."""
         return replace(self, vector=self.vector.to(device))
+
+
+class Recogniser(Protocol):
+    """What names the things in pictures by their embeddings: detkit.gallery.Gallery."""
+
+    def recognise(self, embedding: Embedding) -> Embedding:
+        """The embedding with what it shows."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +130,11 @@ class Rendering:
 
     def __post_init__(self) -> None:
         _check(self.image, "image", 3, torch.float32)
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        values: np.ndarray = (self.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        return np.ascontiguousarray(values)
 
     def to(self, device: torch.device | str) -> Rendering:
         """The same with its tensor on `device`."""

@@ -3,7 +3,9 @@
 A part is a class; its constructor signature is the only list of its options and their defaults.
 """
 
+import functools
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
@@ -12,13 +14,16 @@ from typing import Any, TypeVar
 from detkit.errors import ConfigError, DetkitError, nearest
 
 Part = TypeVar("Part", bound=Callable[..., Any])
+PLUGINS = "detkit.parts"
+"""The group of entry points by which an installed package names its modules with parts for detkit."""
 
 
 class Registry:
     """Parts of one kind by name.
 
     The modules of `package` are imported at the first look-up, so that a new part is one new file
-    with `@heads.register("name")` in it and no existing file is touched.
+    with `@heads.register("name")` in it and no existing file is touched. So are the modules that installed packages
+    name as entry points of the group PLUGINS; that a config names a module, and runs it, is not wanted.
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -79,6 +84,26 @@ class Registry:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
+            _import_plugins()
+
+
+@functools.cache
+def _import_plugins() -> None:
+    """Import the modules with parts that installed packages name, once.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for point in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            importlib.import_module(point.value)
+        # A package of someone else's may fail in any way, and for all of them the remedy is the same.
+        except Exception as error:
+            package = point.dist.name if point.dist is not None else "unknown"
+            raise ConfigError(
+                f"The installed package '{package}' has parts for detkit in its module '{point.value}', which cannot "
+                f"be imported ({type(error).__name__}: {error}). Mend that package, or uninstall it."
+            ) from error
 
 
 def build_part(

@@ -208,6 +208,8 @@ class Batch:
         targets: one for each image, in pixels of `images`; masks may end where the padding of the batch begins.
         metas: one for each image.
         proposals: (P, 4) float32 xyxy pixels of `images`, best first, for each image; None without proposals.
+        features: the backbone's maps [(B, C_i, h_i, w_i)], where they are known already; `images` are then of the right
+            size, but may hold nothing.
     """
 
     images: Tensor
@@ -215,6 +217,7 @@ class Batch:
     targets: tuple[Target, ...]
     metas: tuple[Meta, ...]
     proposals: tuple[Tensor, ...] | None = None
+    features: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         count = self.images.shape[0]
@@ -229,12 +232,15 @@ class Batch:
         return len(self.sizes)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its images, targets and proposals on `device`."""
+        """The same batch with all its tensors on `device`."""
         targets = tuple(target.to(device) for target in self.targets)
-        proposals = None
+        proposals = features = None
         if self.proposals is not None:
             proposals = tuple(boxes.to(device) for boxes in self.proposals)
-        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets, proposals=proposals)
+        if self.features is not None:
+            features = tuple(maps.to(device) for maps in self.features)
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, targets=targets, proposals=proposals, features=features)
 
     def pin_memory(self) -> Batch:
         """The same batch with its images in page-locked memory, for the loader."""

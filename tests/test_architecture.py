@@ -12,18 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 # Imports run one way: a module may import from layers before its own, and from its own.
 LAYERS = [
     {"errors"},
-    {"types", "predictions", "registry", "config"},
+    {"types", "predictions", "registry", "config", "overlap"},
     {"boxes"},
     {"data", "backbones", "losses"},
     {"proposals"},
     {"heads"},
     {"published"},
     {"model"},
-    {"metrics", "draw"},
+    {"metrics", "draw", "draw_classes", "draw_embedding", "draw_points", "draw_semantic", "optimize", "sliding"},
     {"tasks"},
     {"engine"},
     {"predict"},
-    {"infer", "bench"},
+    {"infer", "infer_video", "style_transfer", "gallery", "bench"},
     {"cli_options", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -132,3 +132,31 @@ def test_every_config_in_the_repository_builds(path: Path) -> None:
     assert path.read_text().startswith("#")
     model = build_model(experiment, ClassList.from_names(["a", "b", "c"]), load_weights=False)
     check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))
+
+
+def test_an_option_within_an_option_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(
+        "data: {name: crops, margin: 0.2, data: {name: voc, root: inner, broken: repair}}\n"
+        "backbone: {name: small_ssd}\nhead: {name: ssd, anchors: {name: pyramid, sizes: [[8.0]], ratios: [1.0]}}\n"
+    )
+    loaded = load_experiment([str(config)])
+    assert loaded.data["data"] == {"name": "voc", "root": str(tmp_path / "inner"), "broken": "repair"}
+    options = ["--data.data.root", str(tmp_path / "other"), "--head.anchors.sizes=[[4.0]]", "--train.lr", "1e-3"]
+    changed = load_experiment([str(config)], options)
+    assert changed.data["data"] == {"name": "voc", "root": str(tmp_path / "other"), "broken": "repair"}
+    assert changed.data["margin"] == 0.2
+    assert changed.head["anchors"] == {"name": "pyramid", "sizes": [[4.0]], "ratios": [1.0]}
+    assert changed.train.lr == 1e-3
+    whole = load_experiment([str(config)], ["--data", "{name: crops, data: {name: shapes}}", "--data.data.size", "64"])
+    assert whole.data == {"name": "crops", "data": {"name": "shapes", "size": 64}}
+
+
+def test_freeze_takes_a_number_or_all(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("data: {name: shapes}\nbackbone: {name: small_ssd}\nhead: {name: ssd}\n")
+    assert load_experiment([str(config)], ["--train.freeze", "all"]).train.freeze == "all"
+    assert load_experiment([str(config)], ["--train.freeze", "2"]).train.freeze == 2
+    for wrong in ("-1", "none"):
+        with pytest.raises(ConfigError, match=r"train\.freeze"):
+            load_experiment([str(config)], ["--train.freeze", wrong])

@@ -273,7 +273,7 @@ def test_detections_agree_with_the_authors_rule(tmp_path: Path) -> None:
     state = published(1, 16, False, classes=5, bgr=bgr)
     # what the authors' program saves, numbers of NumPy and all
     torch.save({"model": state, "start_epoch": 300, "best_ap": np.float64(0.4)}, tmp_path / "own.pth")
-    detector = detkit.load(str(tmp_path / "own.pth"))
+    detector = detkit.load(str(tmp_path / "own.pth"), precision="fp32")
     assert detector.model.classes.names == tuple(f"class {label}" for label in range(5))
     detector.model.fit.size = (160, 192)
     found = detector.predict(image, conf=0.15)

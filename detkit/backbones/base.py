@@ -28,6 +28,7 @@ class Backbone(nn.Module, ABC):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     frozen_stages: int = 0
     _frozen_norms: bool = False
+    _all_frozen: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -63,9 +64,16 @@ class Backbone(nn.Module, ABC):
         self.frozen_stages, self._frozen_norms = count, norms
         self.train(self.training)
 
+    def freeze_all(self) -> None:
+        """Keep everything as it is, also what belongs to no stage, and stay in evaluation mode."""
+        self.freeze(len(self.stages()), norms=True)
+        self.requires_grad_(False)
+        self._all_frozen = True
+        self.eval()
+
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
+        super().train(mode and not self._all_frozen)
         if self.frozen_stages:
             for stage in self.stages()[: self.frozen_stages]:
                 stage.eval()

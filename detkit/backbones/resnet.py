@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torchvision import models
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
+from detkit.errors import ConfigError
 from detkit.registry import backbones
 
 
@@ -26,9 +27,11 @@ class ResNet(Backbone):
         mean: overrides the normalisation, for weights trained with another.
         std: as `mean`.
         norm_epsilon: what batch norms add to the variance.
+        output_stride: the largest stride, 8, 16 or 32. Instead of going beyond it, C4 and C5 keep their size by dilated
+            convolutions (torchvision's `replace_stride_with_dilation`), with the same weights. ResNet-50 and larger.
 
     Raises:
-        ConfigError: `levels` are not ascending or not in 2..5.
+        ConfigError: `levels` are not ascending or not in 2..5, or the network cannot have that `output_stride`.
         CheckpointError: the weights cannot be had, or do not fit.
     """
 
@@ -41,17 +44,29 @@ class ResNet(Backbone):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         norm_epsilon: float = 1e-5,
+        output_stride: Literal[8, 16, 32] = 32,
     ) -> None:
         super().__init__()
         check_levels(levels, range(2, 6), self.network)
-        full = models.get_model(self.network, weights=None, norm_layer=partial(nn.BatchNorm2d, eps=norm_epsilon))
+        dilated = [stride > output_stride for stride in (8, 16, 32)]
+        if any(dilated) and self.network in ("resnet18", "resnet34"):
+            raise ConfigError(
+                f"'backbone.output_stride' is {output_stride}, but {self.network} has no dilated form. Use resnet50 or "
+                f"resnet101, or 32."
+            )
+        full = models.get_model(
+            self.network,
+            weights=None,
+            norm_layer=partial(nn.BatchNorm2d, eps=norm_epsilon),
+            replace_stride_with_dilation=dilated,
+        )
         self.conv1, self.bn1, self.relu, self.maxpool = full.conv1, full.bn1, full.relu, full.maxpool
         self._layer_names = [f"layer{level - 1}" for level in range(2, levels[-1] + 1)]
         for name in self._layer_names:
             setattr(self, name, getattr(full, name))
         self._levels = levels
         self.channels = tuple(full.fc.in_features // 2 ** (5 - level) for level in levels)
-        self.strides = tuple(2**level for level in levels)
+        self.strides = tuple(min(2**level, output_stride) for level in levels)
         self._override_normalisation(mean, std)
         load_weights(
             self,

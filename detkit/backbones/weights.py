@@ -47,7 +47,7 @@ def load_weights(
     elif weights == "package":
         if package is None:
             raise CheckpointError(
-                f"There is no package with weights for the network '{network}', only for timm's "
+                f"There is no package with weights for the network '{network}', only for 'vgg16' and timm's "
                 f"'tf_efficientnet_lite0'. Use weights: imagenet, or the path of a .pth or .safetensors file."
             )
         state, source = package(), f"The package of weights for '{network}'"

@@ -26,25 +26,31 @@ from detkit.bench.models import (
 )
 from detkit.bench.options import InferenceOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
+from detkit.bench.yolo import SIZES as YOLO_SIZES
+from detkit.bench.yolo import yolo_case, yolo_table
+from detkit.boxes.iou import pairwise_iou
 from detkit.data.loader import collate
 from detkit.errors import DetkitError
+from detkit.optimize import Precision
 from detkit.predict import Predictor
 from detkit.tasks.base import task_of
 from detkit.types import Detections, Inputs, Meta, Sample, Target
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 """Pixels, and parts of 1: what 50 layers may make of rounding."""
+HALF_OVERLAP, HALF_SCORE_TOLERANCE = 0.95, 0.02
 MASK_OVERLAP = 0.98
 SAME_SHARE = 0.98
 """Of the detections; two boxes whose overlap is next to the threshold may be suppressed here and stay there."""
-STAGES = ("resize, normalise", "backbone, neck", "head", "decode", "undo")
+STAGES = ("resize", "normalise, backbone, neck", "head", "decode", "undo")
 STAGE_ROUNDS = 5
 
 
 def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, Any]:
     """Check, measure, print tables, write the JSON; returns what the JSON holds.
 
-    Both start from a uint8 picture, one at a time, in float32. Networks have random weights that behave like trained
+    Both start from a uint8 picture, one at a time; YOLOX and its peer from a file. Torchvision computes in float32.
+    Networks have random weights that behave like trained
     ones; see detkit.bench.models.plausible_model.
 
     Args:
@@ -54,7 +60,10 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
     Raises:
         DetkitError: for an option that makes no sense, or when detkit's detections are not torchvision's.
     """
-    devices, names, machine, out = options.devices(), model_names(options.models), hardware(), console()
+    asked = [name.strip() for name in options.models.split(",")]
+    yolos = [name for name in asked if name in YOLO_SIZES]
+    others = ",".join(name for name in asked if name not in YOLO_SIZES)
+    devices, names, machine, out = options.devices(), model_names(others) if others else [], hardware(), console()
     output_path("inference", machine, options)  # an error now, not after minutes
     source, images = pictures(options.source)
     out.print(f"{conditions(machine, options)}; {len(images)} pictures: {source}")
@@ -63,23 +72,37 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
         for name in names:
             reference = plausible_model(name, options.input_size, images[0], options.seed)
             cases += [_measure(name, reference, images, device, options) for device in devices]
-    for device in devices:
+        beside = [yolo_case(name, images, options) for name in yolos]
+    if beside:
+        out.print()
+        out.print(yolo_table(beside), soft_wrap=False)
+    for device in devices if names else []:
         of_device = [case for case in cases if case.device == device]
         out.print()
         out.print(speed_table(f"a picture on {device}", of_device), soft_wrap=False)
         out.print()
         out.print(_stage_table(of_device), soft_wrap=False)
-    path, report = write_report("inference", cases, options, machine, command, pictures=source)
+    path, report = write_report("inference", cases + beside, options, machine, command, pictures=source)
     out.print(f"\nresults -> {path}")
     return report
 
 
-def peaks(side: str, name: str, size: int, file: str, device: str, threads: int, source: str | None) -> dict[str, Any]:
+def peaks(
+    side: str,
+    name: str,
+    size: int,
+    file: str,
+    device: str,
+    threads: int,
+    source: str | None,
+    precision: Precision,
+    compile: bool,
+) -> dict[str, Any]:
     """The memory that one side takes in a process of its own; see detkit.bench.models.memory."""
     torch.set_num_threads(threads)
     images = pictures(source)[1]
     load = partial(load_side, side, name, size, file)
-    return memory(lambda: partial(_each_twice, _call(side, load(), device), images), device)
+    return memory(lambda: partial(_each_twice, _call(side, load(), device, precision, compile), images), device)
 
 
 def _measure(
@@ -87,14 +110,16 @@ def _measure(
 ) -> Case:
     state = reference.state_dict()
     model = detkit_model(name, state, options.input_size)
-    calls = {"torchvision": _call("torchvision", reference, device), "detkit": _call("detkit", model, device)}
+    predictor = Predictor(model, device, precision=options.precision, compile=options.compile)
+    calls = {"torchvision": _call("torchvision", reference, device), "detkit": _predict(predictor)}
     expected = [calls["torchvision"](image) for image in images]
-    check = partial(_check, expected, f"{name} on {device}, seed {options.seed}")
+    check = partial(_check, expected, predictor.network.precision, f"{name} on {device}, seed {options.seed}")
     candidates = [Candidate(side, partial(_each, call, images), compiles=True) for side, call in calls.items()]
     rows = compare(candidates, check, len(images), Budget(options.round_count, options.sample_seconds))
     facts: dict[str, Any] = {
         "detections": [len(found["scores"]) for found in expected],
-        "stages_ms": stages(Predictor(model, device), images),
+        "choices": predictor.network.choices,
+        "stages_ms": stages(predictor, images),
     }
     found = _memory(name, state, device, options)
     for row in rows:
@@ -111,17 +136,25 @@ def _memory(name: str, state: dict[str, Tensor], device: str, options: Inference
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "weights.pth")
         torch.save(state, file)
-        arguments = f"{name!r}, {options.input_size}, {file!r}, {device!r}, {options.threads}, {options.source!r}"
+        arguments = (
+            f"{name!r}, {options.input_size}, {file!r}, {device!r}, {options.threads}, {options.source!r}, "
+            f"{options.precision!r}, {options.compile}"
+        )
         code = "import json; from detkit.bench.inference import peaks; print(json.dumps(peaks({!r}, {})))"
         return {side: run_python(code.format(side, arguments)) for side in ("torchvision", "detkit")}
 
 
-def _call(side: str, model: Any, device: str) -> Callable[[np.ndarray], Any]:
+def _call(
+    side: str, model: Any, device: str, precision: Precision = "fp32", compile: bool = False
+) -> Callable[[np.ndarray], Any]:
     """From a picture to detections on the CPU, as each library's own users write it."""
     if side == "detkit":
-        predictor = Predictor(model, device)
-        return partial(predictor.predict, conf=predictor.model.head.postprocess.score_threshold)
+        return _predict(Predictor(model, device, precision=precision, compile=compile))
     return partial(_torchvision, model.to(device), device)
+
+
+def _predict(predictor: Predictor) -> Callable[[np.ndarray], Detections]:
+    return partial(predictor.predict, conf=predictor.model.head.postprocess.score_threshold)
 
 
 @torch.inference_mode()
@@ -139,31 +172,31 @@ def _each_twice(call: Callable[[np.ndarray], Any], images: Sequence[np.ndarray])
         call(image)
 
 
-@torch.inference_mode()
 def stages(predictor: Predictor, images: Sequence[np.ndarray]) -> dict[str, float]:
     """Milliseconds a picture of each part of `Predictor.predict`: the median over rounds of the mean over pictures."""
-    model, device = predictor.model, predictor.device
-    samples: list[list[float]] = []
-    for _ in range(STAGE_ROUNDS + 1):  # the first warms up
-        spent = [0.0] * len(STAGES)
-        for image in images:
-            clocks = [_now(device)]
-            meta = Meta("", "the picture", (image.shape[0], image.shape[1]))
-            batch = collate([model.fit(Sample(image, Target.empty(), meta))], model.fit).to(device)
-            normalised = (batch.images - model.mean) / model.std
-            clocks.append(_now(device))
-            features = model.backbone(normalised)
-            features = features if model.neck is None else model.neck(features)
-            clocks.append(_now(device))
-            outputs = model.head(features, Inputs((normalised.shape[2], normalised.shape[3]), batch.sizes))
-            clocks.append(_now(device))
-            found = model.head.decode(outputs)[0]
-            clocks.append(_now(device))
-            task_of(model.head).undo(found.to("cpu"), batch.metas[0], model.classes.names)
-            clocks.append(_now(device))
-            spent = [total + after - before for total, before, after in zip(spent, clocks, clocks[1:])]
-        samples.append([1e3 * seconds / len(images) for seconds in spent])
+    with predictor.network.arithmetic():
+        samples = [_stage_round(predictor, images) for _ in range(STAGE_ROUNDS + 1)]  # the first warms up
     return {name: statistics.median(values) for name, values in zip(STAGES, zip(*samples[1:]))}
+
+
+def _stage_round(predictor: Predictor, images: Sequence[np.ndarray]) -> list[float]:
+    model, network, device = predictor.model, predictor.network, predictor.device
+    spent = [0.0] * len(STAGES)
+    for image in images:
+        clocks = [_now(device)]
+        meta = Meta("", "the picture", (image.shape[0], image.shape[1]))
+        batch = collate([model.fit(Sample(image, Target.empty(), meta))], model.fit).to(device)
+        clocks.append(_now(device))
+        features = network.features(batch.images)
+        clocks.append(_now(device))
+        outputs = network.outputs(features, Inputs((batch.images.shape[2], batch.images.shape[3]), batch.sizes))
+        clocks.append(_now(device))
+        found = model.head.decode(outputs)[0]
+        clocks.append(_now(device))
+        task_of(model.head).undo(found.to("cpu"), batch.metas[0], model.classes.names)
+        clocks.append(_now(device))
+        spent = [total + after - before for total, before, after in zip(spent, clocks, clocks[1:])]
+    return [1e3 * seconds / len(images) for seconds in spent]
 
 
 def _now(device: torch.device) -> float:
@@ -172,10 +205,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _check(expected: Sequence[dict[str, Tensor]], label: str, side: str, results: Sequence[Any]) -> int | None:
-    """Detections that only one side has; of detkit's there may be few."""
+def _check(
+    expected: Sequence[dict[str, Tensor]], precision: Precision, label: str, side: str, results: Sequence[Any]
+) -> int | None:
+    """Detections that only one side has; of detkit's there may be few in float32. In half precision they are counted
+    only: the random weights of a deep network make much of rounding, as trained ones do not."""
     if side != "detkit":
         return None
+    if precision != "fp32":
+        return sum(unmatched_in_half(found, wanted) for found, wanted in zip(results, expected))
     alone = sum(unmatched(found, wanted) for found, wanted in zip(results, expected))
     total = sum(len(found) + len(wanted["scores"]) for found, wanted in zip(results, expected))
     if alone > (1 - SAME_SHARE) * total:
@@ -199,6 +237,16 @@ def unmatched(found: Detections, expected: dict[str, Tensor]) -> int:
             mask, other = found.masks[mine], expected["masks"][theirs, 0] > 0.5
             # Of a mask of few pixels one on the threshold is much.
             same[mine, theirs] = (mask & other).sum() >= MASK_OVERLAP * (mask | other).sum() - 2
+    return int((~same.any(1)).sum() + (~same.any(0)).sum())
+
+
+def unmatched_in_half(found: Detections, expected: dict[str, Tensor]) -> int:
+    """How many of both have no counterpart: the same class, an IoU above 0.95, scores within 0.02."""
+    if not len(found) or not len(expected["scores"]):
+        return len(found) + len(expected["scores"])
+    same = found.labels[:, None] + 1 == expected["labels"]
+    same &= (found.scores[:, None] - expected["scores"]).abs() < HALF_SCORE_TOLERANCE
+    same &= pairwise_iou(found.boxes, expected["boxes"]) > HALF_OVERLAP
     return int((~same.any(1)).sum() + (~same.any(0)).sum())
 
 

@@ -1,5 +1,6 @@
 """One network in detkit and in torchvision: the same architecture, weights and pictures, for benchmarks of models."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,12 @@ def plausible_model(name: str, size: int, image: np.ndarray, seed: int) -> nn.Mo
             _spread(model, picture, head.regression_head.module_list, 1.0)
             logits = _spread(model, picture, head.classification_head.module_list, 2.0)
             _raise_background(head.classification_head.module_list, logits, model.score_thresh)
+        elif name.startswith("retinanet"):
+            _spread(model, picture, [model.head.regression_head.bbox_reg], 0.2)
+            classes = model.head.classification_head.cls_logits
+            (values,) = _spread(model, picture, [classes], 1.0)
+            least = values.flatten().topk(CANDIDATES).values[-1]
+            classes.bias += math.log(model.score_thresh / (1 - model.score_thresh)) - least
         else:
             _spread(model, picture, [model.rpn.head.cls_logits], 1.0)
             _spread(model, picture, [model.rpn.head.bbox_pred], 0.2)

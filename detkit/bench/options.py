@@ -176,7 +176,20 @@ class ModelOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class InferenceOptions(ModelOptions):
-    """From a picture to boxes and masks, one picture at a time."""
+    """From a picture to boxes and masks, one picture at a time.
+
+    Args:
+        models: torchvision's names of networks, with commas between, and yolox_s, yolox_m, yolox_l; v2 of both R-CNNs
+            can be had as well.
+        precision: of detkit: fp32, in which its detections must be torchvision's; auto, bf16 or fp16, in which those
+            that differ are counted only, since random weights make much of rounding.
+        compile: detkit's networks by TorchInductor.
+        peer_python: a Python that has ultralytics, whose YOLO of equal FLOPs is then measured beside YOLOX.
+    """
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    peer_python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +260,55 @@ class ProposalsOptions(BenchOptions):
     def picture_count(self) -> int:
         """Pictures of each data set."""
         return self.pictures or (5 if self.quick else 30)
+
+
+@dataclass(frozen=True)
+class ModelTableOptions(BenchOptions):
+    """Parameters, FLOPs and time of whole networks, and the scores that they reached.
+
+    Args:
+        rounds: calls of each network, taken in turns; default 30, with --quick 3.
+        seconds: default 60, with --quick 5.
+        models: runs' folders, which have weights and scores, and configs, which get random weights, with commas
+            between; globs are allowed, in quotes.
+        classes: of a config that does not name its own.
+        source: a picture, of which a folder gives its first; default a photograph that comes with scikit-image.
+    """
+
+    models: str | None = None
+    classes: int = 80
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes < 1:
+            raise DetkitError(f"--classes must be at least 1, but is {self.classes}.")
+        if self.models is None:
+            raise DetkitError(
+                "The table needs models. Give runs' folders and configs, for example "
+                "--models 'runs/detect/quickstart,configs/*_bccd.yaml'."
+            )
+
+    @property
+    def round_count(self) -> int:
+        return self.rounds or (3 if self.quick else 30)
+
+    @property
+    def sample_seconds(self) -> float:
+        return self.seconds if self.seconds is not None else 5 if self.quick else 60
+
+
+@dataclass(frozen=True)
+class ScalingOptions(BenchOptions):
+    """Growth of time and memory with pixels, batch, objects, classes and the size of the data set.
+
+    Args:
+        seconds: default 5, with --quick 0.2.
+    """
+
+    @property
+    def sample_seconds(self) -> float:
+        return self.seconds if self.seconds is not None else 0.2 if self.quick else 5
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from detkit.boxes.matching import match_bipartite, match_ssd, match_two_threshol
 from detkit.boxes.nms import nms
 from detkit.boxes.proposals import select_proposals
 from detkit.boxes.sampling import hard_negatives, sample_balanced
+from detkit.boxes.sim_ota import match_sim_ota
 from detkit.boxes.soft_nms import soft_nms
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "kmeans_priors",
     "linear_scales",
     "match_bipartite",
+    "match_sim_ota",
     "match_ssd",
     "match_two_thresholds",
     "nms",

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from albumentations.augmentations.crops.transforms import BaseCrop
 
-from detkit.data.warp import RandomWarp, warp_boxes, warp_image, warp_mask
+from detkit.data.points import forget_outside
+from detkit.data.warp import RandomWarp, warp_boxes, warp_image, warp_mask, warp_points
 from detkit.errors import ConfigError, check_range, nearest
 from detkit.registry import augmentations
 
@@ -21,7 +22,33 @@ from detkit.registry import augmentations
 @augmentations.register("flip")
 def flip(horizontal: float = 0.5, vertical: float = 0.0) -> Any:
     """Mirror left to right and top to bottom, each with its own probability."""
-    return A.Sequential([A.HorizontalFlip(p=horizontal), A.VerticalFlip(p=vertical)], p=1.0)
+    return A.Sequential([_HorizontalFlip(p=horizontal), _VerticalFlip(p=vertical)], p=1.0)
+
+
+class _HorizontalFlip(A.HorizontalFlip):
+    """With points where boxes are: albumentations mirrors boxes at the centre of the picture, points half a pixel off
+    it."""
+
+    def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
+        mirrored = keypoints.copy()
+        mirrored[:, 0] = params["shape"][1] - keypoints[:, 0]
+        return mirrored
+
+
+class _VerticalFlip(A.VerticalFlip):
+    """Likewise."""
+
+    def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
+        mirrored = keypoints.copy()
+        mirrored[:, 1] = params["shape"][0] - keypoints[:, 1]
+        return mirrored
+
+
+class ForgetPoints(A.NoOp):
+    """Puts the points outside of the picture far away; see detkit.data.points."""
+
+    def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
+        return forget_outside(keypoints, params["shape"][:2])
 
 
 @augmentations.register("photometric")
@@ -93,6 +120,10 @@ class _Perspective(A.DualTransform):
         # Albumentations gives boxes as fractions of the sides, and further columns behind them.
         moved = warp_boxes(bboxes[:, :4] * sides, matrix) / sides
         return np.column_stack([moved, bboxes[:, 4:]]).astype(bboxes.dtype)
+
+    def apply_to_keypoints(self, keypoints: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        moved = warp_points(keypoints[:, :2], matrix)
+        return np.column_stack([moved, keypoints[:, 2:]]).astype(keypoints.dtype)
 
 
 @augmentations.register("perspective")
@@ -229,6 +260,63 @@ class _ZoomCrop(BaseCrop):
         columns = max(1, round(width * min(1.0, scale * stretch)))
         top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
         return {"crop_coords": (left, top, left + columns, top + rows)}
+
+
+@augmentations.register("random_resized_crop")
+def random_resized_crop(
+    area: tuple[float, float] = (0.1, 1.0), ratio: tuple[float, float] = (0.5, 2.0), probability: float = 1.0
+) -> Any:
+    """A random window, which then becomes the whole input (Szegedy et al. 2015, section 6): the standard of
+    classification, which asks little of where things are.
+
+    Args:
+        area: least and largest part of the picture's area.
+        ratio: least and largest ratio of the window's width to its height, drawn on a logarithmic scale.
+        probability: of doing it at all.
+    """
+    for name, (low, high), most in (("area", area, 1.0), ("ratio", ratio, np.inf)):
+        if not 0 < low <= high <= most:
+            raise ConfigError(
+                f"'random_resized_crop.{name}' must be two numbers above 0, the smaller first"
+                f"{' and none above 1' if most == 1 else ''}, but is {[low, high]}."
+            )
+    return _RandomResizedCrop(area, ratio, probability)
+
+
+class _RandomResizedCrop(BaseCrop):
+    """A random window by area and shape. It is resized once, with everything else, at the end of the pipeline;
+    albumentations' own would resize it here and again there."""
+
+    def __init__(self, area: tuple[float, float], ratio: tuple[float, float], p: float) -> None:
+        super().__init__(p=p)
+        self.area, self.ratio = area, ratio
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        rows, columns = height, width
+        for _ in range(10):
+            pixels = height * width * self.py_random.uniform(*self.area)
+            ratio = float(np.exp(self.py_random.uniform(*np.log(self.ratio))))
+            tried = max(1, round((pixels / ratio) ** 0.5)), max(1, round((pixels * ratio) ** 0.5))
+            if tried[0] <= height and tried[1] <= width:
+                rows, columns = tried
+                break
+        top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
+        return {"crop_coords": (left, top, left + columns, top + rows)}
+
+
+@augmentations.register("random_scale")
+def random_scale(smallest: float = 0.5, largest: float = 2.0, probability: float = 1.0) -> Any:
+    """The whole picture smaller or larger by a random factor, for `input.resize: crop`, which then cuts a part out of
+    it; the factors are those that segmentation is commonly trained with (Chen et al. 2017, DeepLabv3, section 4.1)."""
+    if not 0 < smallest <= largest:
+        raise ConfigError(
+            f"'random_scale' draws from smallest..largest, both greater than 0, but these are {smallest} and {largest}."
+        )
+    check_range("random_scale", 0, 1, probability=probability)
+    # Albumentations' own choice for masks, INTER_NEAREST, moves them by up to half a pixel against the picture.
+    exact = cv2.INTER_NEAREST_EXACT
+    return A.RandomScale((smallest - 1, largest - 1), mask_interpolation=exact, p=probability)
 
 
 @augmentations.register("albumentations")

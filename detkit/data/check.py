@@ -14,13 +14,18 @@ from detkit.data.dataset import Dataset
 from detkit.data.splits import Split, open_split
 from detkit.data.transforms import Fit, map_boxes
 from detkit.errors import DataError
+from detkit.registry import datasets, option_names
+from detkit.types import IGNORED_PIXEL
 
 
-def check(data: dict[str, Any]) -> int:
-    """Print every problem of both splits, and the counts of pictures and objects.
+def check(data: dict[str, Any], needs: frozenset[str] = frozenset()) -> int:
+    """Print every problem of both splits, and the counts of pictures and objects, or of pixels.
 
     The data are read with `broken: repair`, which looks for everything and decodes every picture; nothing on disk
     is changed.
+
+    Args:
+        needs: the fields of Target that the head reads; of these "semantic" changes the classes and what is counted.
 
     Returns:
         The number of problems.
@@ -33,7 +38,7 @@ def check(data: dict[str, Any]) -> int:
     problems = 0
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        dataset = _open_repaired(data, split)
+        dataset = _open_repaired(data, split, needs & {"semantic"})
         for problem in dataset.problems.found:
             console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}")
         problems += len(dataset.problems.found)
@@ -73,13 +78,25 @@ def propose_anchors(data: dict[str, Any], fitting: InputOptions, count: int) -> 
     )
 
 
-def _open_repaired(data: dict[str, Any], split: Split) -> Dataset:
-    options = dict(data) if data.get("name") == "shapes" else {**data, "broken": "repair"}
-    return open_split(options, split, frozenset())
+def _open_repaired(data: dict[str, Any], split: Split, needs: frozenset[str] = frozenset()) -> Dataset:
+    return open_split(_repaired(data), split, needs)
+
+
+def _repaired(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with `broken: repair`, where its format can have something broken; that of crops is within them."""
+    if isinstance(data.get("data"), dict):
+        return {**data, "data": _repaired(data["data"])}
+    known = option_names(datasets.get(str(data["name"]))) if "name" in data else set()
+    return {**data, "broken": "repair"} if "broken" in known else dict(data)
 
 
 def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
-    """Objects by class, and how large they are."""
+    """Objects by class, and how large they are; pixels by class where there are semantic maps; pictures by class where
+    there are no objects."""
+    if "semantic" in dataset.fields:
+        return _pixels_by_class(dataset, title, console)
+    if "boxes" not in dataset.fields:
+        return _pictures_by_class(dataset, title)
     counts = [0] * len(dataset.classes)
     sides: list[list[float]] = [[] for _ in counts]
     empty = 0
@@ -101,4 +118,42 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
             [f"{side[0]:.0f} px", f"{side[len(side) // 2]:.0f} px", f"{side[-1]:.0f} px"] if side else ["", "", ""]
         )
         table.add_row(escape(name), str(raw_id), str(count), *figures)
+    return table
+
+
+def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
+    pixels, pictures = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+    for index in track(
+        range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True
+    ):
+        semantic = dataset.target(index).semantic
+        assert semantic is not None
+        counts = torch.bincount(semantic.flatten(), minlength=256)
+        pixels += counts
+        pictures += counts > 0
+    total = max(1, int(pixels.sum()))
+    ignored = 100 * int(pixels[IGNORED_PIXEL]) / total
+    table = Table(title=f"{title}: {len(dataset)} pictures, {ignored:.1f} % of their pixels not counted")
+    table.add_column("class")
+    for header in ("raw id", "pictures", "share of pixels"):
+        table.add_column(header, justify="right")
+    for name, raw_id, count, seen in zip(
+        dataset.classes.names, dataset.classes.raw_ids, pixels.tolist(), pictures.tolist()
+    ):
+        table.add_row(escape(name), str(raw_id), str(seen), f"{100 * count / total:.2f} %")
+    return table
+
+
+def _pictures_by_class(dataset: Dataset, title: str) -> Table:
+    counts = [0] * len(dataset.classes)
+    for index in range(len(dataset)):
+        labels = dataset.target(index).image_labels
+        for label in labels.tolist() if labels is not None else ():
+            counts[label] += 1
+    table = Table(title=f"{title}: {len(dataset)} pictures")
+    table.add_column("class")
+    table.add_column("raw id", justify="right")
+    table.add_column("pictures", justify="right")
+    for name, raw_id, count in zip(dataset.classes.names, dataset.classes.raw_ids, counts):
+        table.add_row(escape(name), str(raw_id), str(count))
     return table

@@ -23,7 +23,10 @@ from detkit.data.dataset import (
     number,
     unknown_class,
 )
+from detkit.data.keypoints import keypoint_names, parse_keypoints
 from detkit.data.masks import rle_from_coco
+from detkit.data.points import flip_pairs_of
+from detkit.data.semantic import names_with_background, with_background
 from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.types import ClassList
@@ -43,6 +46,9 @@ class Coco(FileDataset):
         broken: what to do with broken boxes and pictures.
         class_names: the classes in the order of their labels; by default all categories by id.
         masks: read segmentations.
+        semantic: make semantic maps of segmentations: the smaller objects over the larger ones, crowd regions not
+            counted, and "background" for all else, which becomes the first class unless it is a category already.
+        points: read keypoints. Points whose names differ in left and right change places where a picture is mirrored.
         annotations: the JSON file.
         images: the folder that file_name starts from.
 
@@ -60,8 +66,11 @@ class Coco(FileDataset):
         masks: bool = False,
         annotations: str = "annotations/instances_{split}.json",
         images: str = "{split}",
+        semantic: bool = False,
+        points: bool = False,
     ) -> None:
-        super().__init__(f"The COCO data in '{root}' (split '{split}')", broken, masks)
+        source = f"The COCO data in '{root}' (split '{split}')"
+        super().__init__(source, broken, masks, semantic=semantic, points=points)
         folder = check_root(root, f"the file '{annotations}' and the folder '{images}' (data.annotations, data.images)")
         self._json = folder / annotations.replace("{split}", split)
         if not self._json.is_file():
@@ -81,7 +90,13 @@ class Coco(FileDataset):
             )
         content = _load(self._json)
         declared = self._declared(content["categories"])
+        if semantic:
+            declared = with_background(declared)
+            class_names = None if class_names is None else names_with_background(class_names)
         self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._json))
+        if points:
+            names = keypoint_names(content["categories"], str(self._json))
+            self._points, self.flip_pairs = len(names), flip_pairs_of(names)
         self._declared_names = dict(zip(declared.raw_ids, declared.names))
         pictures = self._pictures(content["images"], image_folder)
         usable = self.check_pictures(pictures)
@@ -168,13 +183,24 @@ class Coco(FileDataset):
             self.problems.add("malformed annotation", where, str(error), LEFT_OUT_BOX)
             return None
         mask = None
-        if "masks" in self.fields:
+        if self.fields & {"masks", "semantic"}:
             try:
                 mask = rle_from_coco(entry.get("segmentation"), size)
             except (ValueError, TypeError) as error:
                 self.problems.add("malformed mask", where, str(error), LEFT_OUT_BOX)
                 return None
-        return Annotation((x, y, x + width, y + height), label, where, crowd=crowd, area=area, mask=mask)
+        points = None
+        if "points" in self.fields:
+            try:
+                points, outside = parse_keypoints(entry, self._points, size)
+            except ValueError as error:
+                self.problems.add("malformed keypoints", where, str(error), LEFT_OUT_BOX)
+                return None
+            if outside:
+                message = f"{outside} of its points lie outside the image"
+                self.problems.add("point outside the image", where, message, "taken as not visible")
+        box = (x, y, x + width, y + height)
+        return Annotation(box, label, where, crowd=crowd, area=area, mask=mask, points=points)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:

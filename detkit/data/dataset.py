@@ -21,6 +21,7 @@ import torch
 
 from detkit.data import masks as mask_coding
 from detkit.data.image import check_image, read_image
+from detkit.data.semantic import BACKGROUND, painted
 from detkit.errors import DataError, nearest
 from detkit.types import ClassList, Meta, Sample, Target
 
@@ -28,6 +29,9 @@ Broken = Literal["fail", "skip", "repair"]
 """What to do with broken data: stop, leave it out, or mend what can be mended and leave out the rest."""
 
 Box = tuple[float, float, float, float]
+
+OF_DETECTION = frozenset({"boxes", "labels", "image_labels"})
+"""Of data with boxes: a picture's image_labels are the classes of its objects, crowds and difficult ones too."""
 
 LEFT_OUT_BOX = "left out the box"
 LEFT_OUT_IMAGE = "left out the image"
@@ -118,14 +122,16 @@ class Dataset(ABC):
 
     Attributes:
         classes: names and raw ids by label.
-        fields: the Target fields that the data has, out of "boxes", "labels" and "masks"; what a head needs is
-            checked against it.
+        fields: the Target fields that the data has; what a head needs is checked against it.
         problems: what was found broken, and what was done about it.
+        flip_pairs: of the points, those that change places when a picture is mirrored, left eye and right eye; None
+            where that is not known.
     """
 
     classes: ClassList
     fields: frozenset[str]
     problems: Problems
+    flip_pairs: tuple[tuple[int, int], ...] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -151,6 +157,10 @@ class Dataset(ABC):
         """The data set's own id of the image `index`."""
         return self[index].meta.image_id
 
+    def source(self, index: int) -> str:
+        """The file of the image `index`, or whatever names it in a message."""
+        return self[index].meta.source
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -163,7 +173,8 @@ class Annotation:
         crowd: COCO's iscrowd.
         difficult: VOC's difficult.
         area: square pixels; None takes the area of the box.
-        mask: run lengths of the size of the image; None where masks are not read.
+        mask: run lengths of the size of the image; None where neither masks nor semantic maps are read.
+        points: (K, 3) float32 x and y in pixels, and whether the point is annotated; None where points are not read.
     """
 
     box: Box
@@ -173,6 +184,7 @@ class Annotation:
     difficult: bool = False
     area: float | None = None
     mask: mask_coding.Rle | None = None
+    points: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +217,7 @@ class _Record:
     difficult: np.ndarray
     area: np.ndarray
     masks: tuple[mask_coding.Rle, ...]
+    points: tuple[np.ndarray, ...]
 
 
 class FileDataset(Dataset):
@@ -217,11 +230,24 @@ class FileDataset(Dataset):
         broken: the policy.
         masks: whether targets carry masks.
         first_pixel: the coordinate of the first pixel, 1 in VOC, whose last pixel is inclusive.
+        semantic: whether targets carry a semantic map, painted from the masks of the objects; `classes` then has
+            "background".
+        points: whether targets carry points; the format then sets `_points` to their number.
     """
 
-    def __init__(self, source: str, broken: Broken, masks: bool = False, first_pixel: int = 0) -> None:
+    def __init__(
+        self,
+        source: str,
+        broken: Broken,
+        masks: bool = False,
+        first_pixel: int = 0,
+        semantic: bool = False,
+        points: bool = False,
+    ) -> None:
         self.problems = Problems(source, broken)
-        self.fields = frozenset({"boxes", "labels", "masks"} if masks else {"boxes", "labels"})
+        asked = {"masks": masks, "semantic": semantic, "points": points}
+        self.fields = OF_DETECTION | {name for name, wanted in asked.items() if wanted}
+        self._points = 0
         self._first_pixel = first_pixel
         self._records: list[_Record] = []
 
@@ -248,6 +274,14 @@ class FileDataset(Dataset):
         masks = None
         if "masks" in self.fields:
             masks = torch.from_numpy(mask_coding.decode(record.masks, record.size))
+        semantic = None
+        if "semantic" in self.fields:
+            background = self.classes.names.index(BACKGROUND)
+            labels, crowd = record.labels.tolist(), record.crowd.tolist()
+            semantic = torch.from_numpy(painted(record.masks, labels, crowd, record.size, background))
+        points = None
+        if "points" in self.fields:
+            points = torch.tensor(np.array(record.points, dtype=np.float32).reshape(-1, self._points, 3))
         # torch.tensor copies; a tensor that shared the record's memory would let the caller write into the data set.
         return Target(
             boxes=torch.tensor(record.boxes),
@@ -256,6 +290,10 @@ class FileDataset(Dataset):
             difficult=torch.tensor(record.difficult),
             area=torch.tensor(record.area),
             masks=masks,
+            points=None if points is None else points[..., :2].contiguous(),
+            visible=None if points is None else points[..., 2] > 0,
+            image_labels=torch.from_numpy(np.unique(record.labels)),
+            semantic=semantic,
         )
 
     def size(self, index: int) -> tuple[int, int]:
@@ -263,6 +301,9 @@ class FileDataset(Dataset):
 
     def image_id(self, index: int) -> int | str:
         return self._records[index].image_id
+
+    def source(self, index: int) -> str:
+        return self._records[index].path
 
     def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
         """The pictures that can be used, each with its true (height, width); problems are recorded.
@@ -340,6 +381,7 @@ class FileDataset(Dataset):
                 np.array([item.difficult for item in kept], dtype=bool),
                 np.array(areas, dtype=np.float32),
                 tuple(item.mask for item in kept if item.mask is not None),
+                tuple(item.points for item in kept if item.points is not None),
             )
         )
 

@@ -66,6 +66,13 @@ def rgb_uint8(image: Image.Image, name: str = "in memory") -> np.ndarray:
         raise _undecodable(name, error) from error
 
 
+def resized(image: np.ndarray, longer_side: int) -> np.ndarray:
+    """(H, W, 3) uint8 with the longer side brought to so many pixels, the aspect ratio kept; Lanczos."""
+    factor = longer_side / max(image.shape[:2])
+    width, height = (max(1, round(factor * side)) for side in (image.shape[1], image.shape[0]))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) in pixels of a picture as `read_image` gives it, from the head of the file alone.
 

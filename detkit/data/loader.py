@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
+from detkit.data.points import point_rule
 from detkit.data.transforms import Augment, Fit, Fitted
-from detkit.errors import DataError
+from detkit.errors import ConfigError, DataError
 from detkit.types import Batch
 
 
@@ -75,6 +76,7 @@ def training_loader(
     plain_from_epoch: int | None = None,
     unmixed_from_epoch: int | None = None,
     sizes: Sequence[tuple[int, int]] = (),
+    per_class: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[DataLoader[Any], "EpochSampler"]:
@@ -84,9 +86,16 @@ def training_loader(
         plain_from_epoch: from this epoch on pictures are only fitted, not augmented.
         unmixed_from_epoch: from this epoch on they are not mixed (mosaic, mixup), but still augmented otherwise.
         sizes: (height, width) of the inputs that each batch's is drawn from; empty for always that of `fit`.
+        per_class: so many pictures of one class stand together in a batch; None for any.
         rank, world_size: this process among those that share an epoch.
+
+    Raises:
+        ConfigError: the data do not say of each picture which one class it has, but `per_class` is given.
     """
-    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size, sizes)
+    if per_class is None:
+        sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size, sizes)
+    else:
+        sampler = ClassSampler(picture_labels(dataset), per_class, batch_size, seed, rank, world_size, sizes)
     reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch, unmixed_from_epoch)
     return _loader(reader, fit, sampler, batch_size, workers), sampler
 
@@ -127,12 +136,79 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         random = np.random.default_rng([self.seed, self.epoch])
-        order = np.resize(random.permutation(self.count), len(self) * self.world_size)
+        order = self._order(random)
         sizes: list[tuple[int, int] | None] = [None] * self.batches
         if self.sizes:
             sizes = [self.sizes[choice] for choice in random.integers(len(self.sizes), size=self.batches)]
-        for position, index in enumerate(order[self.rank :: self.world_size]):
+        for position, index in enumerate(order):
             yield Key(self.epoch, int(index), sizes[position // self.batch_size])
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        """The pictures of this process in their order."""
+        order = np.resize(random.permutation(self.count), len(self) * self.world_size)
+        return order[self.rank :: self.world_size]
+
+
+class ClassSampler(EpochSampler):
+    """Batches of P classes with `per_class` pictures each: P x K of metric learning (Hermans et al. 2017, section 2).
+
+    Every picture is in every epoch, in a new group of its class. A class whose pictures do not fill its last group, and
+    an epoch whose groups do not fill its last batch, are filled up from the front. A class stands in as many batches,
+    and as seldom twice in one, as its number of pictures allows.
+
+    Args:
+        labels: the class of each picture.
+        per_class: K; `batch_size` is a multiple of it.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        per_class: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(len(labels), batch_size, seed, rank, world_size, sizes)
+        self.labels, self.per_class = np.asarray(labels), per_class
+        self._groups = int(sum(-(-np.bincount(self.labels) // per_class)))
+
+    @property
+    def batches(self) -> int:
+        return -(-self._groups * self.per_class // (self.batch_size * self.world_size))
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        groups = []
+        for label in random.permutation(np.unique(self.labels)):
+            pictures = random.permutation(np.flatnonzero(self.labels == label))
+            count = -(-len(pictures) // self.per_class)
+            groups.append(np.resize(pictures, (count, self.per_class)))
+        batches = self.batches * self.world_size
+        dealt = np.resize(np.concatenate(groups), (self.batch_size // self.per_class * batches, self.per_class))
+        # Dealt like cards, the groups of one class go to different batches.
+        order = dealt.reshape(-1, batches, self.per_class).transpose(1, 0, 2).reshape(batches, self.batch_size)
+        order = order[random.permutation(batches)]
+        return order[self.rank :: self.world_size].ravel()
+
+
+def picture_labels(dataset: Dataset) -> list[int]:
+    """The one class of each picture.
+
+    Raises:
+        ConfigError: a picture has none, or several.
+    """
+    labels = []
+    for index in range(len(dataset)):
+        target = dataset.target(index)
+        if target.image_labels is None or len(target.image_labels) != 1:
+            raise ConfigError(
+                "'train.per_class' puts pictures of one class together, but the data do not say of each picture which "
+                f"one class it has (picture {dataset.image_id(index)!r}). Set it to null, or use data of format folder."
+            )
+        labels.append(int(target.image_labels))
+    return labels
 
 
 @dataclass
@@ -143,28 +219,39 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
     seed: int
     plain_from_epoch: int | None
     unmixed_from_epoch: int | None
-    _at_size: dict[tuple[int, int], tuple[Fit, Augment | None]] = field(default_factory=dict)
+    _built: dict[tuple[tuple[int, int] | None, bool], tuple[Fit, Augment | None]] = field(default_factory=dict)
 
     def __getitem__(self, key: Key) -> Fitted | DataError:
-        fit, augment = self._at(key.size)
-        plain = self.plain_from_epoch is not None and key.epoch >= self.plain_from_epoch
-        unmixed = self.unmixed_from_epoch is not None and key.epoch >= self.unmixed_from_epoch
+        fit, augment = self._at(key.size, self._is_plain(key.epoch))
         try:
             sample = self.dataset[key.picture]
-            if augment is not None and not plain:
+            if augment is not None:
                 seed = np.random.SeedSequence([self.seed, key.epoch, key.picture]).generate_state(1)[0]
-                sample = augment(sample, int(seed), None if unmixed else self.dataset)
+                sample = augment(sample, int(seed), self.dataset if self.mixes(key.epoch) else None)
         except DataError as error:
             return error
         return fit(sample)
 
-    def _at(self, size: tuple[int, int] | None) -> tuple[Fit, Augment | None]:
+    def mixes(self, epoch: int) -> bool:
+        """Whether the pictures of an epoch are mixed with others (mosaic, mixup)."""
+        unmixed = self.unmixed_from_epoch is not None and epoch >= self.unmixed_from_epoch
+        return self.augment is not None and bool(self.augment.mixes) and not unmixed and not self._is_plain(epoch)
+
+    def _is_plain(self, epoch: int) -> bool:
+        return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
+
+    def _at(self, size: tuple[int, int] | None, plain: bool) -> tuple[Fit, Augment | None]:
         """What fits and augments pictures to `size`, built once."""
-        if size is None:
-            return self.fit, self.augment
-        if size not in self._at_size:
-            self._at_size[size] = self.fit.at(size), None if self.augment is None else self.augment.at(size)
-        return self._at_size[size]
+        if (size, plain) not in self._built:
+            fit = self.fit if size is None else self.fit.at(size)
+            augment = None if plain else self.augment
+            if augment is None and fit.resize == "crop":
+                # To be cut at random is no augmentation that could be left out.
+                augment = Augment((), fit, points=point_rule(self.dataset))
+            elif augment is not None and size is not None:
+                augment = augment.at(size)
+            self._built[size, plain] = fit, augment
+        return self._built[size, plain]
 
 
 @dataclass

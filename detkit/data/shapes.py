@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import torch
 
-from detkit.data.dataset import Dataset, Problems
+from detkit.data.dataset import OF_DETECTION, Dataset, Problems
 from detkit.data.masks import tight_box
+from detkit.data.semantic import BACKGROUND
 from detkit.errors import DataError, nearest
 from detkit.registry import datasets
 from detkit.types import ClassList, Meta, Sample, Target
@@ -40,6 +41,7 @@ class Shapes(Dataset):
         max_objects: at most so many in a picture; as many as find a place.
         seed: another seed gives other pictures.
         masks: targets carry masks.
+        semantic: targets carry semantic maps; the first class is then "background".
 
     Raises:
         DataError: there is no such split, or a number is too small.
@@ -54,6 +56,7 @@ class Shapes(Dataset):
         max_objects: int = 6,
         seed: int = 0,
         masks: bool = False,
+        semantic: bool = False,
     ) -> None:
         if split not in _SPLITS:
             raise DataError(
@@ -68,8 +71,8 @@ class Shapes(Dataset):
         ):
             if value < least:
                 raise DataError(f"data.{name} of the shapes is {value}. Set it to {least} or more.")
-        self.classes = ClassList.from_names(tuple(_OUTLINES))
-        self.fields = frozenset({"boxes", "labels", "masks"} if masks else {"boxes", "labels"})
+        self.classes = ClassList.from_names(((BACKGROUND,) if semantic else ()) + tuple(_OUTLINES))
+        self.fields = OF_DETECTION | ({"masks"} if masks else set()) | ({"semantic"} if semantic else set())
         self.problems = Problems(f"The shapes (split '{split}')", "fail")
         self._split = split
         self._count = train_count if split == "train" else val_count
@@ -83,7 +86,7 @@ class Shapes(Dataset):
     def __getitem__(self, index: int) -> Sample:
         random = self._random(index)
         scene = _Scene(self._side, self._max_objects, random)
-        meta = Meta(index, f"shapes {self._split} {index} (seed {self._seed})", self.size(index))
+        meta = Meta(index, self.source(index), self.size(index))
         return Sample(_paint(scene, random), self._target(scene), meta)
 
     def target(self, index: int) -> Target:
@@ -91,6 +94,12 @@ class Shapes(Dataset):
 
     def size(self, index: int) -> tuple[int, int]:
         return self._side, self._side
+
+    def image_id(self, index: int) -> int:
+        return index
+
+    def source(self, index: int) -> str:
+        return f"shapes {self._split} {index} (seed {self._seed})"
 
     def _random(self, index: int) -> np.random.Generator:
         if not 0 <= index < self._count:
@@ -100,11 +109,19 @@ class Shapes(Dataset):
     def _target(self, scene: _Scene) -> Target:
         masks = scene.masks()
         boxes = [tight_box(mask) for mask in masks]
+        first = int("semantic" in self.fields)  # behind background
+        labels = torch.tensor([first + shape.label for shape in scene.shapes], dtype=torch.int64)
+        semantic = None
+        if first:
+            # The ground's owner is -1: the last entry.
+            semantic = torch.cat((labels, torch.zeros(1, dtype=torch.int64))).to(torch.uint8)[scene.owner]
         return Target(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor([shape.label for shape in scene.shapes], dtype=torch.int64),
+            labels,
             area=torch.from_numpy(masks.sum(axis=(1, 2)).astype(np.float32)),
             masks=torch.from_numpy(masks) if "masks" in self.fields else None,
+            image_labels=labels.unique(),
+            semantic=semantic,
         )
 
 

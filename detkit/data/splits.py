@@ -32,7 +32,8 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
         raise DataError(
             f"The head needs {', '.join(sorted(missing))}, which the data set '{options['name']}' of split "
             f"'{injected['split']}' does not have (it has {', '.join(sorted(dataset.fields))}). Use data that has them "
-            "(masks: COCO's segmentations, YOLO's polygons), or another head."
+            "(masks: COCO's segmentations, YOLO's polygons; semantic: these, or the formats masks and "
+            "voc_segmentation), or another head."
         )
     if not len(dataset):
         raise DataError(
@@ -42,15 +43,17 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     return dataset
 
 
-def open_train_and_val(data: dict[str, Any], needs: frozenset[str]) -> tuple[Dataset, Dataset]:
-    """Both splits; they must agree on the classes."""
+def open_train_and_val(
+    data: dict[str, Any], needs: frozenset[str], open_set: bool = False
+) -> tuple[Dataset, Dataset]:
+    """Both splits; they must agree on the classes, but for a head of an open set."""
     if data.get("train", "train") == data.get("val", "val"):
         raise ConfigError(
             f"'data.train' and 'data.val' both name the split '{data.get('train', 'train')}': scores on pictures that "
             "were trained on say nothing. Give different splits."
         )
     train, val = open_split(data, "train", needs), open_split(data, "val", needs)
-    if train.classes != val.classes:
+    if train.classes != val.classes and not open_set:
         raise DataError(
             f"The splits disagree on the classes: training has {train.classes}; validation has {val.classes}. "
             "Name them once with data.class_names."

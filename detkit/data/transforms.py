@@ -18,13 +18,15 @@ from torch import Tensor
 from detkit.boxes.convert import clip
 from detkit.boxes.mask_paste import paste_masks
 from detkit.data.dataset import Dataset
+from detkit.data.points import PointRule, as_keypoints, check_parts, watched, with_points
+from detkit.errors import ConfigError
 from detkit.registry import augmentations
-from detkit.types import Detections, Meta, Sample, Target
+from detkit.types import IGNORED_PIXEL, Detections, Meta, Sample, Target
 
 PADDING_GREY = 114
 BATCH_STRIDE = 32
 
-Resize = Literal["stretch", "letterbox", "short_side"]
+Resize = Literal["stretch", "letterbox", "short_side", "crop"]
 
 
 class Fitted(NamedTuple):
@@ -53,11 +55,14 @@ class Fit:
 
     Args:
         size: (height, width) of the input in pixels; of short_side (short, long), the longest that a picture's
-            shorter and longer side may become.
+            shorter and longer side may become; of crop the part of a picture that the network sees at once.
         resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, picture at the top left of `size`, grey
             padding at the right or bottom; "short_side" keeps it too and does not pad the picture itself: those of a
-            batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform).
-        padding: RGB in 0..1 around the pictures of a batch; the backbone's mean colour, so that it is 0 to the network.
+            batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform); "crop"
+            leaves pictures as they are, padded to `size` where they are smaller and then to the largest of the batch:
+            training cuts them at random (Augment), evaluation goes over them in windows (detkit.sliding).
+        padding: RGB in 0..1 around the pictures of a batch, and around small ones under crop; the backbone's mean
+            colour, so that it is 0 to the network.
     """
 
     def __init__(
@@ -85,10 +90,18 @@ class Fit:
             case "short_side":
                 scale = self._scale(source)
                 return max(1, int(source[0] * scale)), max(1, int(source[1] * scale))
+            case "crop":
+                return source
 
     def outer_size(self, source: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the tensor that `image` makes of a picture of size `source`."""
-        return self.inner_size(source) if self.resize == "short_side" else self.size
+        match self.resize:
+            case "short_side":
+                return self.inner_size(source)
+            case "crop":
+                return max(source[0], self.size[0]), max(source[1], self.size[1])
+            case _:
+                return self.size
 
     def matrix(self, source: tuple[int, int]) -> np.ndarray:
         """(3, 3) float64 from source pixels to input pixels."""
@@ -106,20 +119,23 @@ class Fit:
         inner, outer = self.inner_size(source), self.outer_size(source)
         if source != inner:
             tensor = F.interpolate(tensor[None], inner, mode="bilinear", align_corners=False)[0]
-        bottom, right = outer[0] - inner[0], outer[1] - inner[1]
-        return F.pad(tensor, (0, right, 0, bottom), value=PADDING_GREY / 255) if bottom or right else tensor
+        if inner == outer:
+            return tensor
+        colour = self.padding if self.resize == "crop" else (PADDING_GREY / 255,) * 3
+        padded = torch.tensor(colour).view(3, 1, 1).expand(3, *outer).contiguous()
+        padded[:, : inner[0], : inner[1]] = tensor
+        return padded
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) of tensors that `image` made.
 
-        Under short_side they are padded at the right and bottom, with `padding`, to the largest height and width
-        among them, rounded up to a multiple of 32.
+        Under short_side and crop they are padded at the right and bottom, with `padding`, to the largest height and
+        width among them, under short_side rounded up to a multiple of 32.
         """
-        if self.resize != "short_side":
+        if self.resize not in ("short_side", "crop"):
             return torch.stack(list(images))
-        height, width = (
-            -(-max(image.shape[side] for image in images) // BATCH_STRIDE) * BATCH_STRIDE for side in (1, 2)
-        )
+        stride = BATCH_STRIDE if self.resize == "short_side" else 1
+        height, width = (-(-max(image.shape[side] for image in images) // stride) * stride for side in (1, 2))
         colour = torch.tensor(self.padding).view(1, 3, 1, 1)
         batch = colour.expand(len(images), 3, height, width).clone(memory_format=torch.contiguous_format)
         for row, image in zip(batch, images):
@@ -155,7 +171,8 @@ def undo(detections: Detections, meta: Meta) -> Detections:
     if detections.mask_patches is not None:
         # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the picture.
         masks = paste_masks(detections.mask_patches, boxes, meta.size)
-    return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None)
+    points = None if detections.points is None else map_points(detections.points, np.linalg.inv(meta.matrix))
+    return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None, points=points)
 
 
 def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:
@@ -163,6 +180,13 @@ def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:
     scale = torch.tensor([matrix[0, 0], matrix[1, 1]] * 2, dtype=torch.float64)
     shift = torch.tensor([matrix[0, 2], matrix[1, 2]] * 2, dtype=torch.float64)
     return (boxes.cpu().double() * scale + shift).float().to(boxes.device)
+
+
+def map_points(points: Tensor, matrix: np.ndarray) -> Tensor:
+    """(..., 2) xy points under an axis-parallel affine matrix (3, 3)."""
+    scale = torch.tensor([matrix[0, 0], matrix[1, 1]], dtype=torch.float64)
+    shift = torch.tensor([matrix[0, 2], matrix[1, 2]], dtype=torch.float64)
+    return (points.cpu().double() * scale + shift).float().to(points.device)
 
 
 def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size: tuple[int, int]) -> Target:
@@ -174,8 +198,15 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
             bytes_ = F.interpolate(masks[None].byte(), inner, mode="nearest-exact")[0]
             resized[:, : inner[0], : inner[1]] = bytes_.bool()
         masks = resized
+    semantic = target.semantic
+    if semantic is not None and tuple(semantic.shape) != size:
+        resized = semantic.new_full(size, IGNORED_PIXEL)
+        resized[: inner[0], : inner[1]] = F.interpolate(semantic[None, None], inner, mode="nearest-exact")[0, 0]
+        semantic = resized
     area = target.area * float(matrix[0, 0] * matrix[1, 1])
-    return replace(target, boxes=clip(map_boxes(target.boxes, matrix), inner), area=area, masks=masks)
+    boxes = clip(map_boxes(target.boxes, matrix), inner)
+    points = None if target.points is None else map_points(target.points, matrix)
+    return replace(target, boxes=boxes, area=area, masks=masks, semantic=semantic, points=points)
 
 
 class Mix(ABC):
@@ -216,29 +247,43 @@ class Augment:
         options: `[{name: flip, ...}, ...]`, parts of the registry of augmentations.
         fit: the network's input.
         min_visibility: an object or proposal of which a smaller part is left after a crop is dropped.
+        points: the rule for pictures with points (detkit.data.points); None for those without.
+
+    Raises:
+        ConfigError: a part or option is unknown, or the parts cannot carry points.
     """
 
-    def __init__(self, options: Sequence[Mapping[str, Any]], fit: Fit, min_visibility: float = 0.2) -> None:
+    def __init__(
+        self,
+        options: Sequence[Mapping[str, Any]],
+        fit: Fit,
+        min_visibility: float = 0.2,
+        points: PointRule | None = None,
+    ) -> None:
         import albumentations as A
 
-        self.options, self.fit, self.min_visibility = options, fit, min_visibility
+        self.options, self.fit, self.min_visibility, self.points = options, fit, min_visibility, points
         built = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]
         self.mixes = [part for part in built if isinstance(part, Mix)]
         parts = [part for part in built if not isinstance(part, Mix)]
         pixel_only = [part for part in parts if _changes_only_pixels(part)]
         geometric = [part for part in parts if not _changes_only_pixels(part)]
+        if points is not None:
+            check_parts(self.mixes, parts, points)
+            geometric = watched(geometric)
         # Truths may touch the border to within a rounding error: clip, instead of refusing the picture.
         boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, min_width=1, min_height=1, clip=True)
         # A target of their own: some transforms look at the truths ("bboxes") to choose a window.
         self.pipeline = A.Compose(
             [*geometric, *_resize_parts(fit), *pixel_only],
             bbox_params=boxes,
+            keypoint_params=None if points is None else A.KeypointParams("xy", remove_invisible=False),
             additional_targets={"proposals": "bboxes"},
         )
 
     def at(self, size: tuple[int, int]) -> "Augment":
         """The same for an input of another size."""
-        return Augment(self.options, self.fit.at(size), self.min_visibility)
+        return Augment(self.options, self.fit.at(size), self.min_visibility, self.points)
 
     def __call__(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample] | None = None) -> Sample:
         """The augmented sample, at the input's size unless that is short_side.
@@ -250,6 +295,7 @@ class Augment:
 
         Raises:
             DataError: a further picture cannot be read.
+            ConfigError: pictures with semantic maps are to be mixed.
         """
         if others is not None:
             sample = self._mixed(sample, seed, others)
@@ -262,6 +308,11 @@ class Augment:
             given["proposals"] = _numbered(sample.proposals)
         if target.masks is not None and len(target):
             given["masks"] = target.masks.numpy().astype(np.uint8)
+        if target.semantic is not None:
+            # One more than the class: 0 then is what does not count, and 0 is what transforms fill a mask with.
+            given["mask"] = target.semantic.numpy() + np.uint8(1)
+        if self.points is not None and target.points is not None:
+            given["keypoints"] = as_keypoints(target, sample.size)
         result = self.pipeline(**given)
         # Albumentations drops boxes but not their masks; the fifth column says which are left.
         boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 5)
@@ -272,12 +323,24 @@ class Augment:
             if len(kept):
                 masks = torch.from_numpy(np.stack([result["masks"][index] for index in kept.tolist()])).bool()
         augmented = Target(boxes[:, :4], target.labels[kept], target.crowd[kept], target.difficult[kept], masks=masks)
+        if target.image_labels is not None:
+            augmented = replace(augmented, image_labels=target.image_labels)
+        if target.semantic is not None:
+            augmented = replace(augmented, semantic=torch.from_numpy(result["mask"] - np.uint8(1)))
+        if self.points is not None and target.points is not None:
+            size = result["image"].shape[:2]
+            augmented = with_points(augmented, target, kept, result["keypoints"], size, self.points)
         proposals = None
         if sample.proposals is not None:
             proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 5)[:, :4]
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
 
     def _mixed(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample]) -> Sample:
+        if self.mixes and sample.target.semantic is not None:
+            raise ConfigError(
+                "'augment' mixes pictures (mosaic, mixup), which cannot be done with semantic maps. Leave these parts "
+                "out; random_scale, flip and photometric can be had."
+            )
         for number, mix in enumerate(self.mixes, start=1):
             # A generator of its own: a pipeline behind mixes makes the choices that it would make without them.
             generator = np.random.default_rng([seed, number])
@@ -307,6 +370,12 @@ def _resize_parts(fit: Fit) -> list[Any]:
         case "short_side":
             # Albumentations warns of a pipeline that leaves boxes where they are.
             return [A.NoOp()]
+        case "crop":
+            fill = tuple(round(255 * value) for value in fit.padding)
+            return [
+                A.PadIfNeeded(height, width, position="top_left", fill=fill),
+                A.RandomCrop(height, width),
+            ]
 
 
 def _numbered(boxes: Tensor) -> np.ndarray:

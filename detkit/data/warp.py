@@ -80,10 +80,14 @@ def translation_matrix(x: float, y: float) -> np.ndarray:
 
 def warp_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """(N, 4) float64 xyxy boxes that enclose the four corners of (N, 4) boxes where `matrix` (3, 3) takes them."""
-    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].astype(np.float64).reshape(-1, 2)
-    moved = np.column_stack([corners, np.ones(len(corners))]) @ matrix.T
-    moved = (moved[:, :2] / moved[:, 2:]).reshape(-1, 4, 2)
+    moved = warp_points(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2), matrix).reshape(-1, 4, 2)
     return np.concatenate([moved.min(1), moved.max(1)], axis=1)
+
+
+def warp_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(N, 2) float64: where `matrix` (3, 3) takes (N, 2) points."""
+    moved = np.column_stack([points.astype(np.float64), np.ones(len(points))]) @ matrix.T
+    return moved[:, :2] / moved[:, 2:]
 
 
 def warp_image(image: np.ndarray, matrix: np.ndarray, size: Size, fill: float) -> np.ndarray:

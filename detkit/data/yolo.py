@@ -23,6 +23,7 @@ from detkit.data.dataset import (
 )
 from detkit.data.image import find_images
 from detkit.data.masks import polygon_area, rle_from_polygons
+from detkit.data.semantic import names_with_background, with_background
 from detkit.errors import DataError, nearest
 from detkit.registry import datasets
 from detkit.types import ClassList
@@ -48,6 +49,7 @@ class Yolo(FileDataset):
         broken: what to do with broken boxes and pictures.
         class_names: the classes in the order of their labels; by default all of data.yaml by id.
         masks: read polygons as masks; a line with a plain box is a problem then.
+        semantic: make semantic maps of polygons, as COCO's; likewise.
 
     Raises:
         DataError: data.yaml or something that it names is missing or malformed, no picture has a label file, or
@@ -61,11 +63,15 @@ class Yolo(FileDataset):
         broken: Literal["fail", "skip", "repair"] = "fail",
         class_names: tuple[str, ...] | None = None,
         masks: bool = False,
+        semantic: bool = False,
     ) -> None:
-        super().__init__(f"The YOLO data in '{root}' (split '{split}')", broken, masks)
+        super().__init__(f"The YOLO data in '{root}' (split '{split}')", broken, masks, semantic=semantic)
         self._yaml = _find_yaml(root)
         content = _load(self._yaml)
         declared = _declared(content, self._yaml)
+        if semantic:
+            declared = with_background(declared)
+            class_names = None if class_names is None else names_with_background(class_names)
         self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._yaml))
         self._declared_names = dict(zip(declared.raw_ids, declared.names))
         self._labels = {raw_id: label for label, raw_id in enumerate(self.classes.raw_ids)}
@@ -170,13 +176,13 @@ class Yolo(FileDataset):
         height, width = size
         pixels = [value * (height if index % 2 else width) for index, value in enumerate(fractions)]
         if len(pixels) == 4:
-            if "masks" in self.fields:
+            if self.fields & {"masks", "semantic"}:
                 raise _LineError("no mask", "the line is a box, but data.masks asks for polygons; set it to false")
             x, y, box_width, box_height = pixels
             box = (x - box_width / 2, y - box_height / 2, x + box_width / 2, y + box_height / 2)
             return Annotation(box, label, where)
         xs, ys = pixels[0::2], pixels[1::2]
-        mask = rle_from_polygons([pixels], size) if "masks" in self.fields else None
+        mask = rle_from_polygons([pixels], size) if self.fields & {"masks", "semantic"} else None
         return Annotation((min(xs), min(ys), max(xs), max(ys)), label, where, area=polygon_area(pixels), mask=mask)
 
     def _label(self, raw_id: float) -> int:

@@ -15,7 +15,9 @@ from detkit.config import Experiment, InputOptions
 from detkit.data.dataset import Dataset
 from detkit.engine.evaluate import Evaluation
 from detkit.engine.run_folder import RunFolder
+from detkit.engine.stages import Stopwatch, verdict
 from detkit.model import Model
+from detkit.proposals.dataset import usable_processors
 from detkit.tasks.base import task_of
 
 
@@ -100,9 +102,17 @@ class TrainingConsole:
         finally:
             self.progress.remove_task(task)
 
-    def epoch(self, progress: Any, losses: dict[str, float], evaluation: Evaluation | None, seconds: float) -> None:
-        """After each epoch: a line here, a row in metrics.csv, TensorBoard's scalars."""
+    def epoch(
+        self, progress: Any, losses: dict[str, float], evaluation: Evaluation | None, seconds: float, waited: float
+    ) -> None:
+        """After each epoch: a line here, a row in metrics.csv, TensorBoard's scalars.
+
+        Args:
+            seconds: of training.
+            waited: seconds of them in which there was no picture to train on.
+        """
         row: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step, "lr": self._lr, "seconds": seconds}
+        row["seconds_waiting"] = waited
         row |= {f"train_{name}": value for name, value in losses.items()}
         line = f"epoch {progress.epoch}/{self.options.epochs}  loss {sum(losses.values()):.3f}  {seconds:.1f} s"
         line += f"  {self._pictures_an_epoch / seconds:.1f} pictures/s"
@@ -112,7 +122,7 @@ class TrainingConsole:
             figures = evaluation.scores.as_dict()
             row |= {name: figures[name] for name in self._figures}
             best = "  best" if progress.evaluations_since_best == 0 else ""
-            line += f"  val loss {sum(evaluation.losses.values()):.3f}"
+            line += f"  val loss {sum(evaluation.losses.values()):.3f}" if evaluation.losses else ""
             shown = (name for name in self._figures if name != "mAP75")
             line += "".join(f"  {name.replace('_', ' ')} {figures[name]:.3f}" for name in shown) + best
             if evaluation.scores.remark:
@@ -123,6 +133,11 @@ class TrainingConsole:
             for name, value in row.items():
                 if name not in ("epoch", "step", "lr") and value != "":
                     self._events.add_scalar(f"epoch/{name}", value, progress.epoch)
+
+    def limits(self, watch: Stopwatch) -> None:
+        """After the last epoch: where the time went, and what limits the run."""
+        if watch.seconds:
+            self.console.print(f"time       {verdict(watch, self.options, usable_processors())}")
 
     def _introduce(
         self, experiment: Experiment, model: Model, train_set: Dataset, val_set: Dataset, fabric: Fabric

@@ -1,7 +1,7 @@
 """A model's losses and scores on a data set, from one forward pass of each picture."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 
 from detkit.data.dataset import Dataset
 from detkit.data.loader import batches, evaluation_loader
-from detkit.heads.base import Head
+from detkit.engine.feature_store import FeatureStore
 from detkit.model import Model
+from detkit.sliding import predict_with_losses
 from detkit.tasks.base import task_of
+from detkit.types import Batch
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ def evaluate(
     batch_size: int,
     workers: int,
     advance: Callable[[int], None] = lambda pictures: None,
+    store: FeatureStore | None = None,
 ) -> Evaluation:
     """Losses and scores of `model`, which is left in evaluation mode.
 
     Args:
         advance: called with the number of pictures after each batch.
+        store: of the backbone's maps of these pictures, which is frozen.
     """
     task = task_of(model.head)
     evaluator = task.evaluator(dataset.classes, model.head)
@@ -49,26 +53,29 @@ def evaluate(
     model.eval()
     loader = evaluation_loader(dataset, model.fit, batch_size=batch_size, workers=workers)
     position = 0
+    # Only a head of an open set may see other classes than its own (check_classes), and has no loss for them.
+    known = not model.head.open_set or dataset.classes.names == model.classes.names
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(0)
-        for batch in batches(loader):
-            batch = batch.to(device)
-            outputs = model(batch.images, batch.sizes, batch.proposals)
-            for name, value in _losses(model.head, outputs, batch.targets):
+        for batch in batches(loader) if store is None else store.batches(loader, model):
+            batch = batch.to(device) if known else _without_labels(batch.to(device))
+            predictions, losses = predict_with_losses(model, batch)
+            for name, value in losses.items():
                 sums[name] += value * len(batch)
             # Picture by picture, since the masks of a batch are large.
-            for found, meta in zip(model.head.decode(outputs), batch.metas):
+            for found, meta in zip(predictions, batch.metas):
                 # The truth in the source's own pixels comes straight from the file: no rounding on the way.
                 truth = dataset.target(position)
                 found = task.undo(found.to("cpu"), meta, dataset.classes.names)
                 evaluator.update([found], [truth], [replace(meta, matrix=None)])
                 position += 1
             advance(len(batch))
-    losses = {name: value / position for name, value in sums.items()}
-    return Evaluation(losses, evaluator.compute(), evaluator.results())
+    means = {name: value / position for name, value in sums.items()} if known else {}
+    return Evaluation(means, task.scored(evaluator.compute(), means), evaluator.results())
 
 
-def _losses(head: Head, outputs: Any, targets: Any) -> Iterator[tuple[str, float]]:
-    for name, value in head.loss(outputs, targets).items():
-        yield name, value.item()
+def _without_labels(batch: Batch) -> Batch:
+    """The batch without the classes of its pictures, which the model does not know."""
+    none = torch.zeros(0, dtype=torch.int64, device=batch.images.device)
+    return replace(batch, targets=tuple(replace(target, image_labels=none) for target in batch.targets))

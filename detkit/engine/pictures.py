@@ -12,6 +12,7 @@ from detkit.data.loader import Key, collate
 from detkit.draw import grid, write_image
 from detkit.engine.run_folder import RunFolder
 from detkit.model import Model, load_model
+from detkit.sliding import predict
 from detkit.tasks.base import Task, task_of
 from detkit.types import ClassList, Sample, Target
 
@@ -48,8 +49,7 @@ def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> No
 def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
     """The prediction of one sample in its own pixels."""
     batch = collate([model.fit(sample)], model.fit)
-    outputs = model(batch.images, batch.sizes, batch.proposals)
-    return task.undo(model.head.decode(outputs)[0], batch.metas[0], model.classes.names)
+    return task.undo(predict(model, batch)[0], batch.metas[0], model.classes.names)
 
 
 def _enlargement(image: np.ndarray) -> int:

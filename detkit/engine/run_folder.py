@@ -12,8 +12,11 @@ from detkit.errors import CheckpointError, ConfigError
 
 STATE_FORMAT = 1
 MAY_CHANGE = frozenset(
-    {"data.root", "name", "proposals.cache", "proposals.path", "runs"}
-    | {f"train.{name}" for name in ("device", "devices", "epochs", "patience", "validate_every", "workers")}
+    {"data.root", "data.data.root", "name", "proposals.cache", "proposals.path", "runs"}
+    | {
+        f"train.{name}"
+        for name in ("cache", "cache_gb", "device", "devices", "epochs", "patience", "validate_every", "workers")
+    }
 )
 
 
@@ -80,7 +83,8 @@ class RunFolder:
             with self.metrics.open(newline="", encoding="utf-8") as file:
                 columns = next(csv.reader(file))
         with self.metrics.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
+            # A run that began with an earlier version of detkit keeps its columns.
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             if new:
                 writer.writeheader()
             writer.writerow(row)

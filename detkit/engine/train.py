@@ -11,21 +11,26 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from detkit.config import Experiment, TrainOptions
+from detkit.data.cache import with_cache
 from detkit.data.dataset import Dataset
 from detkit.data.loader import EpochSampler, batches, training_loader
+from detkit.data.points import point_rule
 from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment
 from detkit.engine.average import AveragedModel
 from detkit.engine.console import TrainingConsole
 from detkit.engine.evaluate import Evaluation, evaluate
+from detkit.engine.feature_store import FeatureStore, check_storable, feature_stores
 from detkit.engine.memory import keep_freed_memory
 from detkit.engine.pictures import write_predictions, write_training_batch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
+from detkit.engine.stages import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED, VALIDATION, Stopwatch
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.base import Head
 from detkit.model import Model, build_model, check_classes, read_checkpoint
@@ -63,6 +68,9 @@ class Setup:
     loader: Any
     sampler: EpochSampler
     steps_per_epoch: int
+    watch: Stopwatch
+    store: FeatureStore | None = None
+    val_store: FeatureStore | None = None
 
 
 def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None:
@@ -86,8 +94,11 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     fabric.seed_everything(options.seed, verbose=False)
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     check_needed(experiment.proposals, head.needs, str(experiment.head["name"]))
+    check_storable(experiment)
     train_set, val_set = _open_data(fabric, experiment, head)
     setup = _set_up(fabric, experiment, train_set, load_weights=resume is None)
+    for dataset in (train_set, val_set):
+        task_of(head).check_head(setup.model.head, dataset)
     progress = Progress()
     folder = _run_folder(fabric, experiment, head.task, resume)
     if resume is not None:
@@ -95,20 +106,28 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     elif fabric.is_global_zero:
         task = task_of(head)
         write_training_batch(setup.loader.dataset, task, folder.pictures / "training_batch.jpg", train_set.classes)
-    with TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console:
+    with (
+        feature_stores(experiment, folder.path, len(train_set), len(val_set)) as (setup.store, setup.val_store),
+        TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console,
+    ):
         while progress.epoch < options.epochs and not _patience_is_over(progress, options):
             started = time.perf_counter()
+            waited = setup.watch.seconds[PICTURES]
             losses = _train_epoch(setup, progress, console)
             seconds = time.perf_counter() - started
+            waited = setup.watch.seconds[PICTURES] - waited
             progress.epoch += 1
             evaluation = None
             if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
                 evaluation = _validate(setup, progress, val_set, folder, console)
+                setup.watch.lap(VALIDATION)
             random_states = fabric.all_gather(torch.get_rng_state())
             if fabric.is_global_zero:
-                console.epoch(progress, losses, evaluation, seconds)
+                console.epoch(progress, losses, evaluation, seconds, waited)
                 _save(setup, progress, folder, random_states)
             fabric.barrier()
+            setup.watch.lap(REST)
+        console.limits(setup.watch)
     if not fabric.is_global_zero:
         return None
     write_predictions(folder, val_set)
@@ -144,11 +163,15 @@ class _ExactInputs(MixedPrecision):
 def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tuple[Dataset, Dataset]:
     """Both splits, with the proposals of all their pictures where the head needs them."""
     data, proposals = experiment.data, experiment.proposals
-    train_set, val_set = open_train_and_val(data, head.needs)
+    train_set, val_set = open_train_and_val(data, head.needs, head.open_set)
     task = task_of(head)
     task.check_data(train_set, str(data.get("train", "train")))
     task.check_data(val_set, str(data.get("val", "val")))
     quiet = not fabric.is_global_zero
+    if experiment.train.cache is not None:
+        bound = int(experiment.train.cache_gb * 1e9 / fabric.world_size)
+        train_set, val_set, line = with_cache(train_set, val_set, experiment.train.cache, bound, Path(experiment.runs))
+        Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False).print(f"cache      {line}")
     # The first process fills the cache that the others then read.
     with fabric.rank_zero_first():
         train_set = with_proposals(train_set, proposals, str(data.get("train", "train")), "training", quiet)
@@ -166,12 +189,17 @@ def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str |
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
     """One pass over the training pictures; the mean of each loss."""
-    options, optimizer, head = setup.options, setup.optimizer, setup.model.head
+    options, optimizer, head, watch = setup.options, setup.optimizer, setup.model.head, setup.watch
     setup.wrapped.train()
     setup.sampler.epoch = progress.epoch
     mixed = setup.loader.dataset.mixes(progress.epoch)
     sums: dict[str, float] = defaultdict(float)
-    for number, batch in enumerate(batches(setup.loader), start=1):
+    source = batches(setup.loader)
+    if setup.store is not None:
+        source = setup.store.batches(setup.loader, setup.model, setup.fabric.autocast)
+    watch.start()
+    for number, batch in enumerate(source, start=1):
+        watch.lap(PICTURES if setup.store is None else STORED)
         whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
         batch = batch.to(setup.fabric.device)
         factor = learning_rate_factor(progress.step, setup.steps_per_epoch, options)
@@ -179,14 +207,16 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             group["lr"] = peak * factor
         share = group_size(number, setup.sampler.batches, options.accumulate)
         with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
-            outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals)
+            outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals, batch.features)
             # A head of two stages runs layers in its loss, too.
             with setup.fabric.autocast():
                 losses = head.loss(outputs, batch.targets)
             if mixed:
                 losses |= {name: torch.zeros_like(losses[name]) for name in head.unmixed_losses & losses.keys()}
             _check_finite(losses, progress.step, batch)
+            watch.lap(FORWARD)
             setup.fabric.backward(torch.stack(list(losses.values())).sum() / share)
+        watch.lap(BACKWARD)
         if whole_step:
             if options.clip_norm is not None:
                 setup.fabric.clip_gradients(
@@ -200,6 +230,7 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
         for name, value in losses.items():
             sums[name] += value.item()
         console.step(progress, number, setup.sampler.batches, losses, options.lr * factor, len(batch))
+        watch.lap(STEP)
     return {name: value / setup.sampler.batches for name, value in sums.items()}
 
 
@@ -235,18 +266,34 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
     loader, sampler = training_loader(
         train_set,
         model.fit,
-        Augment(experiment.augment, model.fit) if experiment.augment else None,
+        Augment(experiment.augment, model.fit, points=point_rule(train_set)) if experiment.augment else None,
         batch_size=options.batch_size // (options.accumulate * fabric.world_size),
         workers=options.workers,
         seed=options.seed,
         plain_from_epoch=options.epochs - options.plain_epochs if options.plain_epochs else None,
         unmixed_from_epoch=options.epochs - options.unmixed_epochs if options.unmixed_epochs else None,
         sizes=experiment.input.training_sizes,
+        per_class=options.per_class,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
+    _refuse_mixes(model.head, loader.dataset)
     steps_per_epoch = -(-sampler.batches // options.accumulate)
-    return Setup(fabric, options, model, wrapped, average, optimizer, peak_lrs, loader, sampler, steps_per_epoch)
+    watch = Stopwatch(detailed=fabric.device.type == "cpu")
+    return Setup(fabric, options, model, wrapped, average, optimizer, peak_lrs, loader, sampler, steps_per_epoch, watch)
+
+
+def _refuse_mixes(head: Head, reader: Any) -> None:
+    """Refuse mosaic and mixup where the truth is of the picture as a whole, which a mixed one is not.
+
+    Raises:
+        ConfigError: naming the head.
+    """
+    if reader.augment is not None and reader.augment.mixes and "image_labels" in head.needs:
+        raise ConfigError(
+            "'augment' mixes pictures (mosaic, mixup), but this head learns the class of a picture as a whole, and a "
+            "mixed one has several. Leave them out; random_resized_crop, flip and photometric go with it."
+        )
 
 
 @torch.no_grad()
@@ -294,11 +341,15 @@ def _validate(
         model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
         batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
-            evaluation = evaluate(model, val_set, batch_size=batch_size, workers=setup.options.workers, advance=advance)
+            workers, store = setup.options.workers, setup.val_store
+            evaluation = evaluate(model, val_set, batch_size=batch_size, workers=workers, advance=advance, store=store)
+        for each in (model, setup.model):
+            task_of(each.head).keep(each.head, evaluation.scores)
         score = task_of(model.head).score(evaluation.scores, model.head)
         if score > progress.best_score:
             progress.best_score, progress.evaluations_since_best = score, 0
             model.save(folder.best)
+            task_of(model.head).plot(evaluation.scores, folder.pictures)
         else:
             progress.evaluations_since_best += 1
     # Every process must come to the same decision about stopping early.

@@ -81,12 +81,29 @@ class Head(nn.Module, ABC):
         needs: the fields of Target that its loss reads; checked against the data set at the start.
         postprocess: used by decode of a detector; may be replaced between calls.
         unmixed_losses: the losses that training counts as 0 in epochs whose pictures are mixed (mosaic, mixup).
+        reads_sizes: `forward` computes with the sizes of the images; it may pass them on to `decode` without.
+        full_precision: half precision would move its results by more than some thousandths.
+        open_set: it compares pictures of any classes, and so may be scored on others than it was trained on.
+        any_size: it finds objects in pictures of any size as they are, and so can go with input.resize crop.
     """
 
     task: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     unmixed_losses: ClassVar[frozenset[str]] = frozenset()
+    reads_sizes: ClassVar[bool] = False
+    full_precision: ClassVar[bool] = False
+    any_size: ClassVar[bool] = False
+    open_set: ClassVar[bool] = False
     postprocess: Postprocess
+
+    def prepare(self) -> None:
+        """Take in what else than weights a new head starts from, such as the picture whose style it learns. Called once
+        before training; what it computes belongs to the checkpoint, and is not asked for again.
+
+        Raises:
+            DetkitError: it cannot be had.
+        """
+        return
 
     @abstractmethod
     def forward(self, features: list[Tensor], inputs: Inputs) -> Any:

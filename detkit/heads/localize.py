@@ -52,6 +52,7 @@ class Localize(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    reads_sizes: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -9,15 +9,14 @@ roi_align   samples between the places of the map, nothing rounded (Mask R-CNN, 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
 from detkit.backbones.base import Backbone
+from detkit.boxes.roi_align import roi_align as fast_roi_align
 from detkit.errors import ConfigError, check_range
 from detkit.registry import Registry, backbones
 
@@ -25,7 +24,6 @@ region_features = Registry("kind of region features", "detkit.heads")
 
 COARSEST_STRIDE = 32
 """Maps of larger strides are for proposals alone: a region seldom has more than one place there."""
-LEAST_REGIONS_OF_A_THREAD = 32
 
 
 class RegionFeatures(nn.Module, ABC):
@@ -35,9 +33,11 @@ class RegionFeatures(nn.Module, ABC):
 
     Attributes:
         shape: of the features of one region: (C, h, w), or (D,).
+        layout: of the feature maps in memory that needs no copy.
     """
 
     shape: tuple[int, ...]
+    layout: ClassVar[torch.memory_format] = torch.contiguous_format
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
@@ -118,6 +118,8 @@ class RoiAlign(PooledRegions):
         canonical_size: side in pixels of a region that is read from stride 16.
     """
 
+    layout: ClassVar[torch.memory_format] = torch.channels_last
+
     def __init__(
         self,
         channels: Sequence[int],
@@ -134,22 +136,18 @@ class RoiAlign(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
-        feature = feature.contiguous()  # torchvision would copy it in each thread
-        threads = min(torch.get_num_threads(), len(rows) // LEAST_REGIONS_OF_A_THREAD)
-        if feature.device.type != "cpu" or torch.is_grad_enabled() or threads < 2:
-            return self._align(feature, rows, scale)
-        # torchvision's kernel for the CPU works on one core; it took a third of Faster R-CNN's time on two.
-        with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(torch.no_grad()(self._align), repeat(feature), rows.chunk(threads), repeat(scale))
-            return torch.cat(list(parts))
-
-    def _align(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
+        # Torchvision's kernel for the CPU took a third of Faster R-CNN's time.
+        if feature.device.type == "cpu" and not torch.compiler.is_compiling():
+            return fast_roi_align(feature, rows, self.size, scale, self.sampling, self.aligned)
         return roi_align(feature, rows, self.size, scale, self.sampling or -1, self.aligned)
 
 
 @region_features.register("roi_pool")
 class RoiPool(PooledRegions):
     """Maxima over the cells of a size x size grid, whose edges are rounded to whole places.
+
+    Regions are first cut to the map, so that every cell holds one of its places: one that lies in the last half stride
+    at the right or bottom would round to beyond it. One wholly outside reads the places of the border next to it.
 
     Args:
         size: cells on each side.
@@ -165,12 +163,14 @@ class RoiPool(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
-        return roi_pool(feature, rows, self.size, scale)
+        return roi_pool(feature, cut_to_map(rows, feature, scale), self.size, scale)
 
 
 @region_features.register("spp")
 class SpatialPyramid(PooledRegions):
     """Maxima over grids of several finenesses, one after the other as one vector.
+
+    Regions are cut to the map as in RoiPool.
 
     Args:
         grids: cells on each side of each grid.
@@ -191,7 +191,14 @@ class SpatialPyramid(PooledRegions):
         self.shape = (self.width * sum(grid * grid for grid in grids),)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
+        rows = cut_to_map(rows, feature, scale)
         return torch.cat([roi_pool(feature, rows, grid, scale).flatten(1) for grid in self.grids], dim=1)
+
+
+def cut_to_map(rows: Tensor, feature: Tensor, scale: float) -> Tensor:
+    """Rows (R, 5) as `PooledRegions.pool` has them, with corners from the first to the last place of (B, C, h, w)."""
+    last = rows.new_tensor((feature.shape[3] - 1, feature.shape[2] - 1) * 2) / scale
+    return torch.cat((rows[:, :1], rows[:, 1:].clamp(min=0).minimum(last)), dim=1)
 
 
 @region_features.register("warp")

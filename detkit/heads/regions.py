@@ -164,7 +164,10 @@ class RegionStage(nn.Module):
         """Detections of each image after per-class suppression, in pixels of the network's input."""
         found = []
         for image, (boxes, size) in enumerate(zip(proposals, sizes)):
-            own = [feature[image : image + 1].contiguous() for feature in maps]  # as pooling wants it; once
+            # As pooling wants them; once.
+            own = [
+                feature[image : image + 1].float().contiguous(memory_format=self.features.layout) for feature in maps
+            ]
             # Not all at once: each region's features may be a whole network's.
             parts = [self(own, [part]) for part in boxes.split(REGIONS_AT_ONCE)]
             logits, offsets = (torch.cat(values) for values in zip(*parts))

@@ -68,8 +68,8 @@ class YOLOX(Head):
         centre_radius: half the side, in cells, of the square around a truth's centre in which cells may be positive.
         candidates: predictions whose IoUs say how many cells answer for a truth (see detkit.boxes.sim_ota).
         box_weight: factor of the box loss, 1 - IoU squared.
-        l1_weight: factor of the L1 loss of the offsets; the authors trained with 0, and with 1 for the last 15 of 300
-            epochs, without augmentation.
+        l1_weight: factor of the L1 loss of the offsets, which counts only in epochs without mosaic and mixup
+            (train.unmixed_epochs); the authors' is 1, for the last 15 of 300 epochs.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
 
     Raises:
@@ -78,6 +78,7 @@ class YOLOX(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    unmixed_losses: ClassVar[frozenset[str]] = frozenset({"l1"})
 
     def __init__(
         self,

@@ -323,14 +323,19 @@ def coco_results(detections: Detections, meta: Meta, classes: ClassList) -> list
 
     Returns:
         N records in the same order: image_id, category_id (the raw id), bbox [x, y, width, height] in pixels, score,
-        and of detections with masks segmentation, compressed run lengths. The floats are not rounded, so that scoring
+        of detections with masks segmentation, compressed run lengths, and of those with points keypoints, [x, y, 2] of
+        each. The floats are not rounded, so that scoring
         the file gives the scores of `DetectionEvaluator`. (Before pycocotools scores segmentations, take the boxes out
         of the records: it takes an object's area from a box that is there.)
 
     Raises:
         ValueError: a label is out of range.
     """
-    return _result_records(detections, _run_lengths(detections), meta, classes)
+    records = _result_records(detections, _run_lengths(detections), meta, classes)
+    if detections.points is not None:
+        for record, points in zip(records, detections.points.tolist()):
+            record["keypoints"] = [value for x, y in points for value in (x, y, 2)]
+    return records
 
 
 def _result_records(

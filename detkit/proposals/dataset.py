@@ -12,11 +12,12 @@ from rich.progress import track
 from torch import Tensor
 
 from detkit.data.dataset import Dataset
+from detkit.data.wrapper import DatasetWrapper
 from detkit.errors import ConfigError
 from detkit.proposals.cache import ProposalCache, default_folder
 from detkit.proposals.sources import ProposalSource
 from detkit.registry import option_names, proposal_sources
-from detkit.types import Sample, Target
+from detkit.types import Sample
 
 CACHE_KEY = "cache"
 
@@ -102,7 +103,7 @@ def with_proposals(
     return proposed
 
 
-class ProposalDataset(Dataset):
+class ProposalDataset(DatasetWrapper):
     """Another data set, each of whose samples gets proposals; everything else is that data set's.
 
     Args:
@@ -112,32 +113,14 @@ class ProposalDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, source: ProposalSource, folder: Path) -> None:
-        self.dataset, self.source = dataset, source
-        self.classes, self.problems = dataset.classes, dataset.problems
+        super().__init__(dataset)
         self.fields = dataset.fields | {"proposals"}
+        self.proposer = source
         self.cache = ProposalCache(source, folder) if source.from_pixels else None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         return Sample(sample.image, sample.target, sample.meta, self._proposals(sample)[0])
-
-    def target(self, index: int) -> Target:
-        return self.dataset.target(index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.dataset.size(index)
-
-    def image_id(self, index: int) -> int | str:
-        return self.dataset.image_id(index)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only asked for what this class has not; a copy under construction has nothing to look into yet.
-        if name.startswith("__") or "dataset" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
     def prepare(self, console: Console) -> str:
         """Have the proposals of all pictures in the cache, or checked.
@@ -149,10 +132,10 @@ class ProposalDataset(Dataset):
             A line about it for people.
         """
         if self.cache is None:
-            return self.source.check(self)
+            return self.proposer.check(self)
         counts: Counter[str] = Counter()
         total = 0
-        with ThreadPoolExecutor(max_workers=_usable_processors()) as pool:
+        with ThreadPoolExecutor(max_workers=usable_processors()) as pool:
             done = pool.map(self._prepare_one, range(len(self)))
             try:
                 for count, outcome in track(
@@ -183,9 +166,10 @@ class ProposalDataset(Dataset):
 
     def _proposals(self, sample: Sample) -> tuple[Tensor, str]:
         if self.cache is None:
-            return self.source(sample.image, sample.meta.image_id), "read"
+            return self.proposer(sample.image, sample.meta.image_id), "read"
         return self.cache.get(sample.image, sample.meta.image_id)
 
 
-def _usable_processors() -> int:
+def usable_processors() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

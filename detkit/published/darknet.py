@@ -12,16 +12,13 @@ from torch import Tensor
 
 from detkit.backbones.darknet_file import Unit, convolutions, count_floats, read_floats, take_tensors
 from detkit.config import Experiment, InputOptions
+from detkit.data.semantic_masks import VOC_NAMES
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes_without_gaps
 from detkit.registry import backbones, heads, necks
 from detkit.types import ClassList
 
 CELL = 32
-VOC_NAMES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
 COCO_CLASSES = 80
 
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from detkit.config import Experiment
 from detkit.errors import CheckpointError, nearest
+from detkit.published.classifiers import NETWORKS, convert_classifier
 from detkit.published.darknet import read_darknet
+from detkit.published.fcn import convert_fcn
+from detkit.published.mtcnn import PREFIX as MTCNN_PREFIX
+from detkit.published.mtcnn import convert_mtcnn, mtcnn_files
 from detkit.published.rcnn import convert_rcnn
 from detkit.published.retinanet import convert_retinanet
 from detkit.published.ssd import convert_ssd300_vgg16
@@ -28,6 +32,9 @@ PUBLISHED = (
     "maskrcnn_resnet50_fpn_v2",
     "retinanet_resnet50_fpn",
     "retinanet_resnet50_fpn_v2",
+    "fcn_resnet50",
+    "fcn_resnet101",
+    *NETWORKS,
 )
 Converter = Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Experiment, ClassList]]
 CONVERTERS: dict[str, Converter] = {
@@ -36,34 +43,40 @@ CONVERTERS: dict[str, Converter] = {
     "rpn.head.cls_logits.weight": convert_rcnn,
     "head.classification_head.cls_logits.weight": convert_retinanet,
     STEM: convert_yolox,
+    "classifier.1.running_mean": convert_fcn,
+    **dict.fromkeys(("fc.weight", "classifier.weight", "classifier.6.weight"), convert_classifier),
 }
 
 
 def is_published(source: str) -> bool:
-    """Whether `source` is "torchvision:" and a name, a .pth file, or a .weights file of Darknet's."""
-    return source.startswith(PREFIX) or source.endswith((".pth", DARKNET_SUFFIX))
+    """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, a .pth file, or a .weights file of
+    Darknet's."""
+    return source.startswith((PREFIX, MTCNN_PREFIX)) or source.endswith((".pth", DARKNET_SUFFIX))
 
 
 def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of a model of torchvision, one of PUBLISHED.
+    """Tensors, experiment and classes of a published model.
 
     Args:
-        source: "torchvision:ssd300_vgg16" downloads the weights trained on COCO (or takes them from torch's
-            cache); a path ending in .pth is a state dict of one of the models; one ending in .weights is a file of
-            Darknet's YOLOv2 or YOLOv3.
+        source: "torchvision:ssd300_vgg16" downloads the weights of one of PUBLISHED (or takes them from
+            torch's cache); a path ending in .pth is a state dict of one of these or of YOLOX; one ending in .weights is
+            a file of Darknet's YOLOv2 or YOLOv3; "mtcnn:" and a folder reads the networks of facenet-pytorch.
 
     Raises:
         CheckpointError: the weights cannot be had, or are of another model.
     """
     if source.endswith(DARKNET_SUFFIX):
         return read_darknet(source)
+    if source.startswith(MTCNN_PREFIX):
+        return convert_mtcnn({name: _read(path) for name, path in mtcnn_files(source).items()})
     state = _download(source) if source.startswith(PREFIX) else _read(Path(source))
     for name, convert in CONVERTERS.items():
         if name in state:
             return convert(state)
     raise CheckpointError(
-        f"'{source}' is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}): it has none of the "
-        f"tensors {', '.join(CONVERTERS)}. Weights of a backbone alone go to --backbone.weights."
+        f"'{source}' is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}), nor one of YOLOX's: "
+        f"it has none of the tensors {', '.join(CONVERTERS)}. Files of Darknet's end in {DARKNET_SUFFIX}. Weights of a "
+        f"backbone alone go to --backbone.weights."
     )
 
 
@@ -73,7 +86,7 @@ def _download(source: str) -> dict[str, Tensor]:
     name = source.removeprefix(PREFIX)
     if name not in PUBLISHED:
         raise CheckpointError(f"detkit cannot run torchvision's '{name}'. {nearest(name, PUBLISHED)}")
-    weights = get_model_weights(name).COCO_V1
+    weights = get_model_weights(name).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True)
     except OSError as error:

@@ -78,6 +78,13 @@ class Task(ABC, Generic[P]):
         """The figure by which checkpoints are compared, the larger the better."""
         return scores.as_dict()[self.figures(head)[0]]
 
+    def keep(self, head: Head, scores: Scores) -> None:
+        """Put what the evaluation found out and predictions need (a threshold) into the head, to be saved with it."""
+
+    def scored(self, scores: Scores, losses: Mapping[str, float]) -> Scores:
+        """The figures of a data set, given its mean losses as well; for tasks whose figures these are."""
+        return scores
+
     @abstractmethod
     def evaluator(self, classes: ClassList, head: Head) -> Evaluator[P]:
         """What scores one data set."""
@@ -133,6 +140,16 @@ class Task(ABC, Generic[P]):
         self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: Mapping[str, Any]
     ) -> None:
         """Write what `options` ask for besides picture and predictions.json."""
+
+    def plot(self, scores: Scores, folder: Path) -> None:
+        """Write pictures of the figures of a whole data set, where this task has such."""
+
+    def check_head(self, head: Head, dataset: Dataset) -> None:
+        """Refuse data from which this head, as it was built, cannot learn.
+
+        Raises:
+            DataError: naming the picture.
+        """
 
     def check_data(self, dataset: Dataset, split: str) -> None:
         """Refuse data that have nothing to learn or to score.

@@ -105,7 +105,8 @@ class Detect(Task[Detections]):
         masks = prediction.masks
         if masks is not None:
             masks = masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-        return replace(prediction, boxes=prediction.boxes * factor, masks=masks)
+        points = None if prediction.points is None else prediction.points * factor
+        return replace(prediction, boxes=prediction.boxes * factor, masks=masks, points=points)
 
     def write(
         self, output: Path, name: str, image: np.ndarray, prediction: Detections, meta: Meta, options: Mapping[str, Any]

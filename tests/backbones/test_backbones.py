@@ -16,6 +16,10 @@ OPTIONS = {
     "small_ssd": [{}, {"widths": [8, 16], "level_channels": 24}],
     "vgg11": [{}, {"levels": [1, 3], "batch_norm": True}],
     "vgg16": [{"levels": [4, 5], "ceil_mode": True}],
+    "alexnet": [{"levels": [2, 3, 4, 5]}],
+    "nin": [{"levels": [1, 2, 3]}],
+    "googlenet": [{}, {"levels": ["conv3", "inception4a"]}],
+    "densenet121": [{"levels": [2, 3]}, {"levels": [5]}],
     "resnet18": [{}, {"levels": [3, 4]}, {"levels": [5]}],
     "timm": [
         {"network": "tf_efficientnet_lite0"},
@@ -24,6 +28,8 @@ OPTIONS = {
         {"network": "convnext_atto", "levels": [2, 3]},
     ],
 }
+# Of their convolutions without or with little padding the maps come out smaller by up to two cells.
+LESS_PADDED = ("alexnet", "lenet", "nin")
 CASES = [{"name": name, **options} for name in backbones.names() for options in OPTIONS.get(name, [{}])]
 
 
@@ -38,7 +44,10 @@ def test_contract(case: dict) -> None:
     backbone = backbones.build(case, "backbone")
     maps = backbone(torch.randn(2, 3, 64, 64, requires_grad=True))
     assert [m.shape[1] for m in maps] == list(backbone.channels)
-    assert [tuple(m.shape[-2:]) for m in maps] == [(64 // s, 64 // s) if s else (1, 1) for s in backbone.strides]
+    sides = [64 // stride if stride else 1 for stride in backbone.strides]
+    assert all(m.shape[-2] == m.shape[-1] for m in maps)
+    missing = [side - m.shape[-1] for side, m in zip(sides, maps)]
+    assert all(0 <= cells <= 2 for cells in missing) if case["name"] in LESS_PADDED else not any(missing)
     assert all(m.isfinite().all() for m in maps)
     sum(m.square().mean() for m in maps).backward()
     without = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
@@ -163,3 +172,25 @@ def test_frozen_norms_stay_while_all_else_learns() -> None:
     assert changed
     assert all("conv" in name or "downsample.0" in name for name in changed)
     assert "conv1.weight" not in changed
+
+
+def test_a_backbone_frozen_as_a_whole_stays_in_evaluation_mode() -> None:
+    """Also what belongs to no stage: the position embedding of a vision transformer."""
+    backbone = backbones.build({"name": "timm", "network": "vit_tiny_patch16_224", "levels": [4]}, "backbone")
+    backbone.freeze_all()
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_level_6_of_vgg_is_the_pooled_fifth_block() -> None:
+    backbone = backbones.build({"name": "vgg11", "levels": [5, 6]}, "backbone")
+    fifth, sixth = backbone(torch.randn(1, 3, 64, 96))
+    torch.testing.assert_close(sixth, nn.functional.max_pool2d(fifth, 2))
+    assert backbone.strides == (16, 32)
+
+
+@pytest.mark.parametrize("levels", [[], ["inception4b"], ["inception5b", "conv3"]])
+def test_impossible_levels_of_googlenet(levels: list[str]) -> None:
+    with pytest.raises(ConfigError, match="'levels' of the backbone 'googlenet' must be some of conv3"):
+        backbones.build({"name": "googlenet", "levels": levels}, "backbone")

@@ -40,7 +40,7 @@ def test_boxes_labels_and_ids(tmp_path):
     assert target.area.tolist() == [450.5, 4800]
     assert (data.classes.names, data.classes.raw_ids) == (("dog", "cat"), (3, 7))
     assert data[0].meta.image_id == 5
-    assert data.fields == {"boxes", "labels"}
+    assert data.fields == {"boxes", "labels", "image_labels"}
 
 
 def test_an_image_without_annotations_stays(tmp_path):

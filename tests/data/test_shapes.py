@@ -95,7 +95,7 @@ def test_mistakes_are_named():
 def test_it_is_built_from_a_config():
     data = datasets.build({"name": "shapes", "train_count": 3}, "data", split="train", masks=True)
     assert len(data) == 3
-    assert data.fields == {"boxes", "labels", "masks"}
+    assert data.fields == {"boxes", "labels", "image_labels", "masks"}
 
 
 def test_it_is_fast():

@@ -37,7 +37,7 @@ def test_only_the_left_and_top_edges_lose_one(tmp_path):
     assert target.boxes.tolist() == [[0, 0, 80, 60], [9.5, 19, 30, 40]]
     assert data.classes.names == ("cat", "dog")
     assert target.labels.tolist() == [1, 0]
-    assert data.fields == {"boxes", "labels"}
+    assert data.fields == {"boxes", "labels", "image_labels"}
     assert data.problems.summary() == "no problems"
 
 

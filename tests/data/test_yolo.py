@@ -49,7 +49,7 @@ def test_polygons_give_boxes_areas_and_masks(tmp_path):
     assert target.area.tolist() == [600]
     assert target.masks.shape == (1, 60, 80)
     assert abs(target.masks.sum().item() - 600) < 45
-    assert data.fields == {"boxes", "labels", "masks"}
+    assert data.fields == {"boxes", "labels", "image_labels", "masks"}
     assert Yolo(root, "train").target(0).masks is None
     assert data[0].image.shape == (60, 80, 3)
 

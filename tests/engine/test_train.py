@@ -47,7 +47,24 @@ def test_the_same_seed_gives_the_same_weights_and_workers_change_nothing(tiny: A
         assert torch.equal(tensor, weights(second.last)[name]), name
 
 
-@pytest.mark.parametrize("options", [[], ["--train.optimizer", "adamw", "--train.ema_decay", "0.9"]])
+MIXED_YOLOX = [
+    *("--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 8, 8, 8]}"),
+    *("--head", "{name: yolox, width: 8, l1_weight: 1.0}"),
+    *("--augment", "[{name: mosaic}]"),
+    *("--train.unmixed_epochs", "2"),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--train.optimizer", "adamw", "--train.ema_decay", "0.9"],
+        ["--augment", "[{name: mosaic, rotation: 10}, {name: mixup}]", "--input.multi_scale", "[1, 1.5]"],
+        [*MIXED_YOLOX, "--train.unmixed_epochs", "3"],
+    ],
+    ids=["plain", "averaged", "mixed", "unmixed"],
+)
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
     tiny: Any, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +90,28 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     for name, tensor in weights(whole.last).items():
         assert torch.equal(tensor, weights(resumed.last)[name]), name
     assert [row["epoch"] for row in csv.DictReader(resumed.metrics.open())] == ["1", "2", "3", "4"]
+
+
+def test_losses_of_unmixed_pictures_count_in_the_last_epochs_only(tiny: Any) -> None:
+    def column(name: str, *overrides: str) -> list[float]:
+        rows = csv.DictReader(train(tiny(*MIXED_YOLOX, "--train.epochs", "3", *overrides)).metrics.open())
+        return [float(row[name]) for row in rows]
+
+    first, *last = column("train_l1")
+    assert first == 0
+    assert min(last) > 0
+    assert min(column("val_l1", "--train.unmixed_epochs", "0")) > 0  # validation pictures are never mixed
+    assert min(column("train_l1", "--augment", "[{name: flip}]", "--train.unmixed_epochs", "0")) > 0
+    *mixed, plain = column("train_l1", "--train.plain_epochs", "1", "--train.unmixed_epochs", "0")
+    assert mixed == [0, 0]
+    assert plain > 0
+
+
+def test_a_loss_of_unmixed_pictures_moves_no_weight_before(tiny: Any) -> None:
+    options = (*MIXED_YOLOX, "--train.epochs", "1", "--train.unmixed_epochs", "0")
+    with_l1, without = train(tiny(*options)), train(tiny(*options, "--head.l1_weight", "0"))
+    for name, tensor in weights(with_l1.last).items():
+        assert torch.equal(tensor, weights(without.last)[name]), name
 
 
 def test_nothing_to_resume_is_said(tiny: Any, tmp_path: Path) -> None:

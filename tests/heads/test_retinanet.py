@@ -1,27 +1,24 @@
-"""RetinaNet's own arithmetic, its export, and that it learns."""
+"""RetinaNet's own arithmetic, and that it learns."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import box_iou, sigmoid_focal_loss
 from torchvision.ops import nms as torchvision_nms
 
-from detkit.backbones.base import Backbone
 from detkit.boxes import decode, encode
 from detkit.boxes.convert import clip
 from detkit.data.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.retinanet import RetinaNet, RetinaNetOutputs
-from detkit.model import Model, build_model
+from detkit.model import build_model
 from detkit.registry import heads
-from detkit.types import ClassList, Inputs, Target
+from detkit.types import Inputs, Target
 
 ONES = (1.0, 1.0, 1.0, 1.0)
 SIZE = (48, 64)
@@ -189,54 +186,6 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
     injected = {key: options.pop(key, value) for key, value in injected.items()}
     with pytest.raises(ConfigError, match=message):
         heads.build({"name": "retinanet", **options}, "head", **injected)
-
-
-class TwoMaps(Backbone):
-    """A convolution for each map, since the export of a real network takes a minute."""
-
-    channels, strides = (8, 8), (8, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        first = self.first(images)
-        return [first, self.second(first)]
-
-    def stages(self) -> Sequence[nn.Module]:
-        return [self.first, self.second]
-
-
-class RawOutputs(nn.Module):
-    """What a graph can hold of the outputs of one model for pictures of one size."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model(images, (SIZE,) * len(images))
-        return outputs.logits, outputs.offsets
-
-
-def test_raw_outputs_export_to_onnx(tiny: Any) -> None:
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"the extra `export` is not installed: no {package}")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed: no onnxruntime")
-    torch.manual_seed(0)
-    network = head(depth=1, norm=True)
-    nn.init.normal_(network.class_predictor.weight, std=0.3)
-    raw = RawOutputs(Model(TwoMaps(), None, network, tiny(), ClassList.from_names(["a", "b", "c"]))).eval()
-    images = torch.rand(2, 3, *SIZE)
-    program = torch.onnx.export(raw, (images,), dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        expected = raw(images)
-    assert expected[0].std() > 0.1
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -56,8 +56,10 @@ def test_same_boxes_labels_and_scores(reference: nn.Module, size: tuple[int, int
         mine, theirs = found.boxes[found.labels == label - 1], expected["boxes"][expected["labels"] == label]
         assert mine.shape == theirs.shape
         distance = (mine[:, None] - theirs[None]).abs().amax(-1)
-        assert distance.amin(0).max() < 1e-3
-        assert distance.amin(1).max() < 1e-3
+        # 0.001 pixels of the network's input of 300, which are more of a larger picture's own.
+        tolerance = 1e-3 * max(300, *size) / 300
+        assert distance.amin(0).max() < tolerance
+        assert distance.amin(1).max() < tolerance
 
 
 def test_same_losses(reference: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The YOLOX head's own arithmetic, that its outputs export, and that it learns."""
+"""The YOLOX head's own arithmetic, and that it learns."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detkit.boxes.sim_ota import match_sim_ota
 from detkit.data.shapes import Shapes
@@ -210,39 +210,6 @@ def test_trains_from_empty_and_full_pictures(tiny: Any, depthwise: bool) -> None
     assert all(math.isfinite(total) for total in totals)
     assert totals[-1] < totals[1]
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-
-
-class RawOutputs(nn.Module):
-    """The tensors that depend on the picture: what an exported network gives."""
-
-    def __init__(self, model: Model, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.model, self.size = model, size
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model(images, (self.size,) * len(images))[:3])
-
-
-def test_raw_outputs_export_to_onnx(tiny: Any) -> None:
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"the extra `export` is not installed: no {package}")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed: no onnxruntime")
-    model = small(tiny, 64, 0.1, 0.0625, depthwise=True).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, std=0.5)
-    raw, images = RawOutputs(model, (64, 64)).eval(), torch.rand(2, 3, 64, 64)
-    program = torch.onnx.export(raw, (images,), dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    bytes_ = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(bytes_, options, providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        expected = raw(images)
-    assert expected[0].std() > 1e-3
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

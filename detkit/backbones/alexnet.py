@@ -1,0 +1,84 @@
+"""AlexNet (Krizhevsky, Sutskever and Hinton 2012), from torchvision, which follows the leaner network of Krizhevsky's
+"One weird trick for parallelizing convolutional neural networks", 2014."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision import models
+
+from detkit.backbones.base import Backbone, check_levels
+from detkit.backbones.weights import load_weights
+from detkit.registry import backbones
+
+# The layers of torchvision's `features` behind which each level is given.
+ENDS = {2: 2, 3: 5, 4: 12, 5: 13}
+CHANNELS = {2: 64, 3: 192, 4: 256, 5: 256}
+
+
+@backbones.register("alexnet")
+class AlexNet(Backbone):
+    """The convolutions of AlexNet.
+
+    Tensors have torchvision's names (`features.N.weight`). Its fully connected layers are the head's:
+    {name: classify, pool: 6, widths: [4096, 4096], dropout: 0.5}.
+
+    Args:
+        levels: which maps are given, ascending: 2 behind the first convolution, 3 behind the second, 4 behind the
+            fifth, and 5 that behind the last max pool; level i has about stride 2**i.
+        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, classifier or not.
+        mean: overrides the normalisation, for weights trained with another.
+        std: as `mean`.
+
+    Raises:
+        ConfigError: `levels` are not ascending or not in 2..5.
+        CheckpointError: the weights cannot be had, or do not fit.
+    """
+
+    def __init__(
+        self,
+        levels: tuple[int, ...] = (5,),
+        weights: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_levels(levels, ENDS, "alexnet")
+        full = models.alexnet(weights=None)
+        self.features = full.features[: ENDS[levels[-1]]]
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._levels = levels
+        self.channels = tuple(CHANNELS[level] for level in levels)
+        self.strides = tuple(2**level for level in levels)
+        self._override_normalisation(mean, std)
+        load_weights(
+            self,
+            weights,
+            "alexnet",
+            full_names=full.state_dict().keys(),
+            download=lambda: models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True),
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
+
+        Args:
+            images: (B, 3, H, W) normalised RGB, H and W at least 63.
+        """
+        maps, features = [], images
+        for level, stage in zip(ENDS, self.stages()):
+            features = stage(features)
+            if level in self._levels:
+                maps.append(features)
+        return maps
+
+    def stages(self) -> Sequence[nn.Sequential]:
+        """The layers up to each level."""
+        ends = [end for end in ENDS.values() if end <= len(self.features)]
+        return [self.features[start:end] for start, end in zip([0, *ends], ends)]

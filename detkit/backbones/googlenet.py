@@ -1,0 +1,108 @@
+"""GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015), from torchvision, with batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision import models
+
+from detkit.backbones.base import Backbone
+from detkit.backbones.weights import load_weights
+from detkit.errors import ConfigError
+from detkit.registry import backbones
+
+# Torchvision's modules in their order; those that may be a map with (channels, stride).
+MODULES = (
+    *("conv1", "maxpool1", "conv2", "conv3", "maxpool2", "inception3a", "inception3b", "maxpool3"),
+    *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4"),
+    *("inception5a", "inception5b"),
+)
+MAPS = {
+    "conv3": (192, 4),
+    "inception3b": (480, 8),
+    "inception4a": (512, 16),
+    "inception4d": (528, 16),
+    "inception4e": (832, 16),
+    "inception5b": (1024, 32),
+}
+
+
+@backbones.register("googlenet")
+class GoogLeNet(Backbone):
+    """GoogLeNet without its classifiers. Tensors have torchvision's names (`inception3a.branch1.conv.weight`).
+
+    The network of the paper, with its two auxiliary classifiers, is levels [inception4a, inception4d, inception5b] with
+    the head {name: classify, dropout: 0.2, auxiliary: [0, 1]}.
+
+    Args:
+        levels: the modules whose outputs are given, in their order: conv3 (stride 4), inception3b (8), inception4a,
+            inception4d, inception4e (16), inception5b (32).
+        weights: None for random ones, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of a .pth or
+            .safetensors file with torchvision's names, classifiers or not.
+        mean: overrides the normalisation, for weights trained with another. Torchvision's own IMAGENET1K_V1, which were
+            converted from TensorFlow, take (0.5, 0.5, 0.5), and that is what "imagenet" sets.
+        std: as `mean`.
+
+    Raises:
+        ConfigError: `levels` are none of these, or in another order.
+        CheckpointError: the weights cannot be had, or do not fit.
+    """
+
+    def __init__(
+        self,
+        levels: tuple[str, ...] = ("inception3b", "inception4e", "inception5b"),
+        weights: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not levels or [name for name in MAPS if name in levels] != list(levels):
+            raise ConfigError(
+                f"'levels' of the backbone 'googlenet' must be some of {', '.join(MAPS)}, each once and in this order, "
+                f"but they are {list(levels)}."
+            )
+        full = models.googlenet(weights=None, aux_logits=True, init_weights=False)
+        self._names = MODULES[: MODULES.index(levels[-1]) + 1]
+        for name in self._names:
+            setattr(self, name, getattr(full, name))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        self._levels = levels
+        self.channels = tuple(MAPS[level][0] for level in levels)
+        self.strides = tuple(MAPS[level][1] for level in levels)
+        if weights == "imagenet":
+            self.mean = self.std = (0.5, 0.5, 0.5)
+        self._override_normalisation(mean, std)
+        load_weights(
+            self,
+            weights,
+            "googlenet",
+            full_names=full.state_dict().keys(),
+            download=lambda: models.GoogLeNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True),
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded up.
+
+        Args:
+            images: (B, 3, H, W) normalised RGB.
+        """
+        maps, features = [], images
+        for name in self._names:
+            features = getattr(self, name)(features)
+            if name in self._levels:
+                maps.append(features)
+        return maps
+
+    def stages(self) -> Sequence[nn.Module]:
+        """The stem up to its second pool, then the inception modules, each with the pool before it."""
+        stages: list[nn.Module] = []
+        current: list[nn.Module] = []
+        for name in self._names:
+            current.append(getattr(self, name))
+            if name == "conv3" or name.startswith("inception"):
+                stages.append(nn.Sequential(*current))
+                current = []
+        return stages

@@ -1,0 +1,187 @@
+"""Decoded pictures, kept in memory or on disk within a bound, and shared by all processes that read them."""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from detkit.data.dataset import Dataset
+from detkit.data.wrapper import DatasetWrapper
+from detkit.errors import ConfigError
+from detkit.types import Meta, Sample
+
+Place = Literal["memory", "disk"]
+
+
+def with_cache(
+    train_set: Dataset, val_set: Dataset, place: Place, bound: int, folder: Path
+) -> tuple[Dataset, Dataset, str]:
+    """The same data sets, which decode each picture once, as far as the bound allows; and a line about it for people.
+
+    Training's pictures come first, in the order of the data set.
+
+    Args:
+        bound: bytes of both together.
+        folder: for the file on disk, which has no name there and is gone when the last process that reads ends,
+            however it ends.
+
+    Raises:
+        ConfigError: so much memory or disk cannot be had.
+    """
+    sizes = [[dataset.size(index) for index in range(len(dataset))] for dataset in (train_set, val_set)]
+    cached, taken = [], 0
+    for dataset, of_split in zip((train_set, val_set), sizes):
+        cache = PictureCache(of_split, bound - taken, place, folder)
+        taken += cache.bytes
+        cached.append(CachedDataset(dataset, cache))
+    counts = [
+        f"{each.cache.count:,} of {len(each):,} pictures for {name}"
+        for each, name in zip(cached, ("training", "validation"))
+    ]
+    beyond = sum(len(each) - each.cache.count for each in cached)
+    line = f"{place}, {taken / 1e9:.2f} GB: {' and '.join(counts)}, decoded once"
+    if beyond:
+        needed = sum(height * width * 3 for of_split in sizes for height, width in of_split)
+        line += f"; the other {beyond:,} each time they are read (all would take {needed / 1e9:.2f} GB)"
+    return cached[0], cached[1], line
+
+
+class CachedDataset(DatasetWrapper):
+    """Another data set whose pictures come from `cache` from the second reading on, whichever process read them first.
+
+    The truth is not kept: the data set makes it anew each time, as without a cache.
+    """
+
+    def __init__(self, dataset: Dataset, cache: "PictureCache") -> None:
+        super().__init__(dataset)
+        self.cache = cache
+
+    def __getitem__(self, index: int) -> Sample:
+        if index not in self.cache:
+            return self.dataset[index]
+        image = self.cache.get(index)
+        if image is None:
+            sample = self.dataset[index]
+            self.cache.put(index, sample.image)
+            return sample
+        meta = Meta(self.dataset.image_id(index), self.dataset.source(index), self.dataset.size(index))
+        return Sample(image, self.dataset.target(index), meta)
+
+
+class PictureCache:
+    """Pictures by index in a mapped file: first a byte for each that says whether it is there, then their pixels.
+
+    Args:
+        sizes: (height, width) of each picture.
+        bound: bytes; pictures are taken in order, those left out that would exceed it.
+        place: memory that processes share, or a file without a name in `folder`.
+
+    Attributes:
+        count: pictures that it has room for.
+        bytes: of all these.
+
+    Raises:
+        ConfigError: so much memory or disk cannot be had.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], bound: int, place: Place, folder: Path) -> None:
+        self._sizes = list(sizes)
+        self._offsets = np.full(len(sizes), -1, dtype=np.int64)
+        end = len(sizes)
+        for index, (height, width) in enumerate(sizes):
+            if end + height * width * 3 <= bound:
+                self._offsets[index], end = end, end + height * width * 3
+        self.count = int((self._offsets >= 0).sum())
+        self.bytes = end if self.count else 0
+        self._file = _opened(place, max(1, self.bytes), folder)
+        self._map = mmap.mmap(self._file.fileno(), max(1, self.bytes))
+
+    def __contains__(self, index: int) -> bool:
+        """Whether there is room for a picture."""
+        return bool(self._offsets[index] >= 0)
+
+    def get(self, index: int) -> np.ndarray | None:
+        """A copy of the picture `index`, (H, W, 3) uint8; None where nobody has put it here yet."""
+        with self._locked(index):
+            if not self._map[index]:
+                return None
+        return self._pixels(index).copy()
+
+    def put(self, index: int, image: np.ndarray) -> None:
+        """Keep a picture. Two processes may do so at once: they write the same."""
+        self._pixels(index)[:] = image
+        with self._locked(index):
+            self._map[index] = 1
+
+    @contextmanager
+    def _locked(self, index: int) -> Iterator[None]:
+        """Hold the byte of a picture: what another process wrote before it let go of it is there for this one."""
+        import fcntl  # not on Windows
+
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, index)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index)
+
+    def _pixels(self, index: int) -> np.ndarray:
+        height, width = self._sizes[index]
+        flat = np.frombuffer(self._map, np.uint8, height * width * 3, int(self._offsets[index]))
+        return flat.reshape(height, width, 3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is no fork of this process gets the open file, which it maps anew.
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_file", "_map")}
+        return state | {"_file": reduction.DupFd(self._file.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._file = os.fdopen(state["_file"].detach(), "r+b")
+        self._map = mmap.mmap(self._file.fileno(), max(1, self.bytes))
+
+
+def _opened(place: Place, size: int, folder: Path) -> BinaryIO:
+    """A file of `size` bytes that no folder shows."""
+    if os.name == "nt":
+        raise ConfigError("'train.cache' is for Linux and macOS. Set it to null.")
+    remedy = "Lower train.cache_gb, or set train.cache to"
+    try:
+        if place == "memory":
+            available = _available_memory()
+            if available is not None and size > available:
+                raise ConfigError(
+                    f"'train.cache' memory takes {size / 1e9:.2f} GB, but {available / 1e9:.2f} GB are free. {remedy} "
+                    "disk or null."
+                )
+            if hasattr(os, "memfd_create"):
+                file: BinaryIO = os.fdopen(os.memfd_create("pictures"), "r+b")
+            else:
+                # Which the system keeps in memory as long as there is enough.
+                file = tempfile.TemporaryFile()  # noqa: SIM115
+            file.truncate(size)
+            return file
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk, met later, would kill the process
+        else:
+            file.truncate(size)
+        return file
+    except OSError as error:
+        raise ConfigError(
+            f"'train.cache' {place} takes {size / 1e9:.2f} GB{f' in {str(folder)!r}' if place == 'disk' else ''}, "
+            f"which cannot be had ({error.strerror}). {remedy} null."
+        ) from None
+
+
+def _available_memory() -> int | None:
+    """Bytes that the system says can be had without swapping; None where it does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

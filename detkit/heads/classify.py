@@ -1,0 +1,172 @@
+"""Classification of whole pictures: one class each, or any number of them."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.errors import ConfigError, check_range
+from detkit.heads.base import Head, check_count
+from detkit.heads.pooling import pooled_pictures
+from detkit.predictions import Classification
+from detkit.registry import heads
+from detkit.types import Inputs, Target
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class ClassifyOutputs(NamedTuple):
+    """Raw outputs of the classifier.
+
+    Args:
+        logits: (B, C).
+        auxiliary: (A, B, C) of the auxiliary classifiers.
+    """
+
+    logits: Tensor
+    auxiliary: Tensor
+
+
+@heads.register("classify")
+class Classify(Head):
+    """A classifier of whole pictures on the coarsest map: average pooling, hidden layers where asked for, one linear
+    layer.
+
+    Without hidden layers it is that of NiN, GoogLeNet, ResNet and DenseNet; {pool: 5, widths: [120, 84], activation:
+    tanh} is LeNet's, {pool: 6, widths: [4096, 4096], dropout: 0.5} AlexNet's, and with pool 7 VGG's.
+
+    Args:
+        channels, strides: of the feature maps, of which the last is read, and those in `auxiliary`.
+        num_classes: C.
+        pool: rows and columns of the means that a map is reduced to, without its padding.
+        widths: outputs of the hidden, fully connected layers.
+        activation: behind each of them.
+        dropout: part of the inputs left out in training, before the last layer and every hidden one but the first.
+        multi_label: a picture has any number of classes (binary cross-entropy) instead of exactly one (softmax
+            cross-entropy).
+        label_smoothing: what part of the truth is spread evenly over all classes (Szegedy et al. 2016, section 7); over
+            yes and no with multi_label.
+        auxiliary: indices of earlier maps that get a classifier of their own, for training only (Szegedy et al. 2015,
+            section 5); their number is that in the backbone's `levels`, from 0.
+        auxiliary_weight: factor of each of their losses.
+    """
+
+    task: ClassVar[str] = "classify"
+    needs: ClassVar[frozenset[str]] = frozenset({"image_labels"})
+    reads_sizes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        pool: int = 1,
+        widths: tuple[int, ...] = (),
+        activation: Literal["relu", "tanh", "sigmoid"] = "relu",
+        dropout: float = 0.0,
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        auxiliary: tuple[int, ...] = (),
+        auxiliary_weight: float = 0.3,
+    ) -> None:
+        super().__init__()
+        check_range("head", 1, pool=pool)
+        check_range("head", 0, 0.99, dropout=dropout, label_smoothing=label_smoothing)
+        check_range("head", 0, auxiliary_weight=auxiliary_weight)
+        if widths and min(widths) < 1:
+            raise ConfigError(f"'head.widths' must hold positive numbers, but is {list(widths)}.")
+        if len(set(auxiliary)) < len(auxiliary) or not set(auxiliary) <= set(range(len(channels) - 1)):
+            raise ConfigError(
+                f"'head.auxiliary' must hold numbers of maps before the last one, each once, but is {list(auxiliary)}: "
+                f"there are {len(channels)} maps, so 0 to {len(channels) - 2} can be given."
+                if len(channels) > 1
+                else "'head.auxiliary' needs maps before the last one, but the backbone gives one map only. Give it "
+                "more 'levels'."
+            )
+        if num_classes < 2 and not multi_label:
+            raise ConfigError(
+                "The data have one class only, which every picture then shows. Give data with more classes, or set "
+                "head.multi_label to true to ask whether a picture shows that class."
+            )
+        self.multi_label, self.label_smoothing, self.pool = multi_label, label_smoothing, pool
+        self.auxiliary_maps, self.auxiliary_weight = tuple(auxiliary), auxiliary_weight
+        sides = (channels[-1] * pool**2, *widths)
+        layers: list[nn.Module] = []
+        for number, pair in enumerate(pairwise(sides)):
+            layers += [nn.Dropout(dropout)] if dropout and number else []
+            layers += [nn.Linear(*pair), ACTIVATIONS[activation]()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+        self.hidden = nn.Sequential(*layers)
+        self.predictor = nn.Linear(sides[-1], num_classes)
+        self.auxiliary = nn.ModuleList(_Auxiliary(channels[index], num_classes) for index in auxiliary)
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> ClassifyOutputs:
+        """Logits of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
+        logits = self.predictor(self.hidden(pooled_pictures(features[-1], inputs, self.pool))).float()
+        found = [head(features[index], inputs) for index, head in zip(self.auxiliary_maps, self.auxiliary)]
+        return ClassifyOutputs(logits, torch.stack(found).float() if found else logits.new_zeros(0, *logits.shape))
+
+    def loss(self, outputs: ClassifyOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`class`, the mean cross-entropy, and `auxiliary`, that of the auxiliary classifiers, weighted.
+
+        A picture without a class takes no part, unless it is to have any number of them.
+
+        Raises:
+            ValueError: there is not one target for each image, a picture has no image_labels, or several where one is
+                asked for.
+        """
+        if len(targets) != len(outputs.logits):
+            check_count(targets, ((0, 0),) * len(outputs.logits))
+        losses = {"class": self._cross_entropy(outputs.logits, targets)}
+        if len(outputs.auxiliary):
+            found = [self._cross_entropy(logits, targets) for logits in outputs.auxiliary]
+            losses["auxiliary"] = self.auxiliary_weight * torch.stack(found).sum()
+        return losses
+
+    def _cross_entropy(self, logits: Tensor, targets: tuple[Target, ...]) -> Tensor:
+        labels = [_labels(target) for target in targets]
+        if self.multi_label:
+            truth = torch.zeros_like(logits)
+            for row, present in zip(truth, labels):
+                row[present] = 1.0
+            truth = truth * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, truth)
+        if max(len(present) for present in labels) > 1:
+            raise ValueError("a picture has several classes, but the head takes one; set head.multi_label")
+        counted = [image for image, present in enumerate(labels) if len(present)]
+        truth = torch.cat(labels)
+        total = F.cross_entropy(logits[counted], truth, reduction="sum", label_smoothing=self.label_smoothing)
+        return total / max(len(counted), 1)
+
+    @torch.no_grad()
+    def decode(self, outputs: ClassifyOutputs) -> list[Classification]:
+        """The probability of every class, for each picture."""
+        scores = outputs.logits.sigmoid() if self.multi_label else outputs.logits.softmax(-1)
+        return [Classification(picture) for picture in scores]
+
+
+class _Auxiliary(nn.Module):
+    """A classifier of an earlier map, of the size that Szegedy et al. 2015 give it in section 5, with a batch norm and
+    adaptive pooling as in torchvision."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 128, 1, bias=False)
+        self.norm = nn.BatchNorm2d(128, eps=0.001)
+        self.hidden = nn.Linear(128 * 4 * 4, 1024)
+        self.dropout = nn.Dropout(0.7)
+        self.predictor = nn.Linear(1024, num_classes)
+
+    def forward(self, feature: Tensor, inputs: Inputs) -> Tensor:
+        cells = pooled_pictures(feature, inputs, 4).unflatten(1, (-1, 4, 4))
+        values = F.relu(self.norm(self.conv(cells))).flatten(1)
+        return self.predictor(self.dropout(F.relu(self.hidden(values))))
+
+
+def _labels(target: Target) -> Tensor:
+    if target.image_labels is None:
+        raise ValueError("a picture has no image_labels")
+    return target.image_labels

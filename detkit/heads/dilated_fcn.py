@@ -1,0 +1,82 @@
+"""Torchvision's FCN on a dilated network: one fine map, one small classifier, bilinear interpolation."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.errors import ConfigError, check_range
+from detkit.heads.semantic import SemanticHead, SemanticOutputs, pixel_loss, stacked_truth
+from detkit.registry import heads
+from detkit.types import Inputs, Target
+
+
+@heads.register("dilated_fcn")
+class DilatedFCN(SemanticHead):
+    """A 3x3 convolution to a quarter of the channels of the last map, batch norm, ReLU, dropout, a 1x1 convolution, and
+    bilinear interpolation to the size of the input; the head of torchvision's `fcn_resnet50`.
+
+    It wants a fine last map, as of `{name: resnet50, output_stride: 8}` (Chen et al. 2015, "Semantic Image Segmentation
+    with Deep Convolutional Nets": dilated convolutions keep the map fine). A second classifier on the map before helps
+    to train (Zhao et al. 2017, PSPNet, section 3.3) and is not used afterwards.
+
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: of the data set, "background" among them where the data has it.
+        auxiliary_weight: of the second classifier's loss; 0 for none.
+        dropout: part of the channels left out in training.
+        class_weights: see `SemanticHead`.
+
+    Raises:
+        ConfigError: an option is out of its range, or there is no map for the second classifier.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        auxiliary_weight: float = 0.5,
+        dropout: float = 0.1,
+        class_weights: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(num_classes, class_weights)
+        check_range("head", 0, auxiliary_weight=auxiliary_weight)
+        check_range("head", 0, 1, dropout=dropout)
+        if auxiliary_weight and len(channels) < 2:
+            raise ConfigError(
+                "The head 'dilated_fcn' has a second classifier on the map before the last, but gets one map only. Add "
+                "one to backbone.levels, or set head.auxiliary_weight to 0."
+            )
+        self.classifier = _classifier(channels[-1], num_classes, dropout)
+        self.auxiliary_weight = auxiliary_weight
+        self.auxiliary = _classifier(channels[-2], num_classes, dropout) if auxiliary_weight else None
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> SemanticOutputs:
+        logits = _enlarged(self.classifier(features[-1]), inputs.size)
+        return SemanticOutputs(logits, inputs.sizes, features[-2] if self.auxiliary is not None else None)
+
+    def loss(self, outputs: SemanticOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`pixel` as of every semantic head, and `auxiliary`, the same of the second classifier times its weight."""
+        losses = super().loss(outputs, targets)
+        if self.auxiliary is not None:
+            assert outputs.features is not None
+            logits = _enlarged(self.auxiliary(outputs.features), outputs.logits.shape[2:])
+            truth = stacked_truth(targets, outputs.sizes, logits)
+            losses["auxiliary"] = self.auxiliary_weight * pixel_loss(logits, truth, self.class_weights)
+        return losses
+
+
+def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    width = max(1, channels // 4)
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(width, num_classes, 1),
+    )
+
+
+def _enlarged(scores: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)

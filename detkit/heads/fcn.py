@@ -1,0 +1,108 @@
+"""Fully convolutional networks, FCN-32s, -16s and -8s (Long, Shelhamer and Darrell, "Fully Convolutional Networks for
+Semantic Segmentation", CVPR 2015), on any backbone."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.errors import ConfigError
+from detkit.heads.semantic import SemanticHead, SemanticOutputs
+from detkit.registry import heads
+from detkit.types import Inputs
+
+
+@heads.register("fcn")
+class FCN(SemanticHead):
+    """Scores of each map by a 1x1 convolution, the coarser ones added to the finer ones, and the sum enlarged.
+
+    From the coarsest map on scores are enlarged by a transposed convolution, which starts as bilinear interpolation and
+    learns, to the next finer map, whose own scores are added (section 4.2: the "skips"). The last enlargement, to the
+    size of the input, stays bilinear interpolation. Score layers start at 0.
+
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: of the data set, "background" among them where the data has it.
+        finest_stride: of the finest map that is used, together with all coarser ones: 8 is FCN-8s where the coarsest
+            map has a stride of 32, 32 is FCN-32s.
+        class_weights: see `SemanticHead`.
+
+    Raises:
+        ConfigError: no map has that stride, or the strides from there on do not double (or go on by other whole, even
+            factors).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        finest_stride: int = 8,
+        class_weights: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(num_classes, class_weights)
+        if finest_stride not in strides:
+            raise ConfigError(
+                f"'head.finest_stride' is {finest_stride}, but the feature maps have the strides {list(strides)}. Use "
+                f"one of these, or let backbone.levels give the map of that stride."
+            )
+        used = [level for level, stride in enumerate(strides) if stride >= finest_stride]
+        self.levels = tuple(used)
+        steps = [strides[coarse] / strides[fine] for fine, coarse in pairwise(used)]
+        if any(step != int(step) or int(step) % 2 for step in (*steps, finest_stride)):
+            raise ConfigError(
+                f"The head 'fcn' enlarges maps by even factors, but gets maps of the strides "
+                f"{[strides[level] for level in used]}. Use maps of strides such as 8, 16 and 32 (backbone.levels)."
+            )
+        self.scores = nn.ModuleList(nn.Conv2d(channels[level], num_classes, 1) for level in used)
+        for score in self.scores:
+            nn.init.zeros_(score.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(score.bias)  # type: ignore[arg-type]
+        self.enlargements = nn.ModuleList(_enlargement(num_classes, int(step)) for step in steps)
+        self.stride = finest_stride
+        self.register_buffer("kernel", bilinear_kernel(finest_stride).expand(num_classes, 1, -1, -1), persistent=False)
+
+    kernel: Tensor
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> SemanticOutputs:
+        """Logits of the size of the input.
+
+        A map covers the input from its top left corner on; where sizes are no multiples of the strides, scores are cut
+        at the right and bottom, or (networks that round sizes down) continued by their last row and column.
+        """
+        scores = [layer(features[level]) for layer, level in zip(self.scores, self.levels)]
+        total = scores[-1]
+        for score, enlarge in zip(reversed(scores[:-1]), reversed(self.enlargements)):
+            total = score + fitted(enlarge(total), score.shape[2:])
+        classes = total.shape[1]
+        logits = F.conv_transpose2d(
+            total, self.kernel.to(total.dtype), stride=self.stride, padding=self.stride // 2, groups=classes
+        )
+        return SemanticOutputs(fitted(logits, inputs.size), inputs.sizes)
+
+
+def bilinear_kernel(factor: int) -> Tensor:
+    """(2·factor, 2·factor) float32: as a transposed convolution of that stride, with padding factor / 2, it
+    interpolates bilinearly; outside of the map it sees 0."""
+    offsets = torch.arange(2 * factor) + 0.5 - factor
+    line = 1 - offsets.abs() / factor
+    return torch.outer(line, line)
+
+
+def fitted(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) cut at the right and bottom to (height, width) `size`, or continued by their last row and column."""
+    scores = scores[:, :, : size[0], : size[1]]
+    bottom, right = size[0] - scores.shape[2], size[1] - scores.shape[3]
+    return F.pad(scores, (0, right, 0, bottom), mode="replicate") if bottom or right else scores
+
+
+def _enlargement(num_classes: int, factor: int) -> nn.ConvTranspose2d:
+    """A transposed convolution that starts as bilinear interpolation of each class on its own."""
+    layer = nn.ConvTranspose2d(num_classes, num_classes, 2 * factor, stride=factor, padding=factor // 2, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+        for label in range(num_classes):
+            layer.weight[label, label] = bilinear_kernel(factor)
+    return layer

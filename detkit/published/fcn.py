@@ -1,0 +1,54 @@
+"""Torchvision's fcn_resnet50 and fcn_resnet101 under detkit's names."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from detkit.config import Experiment, InputOptions
+from detkit.data.semantic import BACKGROUND
+from detkit.data.semantic_masks import VOC_NAMES
+from detkit.errors import CheckpointError
+from detkit.published.names import renamed
+from detkit.types import ClassList
+
+NAMES = (
+    (r"backbone\.(.+)", r"backbone.\1"),
+    (r"classifier\.(.+)", r"head.classifier.\1"),
+    (r"aux_classifier\.(.+)", r"head.auxiliary.\1"),
+)
+THIRD_LAYERS = {6: "resnet50", 23: "resnet101"}
+"""Blocks of the third layer, which tell the networks apart."""
+SHORT_SIDE, LONG_SIDE = 520, 2080
+"""Torchvision scales the shorter side to 520 and does not limit the longer one."""
+
+
+def convert_fcn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+    """Tensors, experiment and classes of torchvision's `fcn_resnet50` or `fcn_resnet101`; the published ones have the
+    20 classes of VOC and background.
+
+    Raises:
+        CheckpointError: a tensor is unknown, or missing.
+    """
+    tensors = {renamed(name, NAMES, "fcn_resnet50 or fcn_resnet101"): tensor for name, tensor in state.items()}
+    if "classifier.4.bias" not in state:
+        raise CheckpointError("The state dict is not torchvision's FCN: it lacks classifier.4.bias.")
+    blocks = len({name.split(".")[2] for name in state if name.startswith("backbone.layer3.")})
+    if blocks not in THIRD_LAYERS:
+        raise CheckpointError(
+            f"The state dict is not torchvision's FCN: its backbone.layer3 has {blocks} blocks, but that of ResNet-50 "
+            f"has 6 and that of ResNet-101 23."
+        )
+    # configs/fcn_resnet50.yaml trains the same model.
+    head = {"name": "dilated_fcn", **({} if "aux_classifier.4.bias" in state else {"auxiliary_weight": 0.0})}
+    experiment = Experiment(
+        data={"name": "voc_segmentation"},
+        backbone={"name": THIRD_LAYERS[blocks], "levels": [4, 5], "output_stride": 8},
+        head=head,
+        input=InputOptions((SHORT_SIDE, LONG_SIDE), "short_side"),
+        name=f"fcn_{THIRD_LAYERS[blocks]}",
+    )
+    names: tuple[str, ...] = (BACKGROUND, *VOC_NAMES)
+    count = len(state["classifier.4.bias"])
+    if count != len(names):
+        names = tuple(f"class {label}" for label in range(count))
+    return tensors, experiment, ClassList.from_names(names)

@@ -1,0 +1,77 @@
+"""How time and memory grow: through the command line, on tiny sizes; and the exponents on made-up times."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detkit.bench import scaling
+from detkit.bench.harness import Case, Row
+from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peaks, exponents
+from detkit.cli import main
+from detkit.data.coco import Coco
+
+AXES = (
+    Axis("pixels of a picture", "side", (64,), (64, 96)),
+    Axis("classes", "classes", (2,), (2, 5)),
+    Axis("pictures of a data set", None, (2,), (2, 6)),
+)
+
+
+def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "AXES", AXES)
+    found = {"training step": 3_000_000, "prediction": 2_000_000, "post-processing": 0, "opening": 1000}
+    monkeypatch.setattr(scaling, "run_python", lambda code: found)
+    output = tmp_path / "result.json"
+    arguments = ["--quick", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--output", str(output)]
+    assert main(["bench", "scaling", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for part in ("pixels of a picture, on cpu", "64 x 64", "96 x 96", "training step, time", "opening, memory"):
+        assert part in printed
+    report = json.loads(output.read_text())
+    assert [case["work"] for case in report["cases"]] == [64**2, 96**2, 2, 5, 2, 6]
+    assert report["cases"][3]["facts"]["classes"] == 5
+    growth = report["growth"]
+    assert set(growth) == {f"{axis.name}, cpu" for axis in AXES}
+    assert growth["classes, cpu"]["training step"]["memory"] == {"all": 0.0, "last": 0.0}
+    assert "memory" not in growth["classes, cpu"]["post-processing"]
+
+
+def test_an_exponent_is_the_power_by_which_time_grows() -> None:
+    cases = [
+        Case("", "cpu", "", size, [Row("a", 1e-3 * size**1.5, peak_bytes=7 * size), Row("b", 1000.0 + size)])
+        for size in (10, 100, 1000, 10**6)
+    ]
+    found = exponents(cases)
+    assert found["a"]["time"] == {"all": pytest.approx(1.5), "last": pytest.approx(1.5)}
+    assert found["a"]["memory"]["all"] == pytest.approx(1)
+    assert found["b"]["time"]["all"] < 0.7 < 0.9 < found["b"]["time"]["last"] < 1
+
+
+def test_the_fixed_scores_make_as_many_candidates_as_there_are_objects() -> None:
+    detections = calls(Setting(side=96, batch=2, objects=3, classes=40), "cpu", 0)["post-processing"]()
+    for found in detections:
+        assert 0 < len(found.scores) <= 3 * BOXES_AN_OBJECT
+        assert bool((found.scores >= 0.49).all())
+        assert int(found.labels.max()) < 40
+
+
+def test_a_training_step_changes_the_weights_it_learns() -> None:
+    step = calls(Setting(side=64, batch=1, objects=2, classes=3), "cpu", 0)["training step"]
+    model = step.args[0]  # type: ignore[attr-defined]
+    before = [parameter.clone() for parameter in model.parameters()]
+    step()
+    assert any(not torch.equal(one, other) for one, other in zip(before, model.parameters()))
+
+
+def test_the_data_set_has_the_pictures_and_boxes_that_were_asked_for() -> None:
+    with coco_data(5) as root:
+        dataset = Coco(str(root), "train")
+        assert len(dataset) == 5
+        assert all(len(dataset.target(index)) == 7 for index in range(5))
+        assert dataset[4].image.shape == (96, 128, 3)
+    assert not root.exists()
+    assert set(data_peaks(3)) == {"opening"}

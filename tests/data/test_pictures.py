@@ -1,0 +1,74 @@
+"""Pictures without truth: found, split, and broken ones never silent."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detkit.data.splits import open_split, open_train_and_val
+from detkit.draw import write_image
+from detkit.errors import ConfigError, DataError
+from detkit.registry import datasets
+
+NOTHING: frozenset[str] = frozenset()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten pictures in two folders and a text."""
+    for number in range(10):
+        folder = ("a", "b")[number % 2]
+        write_image(tmp_path / folder / f"{number}.png", np.full((6 + number, 8, 3), number, dtype=np.uint8))
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_a_folder_for_each_split(photos: Path) -> None:
+    data = {"name": "pictures", "root": str(photos), "train": "a", "val": "b"}
+    train, val = open_train_and_val(data, NOTHING)
+    assert [train.image_id(index) for index in range(5)] == [f"a/{number}.png" for number in (0, 2, 4, 6, 8)]
+    assert [val[index].size for index in range(5)] == [(6 + number, 8) for number in (1, 3, 5, 7, 9)]
+    assert len(train.classes) == len(train[0].target) == 0
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.3, 3), (0.001, 1), (0.999, 9)])
+def test_a_fraction_splits_all_pictures_the_same_way_every_time(photos: Path, fraction: float, count: int) -> None:
+    data = {"name": "pictures", "root": str(photos), "val_fraction": fraction}
+    train, val = open_train_and_val(data, NOTHING)
+    again = open_split(data, "val", NOTHING)
+    ids = [{dataset.image_id(index) for index in range(len(dataset))} for dataset in (train, val, again)]
+    assert len(ids[1]) == count
+    assert ids[1] == ids[2]
+    assert ids[0] | ids[1] == {f"{'ab'[number % 2]}/{number}.png" for number in range(10)}
+    assert not ids[0] & ids[1]
+
+
+def test_a_pattern_names_the_pictures(photos: Path) -> None:
+    root = str(photos / "*" / "[0-3].png")
+    train, val = open_train_and_val({"name": "pictures", "root": root, "val_fraction": 0.5}, NOTHING)
+    assert len(train) == len(val) == 2
+
+
+def test_broken_pictures_stop_the_run_or_are_counted(photos: Path) -> None:
+    (photos / "a" / "0.png").write_bytes((photos / "a" / "0.png").read_bytes()[:40])
+    with pytest.raises(DataError, match=r"1 x unreadable image.*0\.png"):
+        datasets.build({"name": "pictures", "root": str(photos)}, "data", split="a")
+    rest = datasets.build({"name": "pictures", "root": str(photos), "broken": "skip"}, "data", split="a")
+    assert len(rest) == 4
+    assert "1 x unreadable image: left out the image" in rest.problems.summary()
+
+
+def test_mistakes_are_named(photos: Path) -> None:
+    build = {"name": "pictures", "root": str(photos)}
+    with pytest.raises(DataError, match=r"no split 'c'.*Valid: a, b"):
+        datasets.build(build, "data", split="c")
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        datasets.build({**build, "val_fraction": 1.0}, "data", split="val")
+    with pytest.raises(ConfigError, match="this one is 'a'"):
+        datasets.build({**build, "val_fraction": 0.1}, "data", split="a")
+    with pytest.raises(DataError, match="one picture"):
+        datasets.build({**build, "root": str(photos / "a" / "2.png"), "val_fraction": 0.1}, "data", split="val")
+    with pytest.raises(DataError, match="does not exist"):
+        datasets.build({**build, "root": str(photos / "nowhere")}, "data", split="train")
+    with pytest.raises(DataError, match="The head needs boxes"):
+        open_split({**build, "train": "a"}, "train", frozenset({"boxes"}))

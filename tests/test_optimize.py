@@ -1,0 +1,199 @@
+"""A model made fast gives what the plain one gives."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detkit.boxes.iou import pairwise_iou
+from detkit.config import load_experiment
+from detkit.errors import ConfigError
+from detkit.model import Model, build_model
+from detkit.optimize import bf16_instructions, choose_precision, fold_batch_norms, rounded, with_sizes
+from detkit.predict import Predictor
+from detkit.types import ClassList, Detections
+
+CPU = torch.device("cpu")
+CLASSES = ClassList.from_names(("red", "green", "blue"))
+PYRAMID = ["--backbone.name", "resnet18", "--neck.name", "fpn", "--neck.width", "32", "--neck.norm", "true"]
+FAMILIES: dict[str, list[str]] = {
+    "ssd": ["--backbone.name", "small_ssd", "--head.name", "ssd", "--head.tower", "1"],
+    "retinanet": [*PYRAMID, "--head", "{name: retinanet}"],
+    "faster_rcnn": [*PYRAMID, "--head", "{name: faster_rcnn}", "--input.resize", "short_side"],
+    "yolox": [
+        *["--backbone", "{name: csp_darknet, width: 0.125}", "--neck", "{name: pafpn}", "--head.name", "yolox"],
+        *["--input.resize", "letterbox"],
+    ],
+    "yolov3": ["--backbone", "{name: darknet_tiny}", "--head", "{name: yolov2}"],
+    "timm": ["--backbone", "{name: timm, network: tf_efficientnet_lite0}", "--head.name", "ssd"],
+}
+
+
+def build(family: str) -> Model:
+    """With norms that are not the identity, as after a training."""
+    experiment = load_experiment(
+        [], ["--data.name", "shapes", "--backbone.name", "small_ssd", "--input.size", "[96, 128]", *FAMILIES[family]]
+    )
+    torch.manual_seed(0)
+    model = build_model(experiment, CLASSES, load_weights=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+def picture(height: int = 80, width: int = 120, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def raw(model: Model) -> list[Tensor]:
+    with torch.no_grad():
+        features = model.backbone(torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1)))
+        return features if model.neck is None else list(model.neck(features))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folding_leaves_no_batch_norm_and_changes_only_rounding(family: str) -> None:
+    model = build(family)
+    before, norms = raw(model), sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert fold_batch_norms(model) == norms > 0
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for one, other in zip(before, raw(model)):
+        assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+
+
+class Tricky(nn.Module):
+    """Norms in front of convolutions, behind an activation, of a convolution that serves two, of one that is shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv2, self.act, self.bn2 = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(3)
+        self.conv3, self.bn3, self.bn4 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv1(self.bn1(images))
+        features = self.bn2(self.act(self.conv2(features)))
+        result: Tensor = self.bn3(self.conv3(features)) + self.bn4(self.conv3(2 * features))
+        return result
+
+
+def test_norms_that_follow_no_convolution_of_their_own_stay() -> None:
+    model = build("ssd")
+    model.backbone.tricky = Tricky().eval()
+    inner = model.backbone.forward
+    model.backbone.forward = lambda images: inner(model.backbone.tricky(images))  # type: ignore[method-assign, operator]
+    fold_batch_norms(model)
+    assert all(isinstance(getattr(model.backbone.tricky, f"bn{number}"), nn.BatchNorm2d) for number in (1, 2, 3, 4))
+
+
+def agree(one: Detections, other: Detections, overlap: float, difference: float) -> float:
+    """The part of both that has a counterpart."""
+    same = pairwise_iou(one.boxes, other.boxes) > overlap
+    same &= (one.labels[:, None] == other.labels) & ((one.scores[:, None] - other.scores).abs() < difference)
+    return float((same.any(1).sum() + same.any(0).sum()) / (len(one) + len(other)))
+
+
+@pytest.mark.skipif(not bf16_instructions(CPU), reason="this processor has no instructions for bf16")
+@pytest.mark.parametrize("family", ["ssd", "yolox", "yolov3"])  # random weights of many layers make much of rounding
+def test_half_precision_finds_the_same(family: str) -> None:
+    whole = Predictor(build(family), "cpu")
+    half = Predictor(build(family), "cpu", precision="auto")
+    for seed in range(3):
+        image = picture(seed=seed)
+        found, expected = half.predict(image, conf=0.0), whole.predict(image, conf=0.0)
+        assert len(expected) > 5
+        assert agree(found, expected, overlap=0.9, difference=0.02) > 0.9
+
+
+def test_the_choices_are_said() -> None:
+    model = build("timm")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    choices = Predictor(model, "cpu", precision="fp32").network.choices
+    assert choices == f"cpu, fp32, channels_last, {norms} batch norms folded, not compiled"
+
+
+@pytest.mark.parametrize(
+    ("precision", "has", "chosen"),
+    [
+        ("auto", {"amx_bf16": True, "avx512_bf16": True}, ("bf16", "AMX")),
+        ("auto", {"avx512_bf16": True}, ("bf16", "AVX512-BF16")),
+        ("auto", {}, ("fp32", "no instructions for bf16 on this cpu")),
+        ("bf16", {"avx512_bf16": True}, ("bf16", "AVX512-BF16")),
+        ("fp32", {"avx512_bf16": True}, ("fp32", "")),
+    ],
+)
+def test_the_precision_follows_the_processor(
+    precision: Any, has: dict[str, bool], chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert choose_precision(precision, CPU) == chosen
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("bf16", "This cpu has no instructions for bf16.*--precision auto or fp32"),
+        ("fp16", "fp16 is for GPUs, but the device is 'cpu'"),
+        ("int8", "'precision' must be auto, fp32, bf16 or fp16, but is 'int8'"),
+    ],
+)
+def test_a_precision_that_is_not_to_be_had_is_refused(
+    precision: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    with pytest.raises(ConfigError, match=message):
+        choose_precision(precision, CPU)
+
+
+def test_compiling_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*the package g\+\+"):
+        Predictor(build("ssd"), "cpu", compile=True)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (5, 1, 5, 5), (4, 6, 1, 1)])
+def test_rounding_keeps_the_sum_of_each_kernel(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    half = rounded(weight, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    step = torch.finfo(torch.bfloat16).eps * weight.abs().amax()
+    assert ((half.float() - weight).abs() <= step).all()
+    # As far off as one weight alone, not as all together.
+    assert ((half.float().sum((2, 3)) - weight.sum((2, 3))).abs() <= step / 2 + 1e-6).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["yolox", "ssd", "faster_rcnn"])
+def test_a_compiled_network_serves_all_sizes_and_finds_the_same(
+    family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = Predictor(build(family), "cpu"), Predictor(build(family), "cpu", compile=True)
+    graphs = []
+    for seed, (height, width) in enumerate([(80, 120), (120, 80), (96, 128), (200, 90), (64, 64), (150, 140)]):
+        image = picture(height, width, seed)
+        found, expected = compiled.predict(image, conf=0.0), plain.predict(image, conf=0.0)
+        assert agree(found, expected, overlap=0.99, difference=1e-3) > 0.98
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[1]
+
+
+def test_sizes_are_put_back_where_named_tuples_hold_them() -> None:
+    model = build("faster_rcnn")
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, 3, 96, 128), ((96, 128),))
+    changed = with_sizes(outputs, ((90, 100),))
+    assert changed.proposals.sizes == ((90, 100),)
+    assert changed.proposals.offsets is outputs.proposals.offsets
+    assert outputs.proposals.sizes == ((96, 128),)

@@ -1,0 +1,56 @@
+"""Work beside the main thread keeps its order, its bounds and its errors."""
+
+import threading
+
+import pytest
+
+from detkit.overlap import Behind, ahead
+
+
+def test_results_come_in_order_from_another_thread() -> None:
+    threads = set()
+
+    def work(item: int) -> int:
+        threads.add(threading.get_ident())
+        return item * item
+
+    assert list(ahead(work, range(20), 3)) == [item * item for item in range(20)]
+    assert threads.isdisjoint({threading.get_ident()})
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_is_made_ahead_than_asked_for(depth: int) -> None:
+    made: list[int] = []
+    results = ahead(lambda item: made.append(item) or item, range(100), depth)
+    assert [next(results) for _ in range(5)] == list(range(5))
+    results.close()  # type: ignore[attr-defined]
+    assert len(made) <= 5 + depth
+
+
+def test_an_error_comes_where_its_result_would() -> None:
+    results = ahead(lambda item: 6 // (3 - item), range(9), 4)
+    assert [next(results) for _ in range(3)] == [2, 3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_calls_behind_run_in_order_and_are_done_at_the_end() -> None:
+    done: list[int] = []
+    with Behind(2) as behind:
+        for number in range(50):
+            behind.submit(done.append, number)
+    assert done == list(range(50))
+
+
+def test_the_first_error_behind_is_raised_and_nothing_after_it_is_counted_as_done() -> None:
+    with pytest.raises(ZeroDivisionError), Behind(4) as behind:  # noqa: PT012 (which of the two raises is open)
+        for number in range(20):
+            behind.submit(lambda value: 1 // (5 - value), number)
+
+
+def test_what_was_submitted_before_an_error_in_front_is_done() -> None:
+    done: list[int] = []
+    with pytest.raises(KeyError), Behind(8) as behind:  # noqa: PT012
+        behind.submit(done.append, 1)
+        raise KeyError
+    assert done == [1]
