@@ -90,7 +90,8 @@ def check(arguments: list[str]) -> None:
     from detkit.registry import heads
 
     outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
-    policy = str(experiment.data.get("broken", "fail"))
+    files = experiment.data.get("data", experiment.data)  # of crops, where the files are named
+    policy = str(files.get("broken", "fail"))
     if policy not in outcome:
         raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
     needs: frozenset[str] = heads.get(str(experiment.head.get("name"))).needs  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ PROBE_SIDE = 160
 """Pixels of the picture that shows what follows what in a network which takes pictures of any size."""
 TIMM_NORM = "BatchNormAct2d"
 """timm's norm with an activation inside."""
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE = "~/.cache/detkit/compiled"
 
 
@@ -95,8 +96,11 @@ class FastNetwork:
         return self.model.head(features, inputs)
 
     def _compile(self) -> None:
-        # Before TorchInductor is imported: it reads this once.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(CACHE).expanduser()))
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # Torch's own folder is a temporary one. It sets the variable itself, sometimes before this.
+        if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
+            os.environ[CACHE_VARIABLE] = str(Path(CACHE).expanduser())
         # The sizes of pictures under short_side differ: a network for all of them.
         dynamic = self.model.fit.resize == "short_side"
         options: dict[str, Any] = {"freezing": True}

@@ -126,7 +126,7 @@ def yolo_case(name: str, images: Sequence[np.ndarray], options: InferenceOptions
         if options.precision != "fp32" or options.compile:
             ways["detkit, fp32"] = ("fp32", False)
         for label, (precision, compile) in ways.items():
-            predictor = Predictor(yolox(name, options.seed), "cpu", precision=precision, compile=compile)
+            predictor = Predictor(yolox(name, options.seed, images[0]), "cpu", precision=precision, compile=compile)
             sides[label] = partial(_predict, predictor)
             choices[label] = predictor.network.choices
         thresholds = {side: threshold(call, files[0]) for side, call in sides.items()}
@@ -144,8 +144,9 @@ def yolo_case(name: str, images: Sequence[np.ndarray], options: InferenceOptions
     return Case(name, "cpu", f"{SIDE} px", len(files), rows, facts)
 
 
-def yolox(name: str, seed: int) -> Model:
-    """YOLOX of a published size with random weights.
+def yolox(name: str, seed: int, image: np.ndarray) -> Model:
+    """YOLOX of a published size with random weights, its batch norms fitted to a picture: without that all places would
+    have one score, and a threshold would find all boxes or none.
 
     Raises:
         DetkitError: there is no such size here.
@@ -163,8 +164,11 @@ def yolox(name: str, seed: int) -> Model:
         name=name,
     )
     model = build_model(experiment, ClassList.from_names([str(label) for label in range(CLASSES)]), load_weights=False)
-    for predictor in (*model.head.cls_preds, *model.head.obj_preds):  # type: ignore[misc]
-        nn.init.normal_(predictor.weight, std=1.0)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(model.fit.image(image)[None], ((SIDE, SIDE),))
     return model.eval()
 
 

@@ -43,9 +43,7 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
     return dataset
 
 
-def open_train_and_val(
-    data: dict[str, Any], needs: frozenset[str], open_set: bool = False
-) -> tuple[Dataset, Dataset]:
+def open_train_and_val(data: dict[str, Any], needs: frozenset[str], open_set: bool = False) -> tuple[Dataset, Dataset]:
     """Both splits; they must agree on the classes, but for a head of an open set."""
     if data.get("train", "train") == data.get("val", "val"):
         raise ConfigError(

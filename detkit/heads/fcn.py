@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, check_range
 from detkit.heads.semantic import SemanticHead, SemanticOutputs
 from detkit.registry import heads
 from detkit.types import Inputs
@@ -22,11 +22,16 @@ class FCN(SemanticHead):
     learns, to the next finer map, whose own scores are added (section 4.2: the "skips"). The last enlargement, to the
     size of the input, stays bilinear interpolation. Score layers start at 0.
 
+    VGG's fully connected layers, which the paper turns into convolutions on the coarsest map (section 3.1), are here
+    one 3x3 convolution with batch norm, ReLU and dropout: `hidden`.
+
     Args:
         channels, strides: of the feature maps.
         num_classes: of the data set, "background" among them where the data has it.
         finest_stride: of the finest map that is used, together with all coarser ones: 8 is FCN-8s where the coarsest
             map has a stride of 32, 32 is FCN-32s.
+        hidden: channels of the layer between the coarsest map and its scores; null for none.
+        dropout: part of these channels left out in training.
         class_weights: see `SemanticHead`.
 
     Raises:
@@ -40,6 +45,8 @@ class FCN(SemanticHead):
         strides: Sequence[int],
         num_classes: int,
         finest_stride: int = 8,
+        hidden: int | None = None,
+        dropout: float = 0.1,
         class_weights: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__(num_classes, class_weights)
@@ -56,7 +63,14 @@ class FCN(SemanticHead):
                 f"The head 'fcn' enlarges maps by even factors, but gets maps of the strides "
                 f"{[strides[level] for level in used]}. Use maps of strides such as 8, 16 and 32 (backbone.levels)."
             )
-        self.scores = nn.ModuleList(nn.Conv2d(channels[level], num_classes, 1) for level in used)
+        check_range("head", 0, 1, dropout=dropout)
+        widths = [channels[level] for level in used]
+        self.hidden: nn.Sequential | None = None
+        if hidden is not None:
+            check_range("head", 1, hidden=hidden)
+            self.hidden = _hidden(widths[-1], hidden, dropout)
+            widths[-1] = hidden
+        self.scores = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in widths)
         for score in self.scores:
             nn.init.zeros_(score.weight)  # type: ignore[arg-type]
             nn.init.zeros_(score.bias)  # type: ignore[arg-type]
@@ -72,7 +86,10 @@ class FCN(SemanticHead):
         A map covers the input from its top left corner on; where sizes are no multiples of the strides, scores are cut
         at the right and bottom, or (networks that round sizes down) continued by their last row and column.
         """
-        scores = [layer(features[level]) for layer, level in zip(self.scores, self.levels)]
+        maps = [features[level] for level in self.levels]
+        if self.hidden is not None:
+            maps[-1] = self.hidden(maps[-1])
+        scores = [layer(values) for layer, values in zip(self.scores, maps)]
         total = scores[-1]
         for score, enlarge in zip(reversed(scores[:-1]), reversed(self.enlargements)):
             total = score + fitted(enlarge(total), score.shape[2:])
@@ -96,6 +113,12 @@ def fitted(scores: Tensor, size: Sequence[int]) -> Tensor:
     scores = scores[:, :, : size[0], : size[1]]
     bottom, right = size[0] - scores.shape[2], size[1] - scores.shape[3]
     return F.pad(scores, (0, right, 0, bottom), mode="replicate") if bottom or right else scores
+
+
+def _hidden(channels: int, width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(dropout)
+    )
 
 
 def _enlargement(num_classes: int, factor: int) -> nn.ConvTranspose2d:

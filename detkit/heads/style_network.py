@@ -15,6 +15,10 @@ SMALLEST_SIDE = 8
 class StyleNetwork(nn.Module):
     """A convolution, two of stride 2, residual blocks, two enlargements, a convolution; picture in, picture out.
 
+    What it paints is added to the picture, and is nothing at first, so that a short training keeps the content, which
+    Johnson's network has to learn, too. The picture as it is added has lost its brightness and contrast, as have the
+    features by their norms, and has learned ones: the network could not tell how far its own are from the style's.
+
     Args:
         width: channels at the full size; two and four times as many at a half and a quarter of it.
         blocks: residual blocks at a quarter of the size.
@@ -29,7 +33,10 @@ class StyleNetwork(nn.Module):
             nn.Sequential(_block(4 * width, 4 * width, 3), *_block(4 * width, 4 * width, 3)[:2]) for _ in range(blocks)
         )
         self.up = nn.ModuleList([_block(4 * width, 2 * width, 3), _block(2 * width, width, 3)])
+        self.picture = nn.InstanceNorm2d(3, affine=True)
         self.last = nn.Conv2d(width, 3, 9, padding=4, padding_mode="reflect")
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 for as many `pictures` in 0..1, whose sides are at least SMALLEST_SIDE."""
@@ -41,7 +48,7 @@ class StyleNetwork(nn.Module):
             features = features + layer(features)
         for layer, size in zip(self.up, sizes[-2::-1]):
             features = layer(F.interpolate(features, size, mode="nearest"))
-        return self.last(features).sigmoid()
+        return (self.last(features) + self.picture(pictures)).sigmoid()
 
 
 def _block(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:

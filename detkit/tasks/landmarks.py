@@ -24,7 +24,7 @@ from detkit.types import ClassList, Meta, Target
 MEASURES = {
     "box": "the diagonal of the object's box",
     "picture": "the diagonal of the picture",
-    "points": "the distance of two points",
+    "points": "the distance of points {} and {}",
 }
 
 
@@ -53,7 +53,7 @@ class Landmarks(Task[Prediction]):
             seen = truth.visible[0, list(pair)].all()
             return float(torch.linalg.vector_norm(truth.points[0, pair[0]] - truth.points[0, pair[1]])) if seen else 0.0
 
-        return LandmarksEvaluator(object_of, measure, MEASURES[kind])
+        return LandmarksEvaluator(object_of, measure, MEASURES[kind].format(*pair))
 
     def undo(self, prediction: Prediction, meta: Meta, class_names: tuple[str, ...]) -> Prediction:
         if meta.matrix is None:

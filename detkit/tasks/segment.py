@@ -101,8 +101,8 @@ class Segment(Task[SemanticMap]):
         raise DataError(
             f"In all pictures of the split '{split}' the pixels that count are of {names}, so there is nothing to "
             f"learn or to score. {IGNORED_PIXEL} in a mask stands for what does not count: masks of 0 and "
-            f"{IGNORED_PIXEL} must become such of 0 and 1. Check the masks, data.class_names, and what the data call this "
-            f"split."
+            f"{IGNORED_PIXEL} must become such of 0 and 1. Check the masks, data.class_names, and what the data call "
+            f"this split."
         )
 
 

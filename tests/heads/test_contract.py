@@ -94,7 +94,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "yolov3": [{}, {"anchors": [[9, 9], [40, 20]], "widths": [12, 20], "ignore_above": 0.3}],
-    "fcn": [{}, {"finest_stride": 16, "class_weights": [1.0, 2.0, 0.5]}],
+    "fcn": [{}, {"hidden": 6}, {"finest_stride": 16, "class_weights": [1.0, 2.0, 0.5]}],
     "dilated_fcn": [{}, {"auxiliary_weight": 0.0, "class_weights": [1.0, 2.0, 0.5]}],
     "unpool": [
         {"encoder": {"name": "vgg11", "batch_norm": True, "levels": [2]}},

@@ -91,6 +91,19 @@ def test_at_the_start_all_classes_are_equally_probable() -> None:
     assert math.isclose(head.enlargements[0].weight.sum().item(), 3 * 4)
 
 
+def test_a_hidden_layer_stands_between_the_coarsest_map_and_its_scores_only() -> None:
+    head = randomised(FCN((4, 5), (8, 16), 3, hidden=7)).eval()
+    assert [score.in_channels for score in head.scores] == [4, 7]  # type: ignore[union-attr]
+    maps = [torch.randn(1, 4, 8, 8), torch.randn(1, 5, 4, 4)]
+    assert head.hidden is not None
+    plain = FCN((4, 7), (8, 16), 3)
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if not name.startswith("hidden")})
+    expected = plain([maps[0], head.hidden(maps[1])], inputs((64, 64))).logits
+    assert torch.equal(head(maps, inputs((64, 64))).logits, expected)
+    with pytest.raises(ConfigError, match=r"'head\.hidden' must be at least 1"):
+        FCN((4,), (8,), 2, hidden=0)
+
+
 def test_strides_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"'head\.finest_stride' is 8, but the feature maps have the strides \[16, 32\]"

@@ -34,6 +34,7 @@ def build(**options: Any) -> Style:
     head: Style = heads.build(
         {"name": "style", **OPTIONS, **options}, "head", channels=(3,), strides=(1,), num_classes=0
     )
+    torch.nn.init.normal_(head.painter.last.weight, std=0.1)  # it paints nothing at first
     return head
 
 
@@ -113,9 +114,15 @@ def test_a_picture_does_not_depend_on_its_padding_and_its_batch() -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 14), (31, 17), (64, 48)])
 def test_pictures_keep_their_size(size: tuple[int, int]) -> None:
-    painted = StyleNetwork(width=4, blocks=2)(torch.rand(2, 3, *size))
+    pictures = torch.rand(2, 3, *size)
+    network = StyleNetwork(width=4, blocks=2)
+    standardised = (pictures - pictures.mean((2, 3), keepdim=True)) / pictures.std((2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(network(pictures), standardised.sigmoid(), rtol=1e-3, atol=1e-3)
+    torch.nn.init.normal_(network.last.weight)
+    painted = network(pictures)
     assert painted.shape == (2, 3, *size)
     assert ((painted >= 0) & (painted <= 1)).all()
+    assert (painted - pictures).abs().mean() > 0.05
 
 
 def test_pictures_that_are_too_small_are_refused() -> None:
