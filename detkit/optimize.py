@@ -37,7 +37,8 @@ class FastNetwork:
         precision: "auto" is bf16 where the hardware multiplies it faster than float32: GPUs of compute capability 8.0
             on, CPUs with AMX or AVX512-BF16; else fp32, and for heads that need it (Head.full_precision).
         compile: let TorchInductor compile backbone, neck and head. It takes a minute the first time; the outcome is
-            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures.
+            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures; under
+            short_side a second one may follow, for pictures whose coarse maps have less than 20,480 values.
 
     Attributes:
         features: from images in 0..1 to the maps behind backbone and neck.

@@ -97,6 +97,8 @@ def test_norms_that_follow_no_convolution_of_their_own_stay() -> None:
 def agree(one: Detections, other: Detections, overlap: float, difference: float) -> float:
     """The part of both that has a counterpart."""
     same = pairwise_iou(one.boxes, other.boxes) > overlap
+    # Of those in the padding nothing is left inside the picture, and the IoU of nothing is 0.
+    same |= (one.boxes[:, None] - other.boxes).abs().amax(-1) < 0.01
     same &= (one.labels[:, None] == other.labels) & ((one.scores[:, None] - other.scores).abs() < difference)
     return float((same.any(1).sum() + same.any(0).sum()) / (len(one) + len(other)))
 
@@ -186,7 +188,8 @@ def test_a_compiled_network_serves_all_sizes_and_finds_the_same(
         assert agree(found, expected, overlap=0.99, difference=1e-3) > 0.98
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
-    assert graphs[-1] == graphs[1]
+    # Torch itself chooses other code for maps of less than 20,480 values, so that there may be a second version.
+    assert graphs[-1] <= (2 if family == "faster_rcnn" else 1) * graphs[0]
 
 
 def test_sizes_are_put_back_where_named_tuples_hold_them() -> None:
