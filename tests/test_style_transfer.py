@@ -13,11 +13,12 @@ import yaml
 from PIL import Image
 
 from detkit.cli import main
+from detkit.cli_options import parse_options, with_config
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.draw import write_image
 from detkit.errors import CheckpointError, DetkitError
 from detkit.model import read_checkpoint
-from detkit.registry import heads
+from detkit.registry import heads, option_names
 from detkit.style_transfer import StyleOptions, optimise
 
 Run = Callable[..., tuple[int, str, str]]
@@ -65,6 +66,14 @@ def folder(tmp_path: Path) -> Path:
     text = HEAD.replace("  name: style\n", "  name: style\n  picture: paint.png\n")
     (tmp_path / "fast.yaml").write_text(f"{text}{FAST}runs: {tmp_path / 'runs'}\n")
     return tmp_path
+
+
+def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
+    arguments = with_config(StyleOptions, "configs/style.yaml", ["--content", "a.jpg", "--style", "b.jpg"])
+    options = parse_options(StyleOptions, "infer", arguments, positional=False)
+    assert options is not None
+    assert (options.head["name"], options.optimizer) == ("style", "lbfgs")
+    assert options.head.keys() - {"name"} <= option_names(heads.get("style"))
 
 
 def test_a_picture_takes_on_a_style(run: Run, folder: Path) -> None:
