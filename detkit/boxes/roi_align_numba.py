@@ -83,7 +83,7 @@ def _taps(low, high, scale, sampling, aligned, size, extent):  # type: ignore[no
     step = length / np.float32(size)
     grid = sampling
     if sampling <= 0:
-        grid = int(math.ceil(step)) if 0.0 < step < np.inf else 0
+        grid = math.ceil(step) if 0.0 < step < np.inf else 0
     places = np.empty((size, 2 * grid), dtype=np.int64)
     weights = np.empty((size, 2 * grid), dtype=np.float32)
     counts = np.zeros(size, dtype=np.int64)
