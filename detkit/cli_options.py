@@ -23,7 +23,8 @@ class InferOptions:
         classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
         proposals: where the regions come from, for a head that needs them; default as trained.
         device: auto, cpu, cuda, cuda:1, mps.
-        precision: auto, fp32, bf16 or fp16; auto is bf16 where the hardware multiplies it faster, else fp32.
+        precision: auto, fp32, bf16 or fp16; auto is bf16 where the hardware has matrix units for it
+            (AMX, tensor cores), else fp32.
         compile: let TorchInductor compile the network, which takes a minute the first time.
         batch: pictures that go through the network together.
         skip_broken: leave unreadable pictures out, and list them at the end, instead of stopping.

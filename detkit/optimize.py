@@ -34,8 +34,8 @@ class FastNetwork:
 
     Args:
         model: in evaluation mode, on its device.
-        precision: "auto" is bf16 where the hardware multiplies it faster than float32: GPUs of compute capability 8.0
-            on, CPUs with AMX or AVX512-BF16; else fp32, and for heads that need it (Head.full_precision).
+        precision: "auto" is bf16 where the hardware has matrix units for it: GPUs of compute capability 8.0 on, CPUs
+            with AMX; else fp32, and for heads that need it (Head.full_precision). "bf16" also takes AVX512-BF16.
         compile: let TorchInductor compile backbone, neck and head. It takes a minute the first time; the outcome is
             kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures; under
             short_side a second one may follow, for pictures whose coarse maps have less than 20,480 values.
@@ -130,7 +130,9 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
         return "fp32", ""
     native = bf16_instructions(device)
     if asked == "auto":
-        return ("bf16", native) if native else ("fp32", f"no instructions for bf16 on this {device.type}")
+        if native in MATRIX_UNITS:
+            return "bf16", native
+        return "fp32", f"no matrix units for bf16 on this {device.type}"
     if asked == "bf16" and not native:
         raise ConfigError(
             f"This {device.type} has no instructions for bf16, which would be slower than fp32 here. Use --precision "
@@ -139,6 +141,11 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
     if asked == "fp16" and device.type not in ("cuda", "mps"):
         raise ConfigError(f"fp16 is for GPUs, but the device is '{device}'. Use --precision auto, bf16 or fp32.")
     return asked, native if asked == "bf16" else ""
+
+
+MATRIX_UNITS = ("tensor cores", "AMX")
+"""What makes bf16 so much faster than float32 that `auto` takes it, although a box in ten then moves by a pixel or its
+score by some hundredths. AVX512-BF16, about twice as fast as float32, is left for the user to choose."""
 
 
 def bf16_instructions(device: torch.device) -> str:
