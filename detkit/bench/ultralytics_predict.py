@@ -16,15 +16,16 @@ os.environ["YOLO_OFFLINE"] = "1"
 import cv2
 import torch
 import ultralytics  # type: ignore[import-not-found]
-from ultralytics.utils.torch_utils import get_flops  # type: ignore[import-not-found]
+from ultralytics.utils import torch_utils  # type: ignore[import-not-found]
 
 
 def serve(name: str, size: int, threads: int) -> None:
     """Answer until the input ends."""
     torch.manual_seed(0)
     network = ultralytics.YOLO(name)
-    flops = get_flops(network.model, 640)
-    # Both libraries set their own numbers when they are imported.
+    flops = torch_utils.get_flops(network.model, 640)
+    # On its own it takes one thread less than there are cores, and sets that before each prediction.
+    torch_utils.NUM_THREADS = threads
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     print(json.dumps({"version": ultralytics.__version__, "gflops": flops}), flush=True)
