@@ -78,7 +78,8 @@ class Crops(Dataset):
         if self._last is None or self._last_index != crop.picture:
             self._last, self._last_index = self.dataset[crop.picture], crop.picture
         left, top, right, bottom = crop.window
-        meta = Meta(self._id(crop, self._last.meta.image_id), self.source(index), self.size(index))
+        whole = self._last.meta
+        meta = Meta(self._id(crop, whole.image_id), self._source(crop, whole.source), self.size(index))
         return Sample(self._last.image[top:bottom, left:right].copy(), self.target(index), meta)
 
     def target(self, index: int) -> Target:
@@ -98,7 +99,7 @@ class Crops(Dataset):
 
     def source(self, index: int) -> str:
         crop = self._crops[index]
-        return f"{self.dataset.source(crop.picture)} (object {crop.number})"
+        return self._source(crop, self.dataset.source(crop.picture))
 
     def size(self, index: int) -> tuple[int, int]:
         left, top, right, bottom = self._crops[index].window
@@ -114,6 +115,9 @@ class Crops(Dataset):
 
     def _id(self, crop: _Crop, image_id: int | str) -> str:
         return f"{image_id}#{crop.number}"
+
+    def _source(self, crop: _Crop, source: str) -> str:
+        return f"{source} (object {crop.number})"
 
     def _cut(self, picture: int, margin: float) -> Iterator[_Crop]:
         target, size = self.dataset.target(picture), self.dataset.size(picture)
