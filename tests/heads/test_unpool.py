@@ -68,7 +68,7 @@ def test_padding_of_pictures_is_the_encoders_mean() -> None:
     from detkit.types import ClassList
 
     config = load_experiment([str(Path(__file__).parents[2] / "configs" / "unpool_shapes.yaml")])
-    model = build_model(config, ClassList.from_names(["background", "circle"]), load_weights=False)
+    model = build_model(config, ClassList.from_names(list("abcde")), load_weights=False)
     assert model.fit.padding == backbones.build({"name": "vgg11"}, "backbone").mean
 
 
