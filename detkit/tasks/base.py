@@ -168,7 +168,7 @@ class Task(ABC, Generic[P]):
             if name not in self.options:
                 raise ConfigError(
                     f"'{name}' has no use for this model, which gives {self.noun}. "
-                    f"{nearest(name, self.options) if self.options else 'There are no options to choose.'}"
+                    f"{nearest(name, self.options) if self.options else 'It has no options of its own.'}"
                 )
         return {**self.options, **given}
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detkit.data.dataset import Dataset
+from detkit.draw import side_by_side
 from detkit.draw_semantic import draw_semantic, write_palette_png
 from detkit.errors import DataError
 from detkit.heads.base import Head
@@ -27,7 +28,7 @@ MOST_DESCRIBED = 6
 class Segment(Task[SemanticMap]):
     """The class of every pixel."""
 
-    noun: ClassVar[str] = "classes found in pictures"
+    noun: ClassVar[str] = "masks of classes"
 
     def figures(self, head: Head) -> tuple[str, ...]:
         return "mIoU", "pixel_accuracy", "mean_accuracy"
@@ -72,6 +73,13 @@ class Segment(Task[SemanticMap]):
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
         assert target.semantic is not None
         return draw_semantic(image, target.semantic.cpu().numpy(), class_names)
+
+    def compare(
+        self, image: np.ndarray, prediction: SemanticMap, target: Target, class_names: Sequence[str]
+    ) -> np.ndarray:
+        # What is found stands in the legends.
+        truth, found = self.draw_target(image, target, class_names), self.draw(image, prediction)
+        return side_by_side(truth, found, "truth", "predicted")
 
     def enlarged(self, prediction: SemanticMap, factor: int) -> SemanticMap:
         labels = prediction.labels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)

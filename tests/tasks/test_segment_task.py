@@ -104,7 +104,7 @@ def test_data_with_nothing_to_tell_apart_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_options_of_detectors_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'conf' has no use for this model, which gives classes found in pictures"):
+    with pytest.raises(ConfigError, match="'conf' has no use for this model, which gives masks of classes"):
         Segment().complete({"conf": 0.5})
 
 
