@@ -1,7 +1,7 @@
 """What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,7 @@ def infer(
         raise ConfigError(f"'batch' must be at least 1, but is {batch}.")
     task = predictor.task
     choices = task.complete(options)
-    limits: dict[str, Any] = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
-    if "gallery" in options:
-        limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
-    elif "threshold" in options:
-        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
+    limits = _limits(predictor, options, batch)
     if is_video(source):
         common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
         return infer_video(predictor, source, output, **common, choices=choices, limits=limits)
@@ -100,6 +96,20 @@ def infer(
         f"{len(files) - len(broken)} pictures, {len(results)} {task.noun}, {len(broken)} left out -> {output}"
     )
     return len(broken)
+
+
+def _limits(predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Those of the options by which a prediction itself is made, for `Predictor.predict_all`.
+
+    Raises:
+        ConfigError: there is a threshold, but no gallery that it could be for.
+    """
+    limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
+    if "gallery" in options:
+        limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
+    elif "threshold" in options:
+        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
+    return limits
 
 
 def _read(file: Path) -> np.ndarray | DataError:
