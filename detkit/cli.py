@@ -37,7 +37,8 @@ def evaluate(arguments: list[str]) -> None:
     if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
         print(
             "usage: detkit eval RUN_OR_CHECKPOINT [--data.root PATH] [--data.val SPLIT] "
-            "[--proposals '{name: file, path: FILE}'] [--save-json FILE]"
+            "[--proposals '{name: file, path: FILE}'] [--precision auto|fp32|bf16|fp16] [--save-json FILE]\n\n"
+            "Scores are of the network in fp32; with --precision of the network as `detkit infer --precision` runs it."
         )
         if not _wants_help(arguments):
             raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
@@ -159,6 +160,7 @@ BENCHMARKS = {
     "proposals": ("Selective search: recall of real objects, pictures a second.", "ProposalsOptions"),
     "inference": ("Whole networks, from a picture to boxes and masks: time, its parts, memory.", "InferenceOptions"),
     "train_step": ("Whole networks, one step of training: time and memory.", "TrainStepOptions"),
+    "learning": ("Whole networks, some steps of training: the loss beside torchvision's.", "LearningOptions"),
     "model_table": ("Runs and configs: parameters, FLOPs, time of a picture, scores.", "ModelTableOptions"),
     "scaling": ("Growth of time and memory with pixels, batch, objects, classes and data set.", "ScalingOptions"),
 }
@@ -235,12 +237,13 @@ def _transfer_style(config: str, arguments: list[str]) -> None:
 
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     save_json, rest = _take_option(arguments, "--save-json")
+    precision, rest = _take_option(rest, "--precision")
     for argument in rest:
         key = argument[2:].split("=")[0]
         if argument.startswith("--") and key.partition(".")[0] not in EVAL_PARTS and key not in EVAL_KEYS:
             raise DetkitError(
                 f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
-                f"{nearest(key, {'data.*', 'proposals.*', 'save-json', *EVAL_KEYS})}"
+                f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', *EVAL_KEYS})}"
             )
     from rich.console import Console
 
@@ -261,10 +264,16 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
         check_classes(model.classes, dataset.classes, str(path))
     dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")
     options = experiment.train
-    model = to_device(model, options.device)
-    batch_size = max(1, options.batch_size // (options.accumulate * options.devices))
-    found = run(model, dataset, batch_size=batch_size, workers=options.workers)
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    model = to_device(model, options.device).eval()
+    network = None
+    if precision is not None:
+        from detkit.optimize import FastNetwork
+
+        network = FastNetwork(model, precision)  # type: ignore[arg-type]  # which says what is wrong with it
+        console.print(f"runs on    {network.choices}")
+    batch_size = max(1, options.batch_size // (options.accumulate * options.devices))
+    found = run(model, dataset, batch_size=batch_size, workers=options.workers, network=network)
     console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
     console.print(found.scores.table())
     if save_json is not None:

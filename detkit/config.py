@@ -40,12 +40,16 @@ class InputOptions:
             sides that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction keep
             to `size`. Null for always `size`.
         overlap: of neighbouring windows under crop, as a fraction of their sides; more is slower and smoother.
+        trim_padding: evaluate and predict letterboxed pictures with no more padding than to multiples of 32 and to the
+            largest picture of the batch, which saves its time. For heads that do not depend on the size of the input:
+            yolov2, yolov3, yolox; others have all of the padding.
     """
 
     size: tuple[int, int] = (320, 320)
     resize: Literal["stretch", "letterbox", "short_side", "crop"] = "stretch"
     multi_scale: tuple[float, float] | None = None
     overlap: float = 1 / 3
+    trim_padding: bool = True
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -121,7 +125,9 @@ class TrainOptions:
         freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few pictures.
         store_features: with a backbone that is frozen as a whole and without augmentation, compute its maps of each
             picture in the first epoch only, and keep them in files in the run's folder until its end.
-        precision: arithmetic of the forward and backward passes.
+        precision: arithmetic of the forward and backward passes. auto is bf16-mixed (weights, losses and sums in 32
+            bits, the factors of convolutions and linear layers in 16) where the hardware multiplies bf16 faster:
+            tensor cores, AMX, AVX512-BF16; else, and for heads that need it, 32-true. Evaluation is in 32 bits.
         device: auto takes a GPU where there is one.
         devices: how many of them.
         validate_every: epochs between evaluations; the last epoch is always evaluated.
@@ -131,6 +137,8 @@ class TrainOptions:
             staying on, as YOLOX does.
         per_class: so many pictures of one class stand together in a batch, which then has as many of each of several
             classes (metric learning's P x K), for data with one class a picture; null for any.
+        reduced_decoding: decode large JPEGs at 1/2, 1/4 or 1/8 of their sides in training, where that leaves twice the
+            input's pixels along each axis, and enough for what `augment` cuts out. Not with proposals.
         cache: keep decoded pictures in memory or in a file on the disk of `runs`, shared by the workers, so that each
             is decoded once; null for never. It changes no result.
         cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (a picture of 640 x 480 has 0.9 MB); the
@@ -157,7 +165,7 @@ class TrainOptions:
     freeze: int | Literal["all"] = 0
     freeze_norms: bool = False
     store_features: bool = False
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     validate_every: int = 1
@@ -165,6 +173,7 @@ class TrainOptions:
     plain_epochs: int = 0
     unmixed_epochs: int = 0
     per_class: int | None = None
+    reduced_decoding: bool = True
     cache: Literal["memory", "disk"] | None = None
     cache_gb: float = 2.0
     seed: int = 0

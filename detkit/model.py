@@ -40,7 +40,8 @@ class Model(nn.Module):
         self.experiment, self.classes = experiment, classes
         # The last, since a head may have a backbone of its own (R-CNN's, for the pixels of each region).
         reader = [module for module in self.modules() if isinstance(module, Backbone)][-1]
-        self.fit = Fit(experiment.input.size, experiment.input.resize, reader.mean)
+        fitting = experiment.input
+        self.fit = Fit(fitting.size, fitting.resize, reader.mean, trim=fitting.trim_padding and head.trims_padding)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 

@@ -46,12 +46,17 @@ def predict(model: Model, batch: Batch, network: Network | None = None) -> Seque
     return _slide(model, batch, network, None)
 
 
-def predict_with_losses(model: Model, batch: Batch) -> tuple[Sequence[Prediction], dict[str, float]]:
+def predict_with_losses(
+    model: Model, batch: Batch, network: Network | None = None
+) -> tuple[Sequence[Prediction], dict[str, float]]:
     """As `predict`, and the losses; of windows their mean."""
     if _needs_windows(model, batch):
         losses: dict[str, float] = defaultdict(float)
-        return _slide(model, batch, model, losses), dict(losses)
-    outputs = model(batch.images, batch.sizes, batch.proposals, batch.features)
+        return _slide(model, batch, network or model, losses), dict(losses)
+    if network is None:
+        outputs = model(batch.images, batch.sizes, batch.proposals, batch.features)
+    else:
+        outputs = network(batch.images, batch.sizes, batch.proposals)
     values = {name: value.item() for name, value in model.head.loss(outputs, batch.targets).items()}
     return model.head.decode(outputs), values
 

@@ -86,6 +86,13 @@ def test_train_then_eval_then_infer(run: Run, tiny_config: Path, pictures: Path,
     assert status == 0, error
     assert "VOC07" in output
     assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
+    status, fast, error = run("eval", folder, "--precision", "fp32")
+    assert status == 0, error
+    assert "norms folded" in fast
+    assert fast[fast.index("mAP75") :].splitlines()[0] == output[output.index("mAP75") :].splitlines()[0]
+    status, _, error = run("eval", folder, "--precision", "int8")
+    assert status == 1
+    assert "'precision' must be auto, fp32, bf16 or fp16" in error
     status, output, error = run("infer", folder, "--source", pictures, "--output", tmp_path / "out", "--conf", "0.05")
     assert status == 0, error
     assert "3 pictures" in output

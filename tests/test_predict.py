@@ -160,3 +160,38 @@ def test_broken_checkpoints_are_named(tiny: Any, tmp_path: Path) -> None:
 def test_an_unknown_device_is_refused(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="device 'gpu7'"):
         Predictor(build_model(tiny(), CLASSES), "gpu7")
+
+
+YOLO = {
+    "yolov2": ["--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 8, 8, 8]}"],
+    "yolov3": [
+        *("--backbone", "{name: darknet_tiny, levels: [3, 4, 5], widths: [4, 8, 8, 8, 8, 8, 8]}"),
+        *("--neck", "{name: yolov3_neck, widths: [8, 8, 8], depths: [1]}"),
+    ],
+    "yolox": [
+        *("--backbone", "{name: csp_darknet, depth: 0.33, width: 0.125}"),
+        *("--neck", "{name: pafpn, depth: 0.33}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", YOLO)
+def test_heads_that_trim_padding_find_the_same_in_what_is_left(name: str, tiny: Any) -> None:
+    """A trimmed picture is to the network what the same model sees of an input of that size."""
+    options = ["--input.resize", "letterbox", *YOLO[name], "--head", f"{{name: {name}}}"]
+    model = build_model(tiny(*options, "--input.size", "[128, 128]"), CLASSES)
+    assert model.fit.trim
+    again = build_model(tiny(*options, "--input.size", "[64, 128]"), CLASSES)
+    again.load_state_dict(model.state_dict())
+    again.fit = again.fit.untrimmed()
+    found = Predictor(model, "cpu").predict(picture(40, 100), conf=0.0)
+    expected = Predictor(again, "cpu").predict(picture(40, 100), conf=0.0)
+    assert len(found) == len(expected) > 0
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_padding_is_kept_where_it_is_asked_for_and_where_the_head_depends_on_the_size(tiny: Any) -> None:
+    options = ["--input.resize", "letterbox", *YOLO["yolox"], "--head", "{name: yolox}"]
+    assert not build_model(tiny(*options, "--input.trim_padding", "false"), CLASSES).fit.trim
+    assert not build_model(tiny("--input.resize", "letterbox"), CLASSES).fit.trim  # SSD

@@ -198,14 +198,46 @@ class TrainStepOptions(ModelOptions):
 
     Args:
         batch: pictures of a step; default 2, of SSD300 8.
+        precision: of detkit's step, as train.precision: fp32 (32-true) or bf16 (bf16-mixed); auto takes bf16 where the
+            hardware multiplies it faster. The losses that are compared beforehand are always in fp32.
     """
 
     batch: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch is not None and self.batch < 1:
             raise DetkitError(f"--batch must be at least 1, but is {self.batch}.")
+
+
+LAST_STEPS = 10
+"""Of a run, whose mean loss is compared."""
+
+
+@dataclass(frozen=True)
+class LearningOptions(TrainStepOptions):
+    """The loss after some steps of training, beside torchvision's, for three seeds.
+
+    Args:
+        rounds, seconds: have no use here.
+        steps: of each run; with --quick 10.
+        precision: of detkit's steps; torchvision's are in fp32.
+    """
+
+    steps: int = 50
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < LAST_STEPS:
+            raise DetkitError(f"--steps must be at least {LAST_STEPS}, but is {self.steps}.")
+        if self.rounds is not None or self.seconds is not None:
+            raise DetkitError("--rounds and --seconds have no use for learning, which times nothing. Give --steps.")
+
+    @property
+    def step_count(self) -> int:
+        return LAST_STEPS if self.quick else self.steps
 
 
 @dataclass(frozen=True)

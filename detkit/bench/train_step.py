@@ -29,6 +29,7 @@ from detkit.data.transforms import Fit
 from detkit.engine.memory import keep_freed_memory
 from detkit.errors import DetkitError
 from detkit.model import Model
+from detkit.optimize import bf16_instructions
 from detkit.types import Target
 
 LEARNING_RATE = 1e-6
@@ -47,9 +48,9 @@ LOSS_NAMES = {
     "bbox_regression": "box",
 }
 CONDITIONS = (
-    "all parameters trained, batch norms in training mode, float32; on both sides fused SGD with momentum, and memory "
-    "freed by a step kept for the next (detkit.engine.memory); detkit's network in channels_last, as `detkit train` "
-    "has it, torchvision's as it comes"
+    "all parameters trained, batch norms in training mode; on both sides fused SGD with momentum, and memory freed by "
+    "a step kept for the next (detkit.engine.memory); detkit's network in channels_last and in {precision}, as "
+    "`detkit train` has it, torchvision's as it comes, in fp32"
 )
 
 
@@ -90,7 +91,8 @@ def bench_train_step(options: TrainStepOptions, command: str = "") -> dict[str, 
     devices, names, machine, out = options.devices(), model_names(options.models), hardware(), console()
     output_path("train_step", machine, options)  # an error now, not after minutes
     source, images = pictures(options.source)
-    out.print(f"{conditions(machine, options)}; {source}\n{CONDITIONS}")
+    stated = CONDITIONS.format(precision=options.precision)
+    out.print(f"{conditions(machine, options)}; {source}\n{stated}")
     keep_freed_memory()
     cases: list[Case] = []
     with cpu_threads(options.threads):
@@ -101,7 +103,7 @@ def bench_train_step(options: TrainStepOptions, command: str = "") -> dict[str, 
         out.print()
         of_device = [case for case in cases if case.device == device]
         out.print(speed_table(f"a step on {device}, ms for each of its pictures", of_device), soft_wrap=False)
-    path, report = write_report("train_step", cases, options, machine, command, pictures=source, conditions=CONDITIONS)
+    path, report = write_report("train_step", cases, options, machine, command, pictures=source, conditions=stated)
     out.print(f"\nresults -> {path}")
     return report
 
@@ -126,18 +128,28 @@ def training_batch(images: Sequence[np.ndarray], size: int, count: int, seed: in
 
 
 def peaks(
-    side: str, name: str, size: int, file: str, device: str, threads: int, source: str | None, batch: int, seed: int
+    side: str,
+    name: str,
+    size: int,
+    file: str,
+    device: str,
+    threads: int,
+    source: str | None,
+    batch: int,
+    seed: int,
+    precision: str,
 ) -> dict[str, Any]:
     """The memory that one side takes in a process of its own; see detkit.bench.models.memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     learned = training_batch(pictures(source)[1], size, batch, seed).to(device)
-    return memory(lambda: partial(_repeat, _step(side, load_side(side, name, size, file), learned, device)), device)
+    return memory(
+        lambda: partial(_repeat, _step(side, load_side(side, name, size, file), learned, device, precision)), device
+    )
 
 
 def _measure(name: str, images: Sequence[np.ndarray], device: str, options: TrainStepOptions) -> Case:
-    is_ssd = name.startswith("ssd300")
-    size, count = 300 if is_ssd else options.input_size, options.batch or (8 if is_ssd else 2)
+    size, count = step_shape(name, options)
     batch = training_batch(images, size, count, options.seed).to(device)
     reference = plausible_model(name, size, images[0], options.seed).to(device)
     state = {key: value.cpu() for key, value in reference.state_dict().items()}
@@ -150,7 +162,7 @@ def _measure(name: str, images: Sequence[np.ndarray], device: str, options: Trai
     losses = compare_losses(reference, model, batch, f"{name} on {device}, seed {options.seed}")
     steps = {
         "torchvision": _step("torchvision", reference, batch, device),
-        "detkit": _step("detkit", model, batch, device),
+        "detkit": _step("detkit", model, batch, device, options.precision),
     }
     candidates = [Candidate(side, step, compiles=True) for side, step in steps.items()]
     rows = compare(candidates, _check, count, Budget(options.round_count, options.sample_seconds))
@@ -162,7 +174,8 @@ def _measure(name: str, images: Sequence[np.ndarray], device: str, options: Trai
 def _memory(name: str, file: str, size: int, count: int, device: str, options: TrainStepOptions) -> dict[str, Any]:
     """`peaks` of both sides."""
     arguments = (
-        f"{name!r}, {size}, {file!r}, {device!r}, {options.threads}, {options.source!r}, {count}, {options.seed}"
+        f"{name!r}, {size}, {file!r}, {device!r}, {options.threads}, {options.source!r}, {count}, {options.seed}, "
+        f"{options.precision!r}"
     )
     code = "import json; from detkit.bench.train_step import peaks; print(json.dumps(peaks({!r}, {})))"
     return {side: run_python(code.format(side, arguments)) for side in ("torchvision", "detkit")}
@@ -173,20 +186,38 @@ def _check(side: str, loss: float) -> None:
         raise DetkitError(f"A training step of {side} has the loss {loss}.")
 
 
-def _step(side: str, model: Any, batch: TrainingBatch, device: str) -> Callable[[], float]:
+def step_shape(name: str, options: TrainStepOptions) -> tuple[int, int]:
+    """The side of the pictures in pixels, and how many a step has."""
+    is_ssd = name.startswith("ssd300")
+    return 300 if is_ssd else options.input_size, options.batch or (8 if is_ssd else 2)
+
+
+def _step(
+    side: str, model: Any, batch: TrainingBatch, device: str, precision: str = "fp32", rate: float = LEARNING_RATE
+) -> Callable[[], float]:
     """One step, which returns the sum of the losses."""
+    optimizer, losses = learner(side, model, device, precision, rate)
+    return partial(take_step, optimizer, partial(losses, batch))
+
+
+def learner(
+    side: str, model: Any, device: str, precision: str, rate: float
+) -> tuple[SGD, Callable[[TrainingBatch], dict[str, Tensor]]]:
+    """The optimiser of a model, and its losses of a batch; of torchvision always in fp32."""
     model.to(device)
     model.train()
     if side == "detkit":
         model.to(memory_format=torch.channels_last)
-        groups = model.parameter_groups(LEARNING_RATE, 1.0, 1e-4)
-        return partial(_take_step, SGD(groups, momentum=0.9, fused=True), partial(_detkit_losses, model, batch))
-    groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = SGD(groups, LEARNING_RATE, momentum=0.9, weight_decay=1e-4, fused=True)
-    return partial(_take_step, optimizer, partial(_torchvision_losses, model, batch))
+        groups = model.parameter_groups(rate, 1.0, 1e-4)
+        half = precision == "bf16" or (precision == "auto" and bool(bf16_instructions(torch.device(device))))
+        return SGD(groups, momentum=0.9, fused=True), partial(_detkit_losses, model, half)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = SGD(parameters, rate, momentum=0.9, weight_decay=1e-4, fused=True)
+    return optimizer, partial(_torchvision_losses, model)
 
 
-def _take_step(optimizer: SGD, losses: Callable[[], dict[str, Tensor]]) -> float:
+def take_step(optimizer: SGD, losses: Callable[[], dict[str, Tensor]]) -> float:
+    """Forward, backward and a step; the sum of the losses before it."""
     total = torch.stack(list(losses().values())).sum()
     total.backward()
     optimizer.step()
@@ -199,8 +230,9 @@ def _repeat(step: Callable[[], float]) -> None:
         step()
 
 
-def _detkit_losses(model: Model, batch: TrainingBatch) -> dict[str, Tensor]:
-    return model.head.loss(model(batch.images, batch.sizes), batch.targets)
+def _detkit_losses(model: Model, half: bool, batch: TrainingBatch) -> dict[str, Tensor]:
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=half):
+        return model.head.loss(model(batch.images, batch.sizes), batch.targets)
 
 
 def _torchvision_losses(model: Any, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -222,7 +254,7 @@ def compare_losses(reference: Any, model: Model, batch: TrainingBatch, label: st
     """
     with torch.no_grad(), _everything_sampled(reference, model):
         theirs = _torchvision_losses(reference.train(), batch)
-        mine = _detkit_losses(model.train(), batch)
+        mine = _detkit_losses(model.train(), False, batch)
     found = {name: {"torchvision": theirs[name].item(), "detkit": mine[name].item()} for name in theirs}
     for name, values in found.items():
         if not abs(values["detkit"] - values["torchvision"]) <= LOSS_TOLERANCE * values["torchvision"]:

@@ -4,6 +4,7 @@ Training pictures go through augmentations (detkit.data.augment) that end at the
 evaluated or predicted are only fitted here, which has an exact inverse.
 """
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,8 @@ class Fit:
             training cuts them at random (Augment), evaluation goes over them in windows (detkit.sliding).
         padding: RGB in 0..1 around the pictures of a batch, and around small ones under crop; the backbone's mean
             colour, so that it is 0 to the network.
+        trim: under letterbox, pad only to multiples of 32 and to the largest picture of the batch, where that is less
+            than `size`. What is left out holds no picture, and costs as much time as if it did.
     """
 
     def __init__(
@@ -70,14 +73,25 @@ class Fit:
         size: tuple[int, int],
         resize: Resize = "stretch",
         padding: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        trim: bool = False,
     ) -> None:
         self.size = size
         self.resize = resize
         self.padding = padding
+        self.trim = trim and resize == "letterbox"
 
     def at(self, size: tuple[int, int]) -> "Fit":
         """The same for an input of another size."""
-        return Fit(size, self.resize, self.padding)
+        return Fit(size, self.resize, self.padding, self.trim)
+
+    def untrimmed(self) -> "Fit":
+        """The same with all of its padding, as training has it: of one size for all batches."""
+        return Fit(self.size, self.resize, self.padding)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all batches have the size `size`."""
+        return self.resize in ("stretch", "letterbox") and not self.trim
 
     def inner_size(self, source: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that a picture of size `source` gets inside the input."""
@@ -100,6 +114,9 @@ class Fit:
                 return self.inner_size(source)
             case "crop":
                 return max(source[0], self.size[0]), max(source[1], self.size[1])
+            case "letterbox" if self.trim:
+                height, width = (_round_up(side, BATCH_STRIDE) for side in self.inner_size(source))
+                return min(height, self.size[0]), min(width, self.size[1])
             case _:
                 return self.size
 
@@ -121,23 +138,21 @@ class Fit:
             tensor = F.interpolate(tensor[None], inner, mode="bilinear", align_corners=False)[0]
         if inner == outer:
             return tensor
-        colour = self.padding if self.resize == "crop" else (PADDING_GREY / 255,) * 3
-        padded = torch.tensor(colour).view(3, 1, 1).expand(3, *outer).contiguous()
+        padded = self._blank(1, outer)[0]
         padded[:, : inner[0], : inner[1]] = tensor
         return padded
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) of tensors that `image` made.
 
-        Under short_side and crop they are padded at the right and bottom, with `padding`, to the largest height and
-        width among them, under short_side rounded up to a multiple of 32.
+        Those of several sizes are padded at the right and bottom to the largest height and width among them, under
+        short_side rounded up to a multiple of 32.
         """
-        if self.resize not in ("short_side", "crop"):
+        if self.one_size:
             return torch.stack(list(images))
         stride = BATCH_STRIDE if self.resize == "short_side" else 1
-        height, width = (-(-max(image.shape[side] for image in images) // stride) * stride for side in (1, 2))
-        colour = torch.tensor(self.padding).view(1, 3, 1, 1)
-        batch = colour.expand(len(images), 3, height, width).clone(memory_format=torch.contiguous_format)
+        height, width = (_round_up(max(image.shape[side] for image in images), stride) for side in (1, 2))
+        batch = self._blank(len(images), (height, width))
         for row, image in zip(batch, images):
             row[:, : image.shape[1], : image.shape[2]] = image
         return batch
@@ -154,6 +169,17 @@ class Fit:
 
     def _scale(self, source: tuple[int, int]) -> float:
         return min(self.size[0] / min(source), self.size[1] / max(source))
+
+    def _blank(self, count: int, size: tuple[int, int]) -> Tensor:
+        """(count, 3, height, width) of nothing but padding."""
+        colour = (PADDING_GREY / 255,) * 3 if self.resize == "letterbox" else self.padding
+        blank = torch.tensor(colour).view(1, 3, 1, 1).expand(count, 3, *size)
+        return blank.clone(memory_format=torch.contiguous_format)
+
+
+def _round_up(number: int, step: int) -> int:
+    """The least multiple of `step` that is not less than `number`."""
+    return -(-number // step) * step
 
 
 def undo(detections: Detections, meta: Meta) -> Detections:
@@ -233,6 +259,11 @@ class Mix(ABC):
             random: the only source of chance.
         """
 
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        """How many times larger the mix may show a part of a picture of (height, width) than the input shows a picture
+        as a whole; infinite where that is not known."""
+        return math.inf
+
 
 class Augment:
     """Random augmentation of a training picture: mixes with others, then one albumentations pipeline that ends at the
@@ -268,6 +299,8 @@ class Augment:
         parts = [part for part in built if not isinstance(part, Mix)]
         pixel_only = [part for part in parts if _changes_only_pixels(part)]
         geometric = [part for part in parts if not _changes_only_pixels(part)]
+        # All that come before the resize, which short_side leaves to the end.
+        self._of_source = [*self.mixes, *(parts if fit.resize == "short_side" else geometric)]
         if points is not None:
             check_parts(self.mixes, parts, points)
             geometric = watched(geometric)
@@ -335,6 +368,11 @@ class Augment:
             proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 5)[:, :4]
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
 
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        """How many times larger it may show a part of a picture of (height, width) `size` than the input shows a
+        picture as a whole; infinite where a part does not say that by a method of this name."""
+        return math.prod(_largest_zoom(part, size) for part in self._of_source)
+
     def _mixed(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample]) -> Sample:
         if self.mixes and sample.target.semantic is not None:
             raise ConfigError(
@@ -381,6 +419,14 @@ def _resize_parts(fit: Fit) -> list[Any]:
 def _numbered(boxes: Tensor) -> np.ndarray:
     """(N, 4) boxes as (N, 5), the number of each behind it."""
     return np.column_stack([boxes.numpy(), np.arange(len(boxes), dtype=np.float32)])
+
+
+def _largest_zoom(part: Any, size: tuple[int, int]) -> float:
+    from albumentations import BaseCompose
+
+    if isinstance(part, BaseCompose):
+        return math.prod(_largest_zoom(inner, size) for inner in part.transforms)
+    return float(part.largest_zoom(size)) if hasattr(part, "largest_zoom") else math.inf
 
 
 def _changes_only_pixels(part: Any) -> bool:

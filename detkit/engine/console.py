@@ -17,6 +17,7 @@ from detkit.engine.evaluate import Evaluation
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.stages import Stopwatch, verdict
 from detkit.model import Model
+from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import usable_processors
 from detkit.tasks.base import task_of
 
@@ -146,6 +147,7 @@ class TrainingConsole:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         per_device = options.batch_size // (options.accumulate * fabric.world_size)
+        native = bf16_instructions(fabric.device) if options.precision == "bf16-mixed" else ""
         self.console.print(
             f"run        {self.folder.path}\n"
             f"classes    {train_set.classes}\n"
@@ -155,7 +157,7 @@ class TrainingConsole:
             f", {trained / 1e6:.2f} M of them trained, {_input(experiment.input)}\n"
             f"batch      {options.batch_size} pictures a step: {fabric.world_size} x {per_device} on "
             f"{fabric.device.type}, accumulated over {options.accumulate}\n"
-            f"precision  {options.precision}"
+            f"precision  {options.precision}{f' ({native})' if native else ''}"
         )
 
 

@@ -11,6 +11,7 @@ from detkit.data.dataset import Dataset
 from detkit.data.loader import batches, evaluation_loader
 from detkit.engine.feature_store import FeatureStore
 from detkit.model import Model
+from detkit.optimize import FastNetwork
 from detkit.sliding import predict_with_losses
 from detkit.tasks.base import task_of
 from detkit.types import Batch
@@ -39,28 +40,33 @@ def evaluate(
     workers: int,
     advance: Callable[[int], None] = lambda pictures: None,
     store: FeatureStore | None = None,
+    network: FastNetwork | None = None,
 ) -> Evaluation:
     """Losses and scores of `model`, which is left in evaluation mode.
 
     Args:
         advance: called with the number of pictures after each batch.
         store: of the backbone's maps of these pictures, which is frozen.
+        network: the model as predictions run it, to score these; without a store.
     """
     task = task_of(model.head)
     evaluator = task.evaluator(dataset.classes, model.head)
     sums: dict[str, float] = defaultdict(float)
     device = next(model.parameters()).device
     model.eval()
-    loader = evaluation_loader(dataset, model.fit, batch_size=batch_size, workers=workers)
+    # The stored maps of all pictures have one size.
+    fit = model.fit if store is None else model.fit.untrimmed()
+    loader = evaluation_loader(dataset, fit, batch_size=batch_size, workers=workers)
     position = 0
     # Only a head of an open set may see other classes than its own (check_classes), and has no loss for them.
     known = not model.head.open_set or dataset.classes.names == model.classes.names
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
-    with torch.inference_mode(), torch.random.fork_rng():
+    arithmetic = torch.inference_mode() if network is None else network.arithmetic()
+    with arithmetic, torch.random.fork_rng():
         torch.manual_seed(0)
         for batch in batches(loader) if store is None else store.batches(loader, model):
             batch = batch.to(device) if known else _without_labels(batch.to(device))
-            predictions, losses = predict_with_losses(model, batch)
+            predictions, losses = predict_with_losses(model, batch, network)
             for name, value in losses.items():
                 sums[name] += value * len(batch)
             # Picture by picture, since the masks of a batch are large.

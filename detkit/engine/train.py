@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from detkit.data.cache import with_cache
 from detkit.data.dataset import Dataset
 from detkit.data.loader import EpochSampler, batches, training_loader
 from detkit.data.points import point_rule
+from detkit.data.reduced import with_reduced_decoding
 from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment
 from detkit.engine.average import AveragedModel
@@ -34,6 +35,7 @@ from detkit.engine.stages import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.base import Head
 from detkit.model import Model, build_model, check_classes, read_checkpoint
+from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
 from detkit.tasks.base import task_of
@@ -87,12 +89,13 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
         DetkitError: a mistake in config, data or weights, found before the first step where possible.
         LossNotFiniteError: naming the loss, the step and the pictures.
     """
-    options = experiment.train
-    fabric = _launch(options)
+    head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
+    fabric, options = _launch(experiment.train, head)
+    # The run's config then says what was computed.
+    experiment = replace(experiment, train=options)
     if fabric.device.type == "cpu":
         keep_freed_memory()
     fabric.seed_everything(options.seed, verbose=False)
-    head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     check_needed(experiment.proposals, head.needs, str(experiment.head["name"]))
     check_storable(experiment)
     train_set, val_set = _open_data(fabric, experiment, head)
@@ -134,22 +137,31 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     return folder
 
 
-def _launch(options: TrainOptions) -> Fabric:
-    """Start the processes, one for each device."""
+def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptions]:
+    """Start the processes, one for each device; also the options with the precision that "auto" stands for."""
+    fabric = _fabric(options, "32-true")
+    if options.precision == "auto":
+        exact = head.full_precision or not bf16_instructions(fabric.device)
+        options = replace(options, precision="32-true" if exact else "bf16-mixed")
+    if options.precision == "16-mixed" and fabric.device.type == "cpu":
+        raise ConfigError("'train.precision' 16-mixed needs a GPU. Use auto, bf16-mixed or 32-true on a CPU.")
+    if options.precision != "32-true":
+        fabric = _fabric(options, options.precision)
+        precision = fabric.strategy.precision
+        assert isinstance(precision, MixedPrecision)
+        fabric.strategy.precision = _ExactInputs(precision.precision, precision.device)
+    fabric.launch()
+    return fabric, options
+
+
+def _fabric(options: TrainOptions, precision: Any) -> Fabric:
     try:
-        fabric = Fabric(accelerator=options.device, devices=options.devices, precision=options.precision)
+        return Fabric(accelerator=options.device, devices=options.devices, precision=precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise ConfigError(
             f"'train.device' {options.device} with 'train.devices' {options.devices} cannot be used: "
             f"{' '.join(str(error).split())}"
         ) from None
-    if options.precision == "16-mixed" and fabric.device.type == "cpu":
-        raise ConfigError("'train.precision' 16-mixed needs a GPU. Use bf16-mixed or 32-true on a CPU.")
-    precision = fabric.strategy.precision
-    if isinstance(precision, MixedPrecision):
-        fabric.strategy.precision = _ExactInputs(precision.precision, precision.device)
-    fabric.launch()
-    return fabric
 
 
 class _ExactInputs(MixedPrecision):
@@ -168,10 +180,15 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
     task.check_data(train_set, str(data.get("train", "train")))
     task.check_data(val_set, str(data.get("val", "val")))
     quiet = not fabric.is_global_zero
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+    if experiment.train.reduced_decoding and proposals is None:
+        train_set, line = with_reduced_decoding(train_set, experiment.input, experiment.augment)
+        if line:
+            console.print(f"decoding   {line}")
     if experiment.train.cache is not None:
         bound = int(experiment.train.cache_gb * 1e9 / fabric.world_size)
         train_set, val_set, line = with_cache(train_set, val_set, experiment.train.cache, bound, Path(experiment.runs))
-        Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False).print(f"cache      {line}")
+        console.print(f"cache      {line}")
     # The first process fills the cache that the others then read.
     with fabric.rank_zero_first():
         train_set = with_proposals(train_set, proposals, str(data.get("train", "train")), "training", quiet)
@@ -263,10 +280,11 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
     optimizer = _optimizer(groups, options)
     peak_lrs = [group["lr"] for group in groups]
     wrapped, optimizer = fabric.setup(model, optimizer)
+    fit = model.fit.untrimmed()
     loader, sampler = training_loader(
         train_set,
-        model.fit,
-        Augment(experiment.augment, model.fit, points=point_rule(train_set)) if experiment.augment else None,
+        fit,
+        Augment(experiment.augment, fit, points=point_rule(train_set)) if experiment.augment else None,
         batch_size=options.batch_size // (options.accumulate * fabric.world_size),
         workers=options.workers,
         seed=options.seed,

@@ -85,6 +85,8 @@ class Head(nn.Module, ABC):
         full_precision: half precision would move its results by more than some thousandths.
         open_set: it compares pictures of any classes, and so may be scored on others than it was trained on.
         any_size: it finds objects in pictures of any size as they are, and so can go with input.resize crop.
+        trims_padding: what it says of a place depends on the maps around it and not on the size of the input, so that
+            at prediction letterboxed pictures need no more padding than up to a multiple of 32.
     """
 
     task: ClassVar[str]
@@ -93,6 +95,7 @@ class Head(nn.Module, ABC):
     reads_sizes: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
+    trims_padding: ClassVar[bool] = False
     open_set: ClassVar[bool] = False
     postprocess: Postprocess
 

@@ -63,6 +63,7 @@ class YOLOv3(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    trims_padding: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -78,6 +78,7 @@ class YOLOX(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    trims_padding: ClassVar[bool] = True
     unmixed_losses: ClassVar[frozenset[str]] = frozenset({"l1"})
 
     def __init__(

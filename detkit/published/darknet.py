@@ -68,7 +68,7 @@ class Network:
             backbone=self.backbone,
             neck=self.neck,
             head=self.head,
-            input=InputOptions((self.size, self.size), "letterbox"),
+            input=InputOptions((self.size, self.size), "letterbox", trim_padding=False),
             name=self.name,
         )
 

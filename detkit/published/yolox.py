@@ -47,7 +47,7 @@ def _experiment(state: Mapping[str, Tensor]) -> Experiment:
         backbone={"name": "csp_darknet", "width": width, **depth},
         neck={"name": "pafpn", **depth},
         head={"name": "yolox", "depthwise": depthwise},
-        input=InputOptions((size, size), "letterbox"),
+        input=InputOptions((size, size), "letterbox", trim_padding=False),
         name=NAMES.get(width, "yolox"),
     )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detkit.bench import inference, train_step
+from detkit.bench import inference, learning, options, train_step
 from detkit.bench.harness import peak_rise
 from detkit.bench.models import (
     detkit_model,
@@ -63,7 +63,7 @@ def few_proposals(monkeypatch, state):
 
     monkeypatch.setattr(models, "torchvision_model", small)
     monkeypatch.setattr(models, "detkit_model", ours)
-    for module in (inference, train_step):
+    for module in (inference, learning, train_step):
         monkeypatch.setattr(module, "detkit_model", ours)
         monkeypatch.setattr(module, "plausible_model", with_weights)
 
@@ -86,8 +86,9 @@ def bench(tmp_path, capsys, monkeypatch, picture, few_proposals):
 
     def call(name, *arguments):
         output = tmp_path / "result.json"
-        common = ("--models", NAME, "--size", str(SIZE), "--rounds", "2", "--device", "cpu", "--threads", "1")
-        given = (*common, "--source", str(tmp_path / "picture.png"), "--output", str(output), *arguments)
+        common = ("--models", NAME, "--size", str(SIZE), "--device", "cpu", "--threads", "1")
+        rounds = () if name == "learning" else ("--rounds", "2")
+        given = (*common, *rounds, "--source", str(tmp_path / "picture.png"), "--output", str(output), *arguments)
         status = main(["bench", name, *given])
         printed = capsys.readouterr()
         return status, printed.out, printed.err, json.loads(output.read_text()) if output.exists() else None
@@ -131,8 +132,28 @@ def test_train_step(bench):
     for values in losses.values():
         assert values["detkit"] == pytest.approx(values["torchvision"], rel=0.01)
         assert values["detkit"] > 0
-    assert report["conditions"] == train_step.CONDITIONS
+    assert report["conditions"] == train_step.CONDITIONS.format(precision="fp32")
     assert "a step on cpu" in output
+
+
+def test_learning(bench, monkeypatch):
+    monkeypatch.setattr(learning, "SEEDS", (0, 1))
+    monkeypatch.setattr(learning, "LAST_STEPS", 2)
+    monkeypatch.setattr(options, "LAST_STEPS", 2)
+    status, output, error, report = bench("learning", "--batch", "1", "--steps", "3", "--precision", "bf16")
+    assert status == 0, error
+    [case] = report["cases"]
+    for side in ("torchvision", "detkit"):
+        curves = case["facts"]["losses"][side]
+        assert [len(curve) for curve in curves] == [3, 3]
+        for curve, end in zip(curves, case["facts"]["ends"][side], strict=True):
+            assert end == pytest.approx(sum(curve[1:]) / 2)
+    mine, theirs = ([curve[0] for curve in case["facts"]["losses"][side]] for side in ("detkit", "torchvision"))
+    # The same weights and objects; of the anchors and proposals each side draws its own.
+    assert mine == pytest.approx(theirs, rel=0.25)
+    assert len(set(theirs)) == 2
+    for part in ("detkit in bf16", "range of the seeds", NAME):
+        assert part in output
 
 
 def test_another_network_is_an_error(bench, monkeypatch):
@@ -236,6 +257,8 @@ def test_pictures(tmp_path, monkeypatch, picture):
         (["inference", "--size", "3"], "--size must be at least 32"),
         (["inference", "--batch", "2"], "'--batch' is no option of detkit bench inference"),
         (["train_step", "--batch", "0"], "--batch must be at least 1"),
+        (["learning", "--steps", "9"], "--steps must be at least 10"),
+        (["learning", "--rounds", "3"], "--rounds and --seconds have no use"),
         (["train_step", "--source", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )

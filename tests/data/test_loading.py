@@ -55,6 +55,48 @@ def test_fit_and_undo_are_inverse(source: tuple[int, int], resize: Resize) -> No
         assert inner == (64, 96)
 
 
+@pytest.mark.parametrize(
+    ("source", "outer"),
+    [((100, 400), (64, 160)), ((400, 100), (160, 64)), ((300, 300), (160, 160)), ((1, 500), (32, 160))],
+)
+def test_trimmed_padding_goes_no_farther_than_to_a_multiple_of_32(
+    source: tuple[int, int], outer: tuple[int, int]
+) -> None:
+    trimmed, whole = Fit((160, 160), "letterbox", trim=True), Fit((160, 160), "letterbox")
+    sample = Sample(
+        np.full((*source, 3), 255, dtype=np.uint8),
+        Target(torch.tensor([[0.0, 0.0, source[1], source[0]]]), torch.tensor([0])),
+        Meta("id", "picture", source),
+    )
+    found, expected = trimmed(sample), whole(sample)
+    assert found.image.shape == (3, *outer)
+    assert torch.equal(found.image, expected.image[:, : outer[0], : outer[1]])
+    assert found.size == expected.size
+    assert torch.equal(found.target.boxes, expected.target.boxes)
+    assert np.array_equal(found.meta.matrix, expected.meta.matrix)  # type: ignore[arg-type]
+    assert trimmed.at((320, 320)).trim
+    assert torch.equal(trimmed.untrimmed()(sample).image, expected.image)
+
+
+def test_a_batch_of_trimmed_pictures_is_padded_with_grey_to_the_largest() -> None:
+    fit = Fit((160, 160), "letterbox", (0.5, 0.5, 0.5), trim=True)
+    batch = fit.batch([torch.zeros(3, 64, 160), torch.zeros(3, 96, 128)])
+    assert batch.shape == (2, 3, 96, 160)
+    assert not batch[0, :, :64].any()
+    assert not batch[1, :, :, :128].any()
+    assert (batch[0, :, 64:] == 114 / 255).all()
+    assert (batch[1, :, :, 128:] == 114 / 255).all()
+
+
+def test_only_letterbox_can_be_trimmed() -> None:
+    for resize in ("stretch", "short_side", "crop"):
+        assert not Fit((64, 64), resize, trim=True).trim  # type: ignore[arg-type]
+    assert [Fit((64, 64), resize).one_size for resize in ("stretch", "letterbox", "short_side", "crop")] == [  # type: ignore[arg-type]
+        *(True, True, False, False)
+    ]
+    assert not Fit((64, 64), "letterbox", trim=True).one_size
+
+
 def test_fit_puts_pixels_where_it_puts_boxes() -> None:
     image, _, target, _, _ = Fit((45, 60))(sample_with_marked_boxes())
     for channel, (left, top, right, bottom) in enumerate(target.boxes.round().int().tolist()):
