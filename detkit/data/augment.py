@@ -25,7 +25,14 @@ def flip(horizontal: float = 0.5, vertical: float = 0.0) -> Any:
     return A.Sequential([_HorizontalFlip(p=horizontal), _VerticalFlip(p=vertical)], p=1.0)
 
 
-class _HorizontalFlip(A.HorizontalFlip):
+class _SameScale:
+    """Of a transform that leaves everything as large as it is; see Augment.largest_zoom."""
+
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        return 1.0
+
+
+class _HorizontalFlip(_SameScale, A.HorizontalFlip):
     """With points where boxes are: albumentations mirrors boxes at the centre of the picture, points half a pixel off
     it."""
 
@@ -35,7 +42,7 @@ class _HorizontalFlip(A.HorizontalFlip):
         return mirrored
 
 
-class _VerticalFlip(A.VerticalFlip):
+class _VerticalFlip(_SameScale, A.VerticalFlip):
     """Likewise."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
@@ -51,6 +58,10 @@ class ForgetPoints(A.NoOp):
         return forget_outside(keypoints, params["shape"][:2])
 
 
+class _ColorJitter(_SameScale, A.ColorJitter):
+    pass
+
+
 @augmentations.register("photometric")
 def photometric(
     brightness: float = 0.125,
@@ -60,7 +71,7 @@ def photometric(
     probability: float = 0.5,
 ) -> Any:
     """SSD's colour distortion (Liu et al. 2016, section 2.2), in random order; each a strength around no change."""
-    return A.ColorJitter(
+    return _ColorJitter(
         brightness=(1 - brightness, 1 + brightness),
         contrast=(1 - contrast, 1 + contrast),
         saturation=(1 - saturation, 1 + saturation),
@@ -69,7 +80,7 @@ def photometric(
     )
 
 
-class _HSV(A.ImageOnlyTransform):
+class _HSV(_SameScale, A.ImageOnlyTransform):
     """Hue shifted, saturation and value multiplied, by look-up tables."""
 
     def __init__(self, hue: float, saturation: float, value: float, p: float) -> None:
@@ -125,6 +136,9 @@ class _Perspective(A.DualTransform):
         moved = warp_points(keypoints[:, :2], matrix)
         return np.column_stack([moved, keypoints[:, 2:]]).astype(keypoints.dtype)
 
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        return self.warp.largest_zoom(size)
+
 
 @augmentations.register("perspective")
 def perspective(
@@ -154,7 +168,7 @@ def perspective(
     return _Perspective(RandomWarp("perspective", rotation, translation, scale, shear, perspective), fill, probability)
 
 
-class _Expand(A.Pad):
+class _Expand(_SameScale, A.Pad):
     """Place the picture on a larger canvas at random."""
 
     def __init__(self, max_ratio: float, fill: tuple[float, float, float], p: float) -> None:
@@ -200,6 +214,9 @@ class _IoUCrop(BaseCrop):
                 if self._accept(window, boxes, minimum):
                     return {"crop_coords": window}
         return {"crop_coords": (0, 0, width, height)}
+
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        return 1 / max(self.scales[0], 1e-9)
 
     def _window(self, height: int, width: int) -> tuple[int, int, int, int]:
         rows = max(1, round(height * self.py_random.uniform(*self.scales)))
@@ -261,6 +278,9 @@ class _ZoomCrop(BaseCrop):
         top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
         return {"crop_coords": (left, top, left + columns, top + rows)}
 
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        return self.max_ratio**0.5 / max(self.min_scale, 1e-9)
+
 
 @augmentations.register("random_resized_crop")
 def random_resized_crop(
@@ -303,6 +323,12 @@ class _RandomResizedCrop(BaseCrop):
                 break
         top, left = self.py_random.randint(0, height - rows), self.py_random.randint(0, width - columns)
         return {"crop_coords": (left, top, left + columns, top + rows)}
+
+    def largest_zoom(self, size: tuple[int, int]) -> float:
+        shape = size[1] / size[0]
+        # Neither side of a window can be a smaller part of the picture's than its area is.
+        parts = self.area[0] * shape / self.ratio[1], self.area[0] * self.ratio[0] / shape
+        return 1 / max(self.area[0], min(parts) ** 0.5)
 
 
 @augmentations.register("random_scale")

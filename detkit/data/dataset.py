@@ -256,18 +256,35 @@ class FileDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         record = self._records[index]
+        return Sample(self.image(index), self.target(index), Meta(record.image_id, record.path, record.size))
+
+    def image(self, index: int, reduction: int = 1) -> np.ndarray:
+        """The pixels of the image `index`.
+
+        Args:
+            reduction: 1, 2, 4 or 8, as `detkit.data.image.read_image` has it; above 1 for JPEGs only.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            DataError: the picture cannot be read, or is not what it was when the data set was scanned.
+        """
+        record = self._records[index]
+        expected = (-(-record.size[0] // reduction), -(-record.size[1] // reduction))
         try:
-            image = read_image(record.path)
+            image = read_image(record.path, reduction)
         except DataError as error:
             raise DataError(
                 f"{error} Set data.broken to 'skip' to have every picture decoded and such ones left out at the start."
             ) from error
-        if image.shape[:2] != record.size:
+        if image.shape[:2] != expected:
             raise DataError(
-                f"The picture '{record.path}' is {_by(image.shape[:2])} but was {_by(record.size)} when the data set "
-                f"was scanned. Start again, and leave the files alone during a run."
+                f"The picture '{record.path}' was {_by(record.size)} when the data set was scanned, but has changed "
+                f"(now {_by(image.shape[:2])}{f', read at 1/{reduction}' if reduction > 1 else ''}). Start again, and "
+                f"leave the files alone during a run."
             )
-        return Sample(image, self.target(index), Meta(record.image_id, record.path, record.size))
+        return image
 
     def target(self, index: int) -> Target:
         record = self._records[index]

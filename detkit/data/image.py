@@ -17,11 +17,12 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 """Files with these endings, in either case, count as pictures when a folder is searched."""
 
 _EXIF_ORIENTATION = 0x0112
+_JPEG = b"\xff\xd8\xff"  # the first bytes
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # the orientations that exchange width and height
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error)
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """The pixels of a picture.
 
     Grey, palette and CMYK pictures become RGB; transparency is dropped, not blended; of 16-bit values the upper
@@ -29,6 +30,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Args:
         path: any format that Pillow reads.
+        reduction: 1, 2, 4 or 8: a JPEG is decoded at so small a fraction of its sides, which are rounded up, in a part
+            of the time; each pixel is about the mean of those that it stands for. Other formats keep their size.
 
     Returns:
         (H, W, 3) uint8 RGB, upright: the Exif rotation is applied.
@@ -38,6 +41,8 @@ def read_image(path: str | Path) -> np.ndarray:
             fixed range (32-bit, floating point).
     """
     with _open(path) as image:
+        if reduction > 1:
+            image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         return rgb_uint8(image, str(path))
 
 
@@ -85,6 +90,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
             return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
         except _PILLOW_ERRORS as error:
             raise _undecodable(path, error) from error
+
+
+def is_jpeg(path: str | Path) -> bool:
+    """Whether a file starts as a JPEG does, whatever its name.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_JPEG)) == _JPEG
+    except OSError as error:
+        raise DataError(f"The picture '{path}' cannot be read ({error.strerror}).") from error
 
 
 def check_image(path: str | Path, decode: bool) -> tuple[int, int]:
@@ -191,7 +209,7 @@ def _looks_cut_off(path: Path) -> bool:
         start = file.read(4)
         file.seek(max(0, path.stat().st_size - 4096))
         end = file.read()
-    if start.startswith(b"\xff\xd8"):
+    if start.startswith(_JPEG):
         return not end.rstrip(b"\0").endswith(b"\xff\xd9")  # some cameras pad their files with zeros
     if start == b"\x89PNG":
         return b"IEND" not in end[-64:]

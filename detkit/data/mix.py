@@ -60,6 +60,9 @@ class Mosaic(Mix):
             placed.append(_carried(sample, place, cut, size, min_visibility))
         return _joined(warp_image(canvas, cut, size, PADDING_GREY), samples, placed)
 
+    def largest_zoom(self, size: Size) -> float:
+        return 1.0  # each picture is brought to the input's size before anything else
+
 
 @augmentations.register("mixup")
 class Mixup(Mix):
@@ -110,6 +113,9 @@ class Mixup(Mix):
         image = cv2.addWeighted(first.image, weight, canvas, 1 - weight, 0)
         stays = _Carried(first.target, first.proposals)
         return _joined(image, samples, [stays, _carried(second, place, np.eye(3), first.size, min_visibility)])
+
+    def largest_zoom(self, size: Size) -> float:
+        return max(1.0, self.scale[1])
 
 
 @dataclass(frozen=True)

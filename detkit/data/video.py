@@ -163,8 +163,10 @@ class VideoWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._container = av.open(str(self.path), "w")
-            # Near to what the eye can tell from the original, at a size that can be sent.
-            self._stream = self._container.add_stream("libx264", rate=self.rate, options={"crf": "20"})
+            # Near to what the eye can tell from the original, at a size that can be sent. Of photographs that is the
+            # quality and the size of x264's default preset at 20, in less than half its time.
+            options = {"crf": "18", "preset": "veryfast"}
+            self._stream = self._container.add_stream("libx264", rate=self.rate, options=options)
         except (OSError, ValueError) as error:
             raise DetkitError(f"The video can't be written to {self.path}: {error}.") from error
         self._shape = shape

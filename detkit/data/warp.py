@@ -3,6 +3,7 @@
 Coordinates are those of boxes: the first pixel reaches from 0 to 1, its centre is (0.5, 0.5).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,13 @@ class RandomWarp:
         return (
             translation_matrix(shift[0] * result[1], shift[1] * result[0]) @ shearing @ turn @ perspective @ to_centre
         )
+
+    def largest_zoom(self, size: Size) -> float:
+        """A bound on how many times larger a homography makes anything in a picture of (height, width) `size`."""
+        nearest = 1 - 2 * self.perspective
+        aspects = size[0] / size[1] + size[1] / size[0]
+        slanted = (nearest + self.perspective * aspects) / nearest**2
+        return max(1.0, self.scale[1]) * (1 + math.tan(math.radians(self.shear))) * slanted
 
 
 def check_scale(part: str, scale: tuple[float, float]) -> None:

@@ -9,7 +9,7 @@ from pycocotools import mask as reference
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detkit.data.coco import Coco
-from detkit.data.masks import area, encode, tight_box
+from detkit.data.masks import area, decode, encode, tight_box
 from detkit.data.transforms import Augment, Fit, undo
 from detkit.types import Detections, Meta, Sample, Target
 
@@ -26,6 +26,7 @@ def test_run_lengths_equal_pycocotools() -> None:
         expected = reference.encode(np.asfortranarray(mask, dtype=np.uint8))
         assert rle == {"size": [height, width], "counts": expected["counts"].decode()}
         assert area(rle) == mask.sum()
+        assert (decode([rle, rle], (height, width)) == mask).all()
 
 
 def pedestrians() -> Coco:

@@ -99,7 +99,7 @@ def test_pictures_beyond_the_bound_are_decoded_each_time(folder: Folder, monkeyp
     assert dataset.cache.bytes == bound
     read: list[str] = []
     original = reading.read_image
-    monkeypatch.setattr(reading, "read_image", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(reading, "read_image", lambda path, reduction: read.append(path) or original(path, reduction))
     for _ in range(3):
         for index in range(6):
             assert_equal(dataset[index], folder[index])
