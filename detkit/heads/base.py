@@ -1,5 +1,6 @@
 """What every head promises, whatever its task: one forward, then a loss or predictions from its raw outputs."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from detkit.types import Inputs, Target
 
 ALL = 1_000_000_000
 """For Postprocess.max_candidates."""
+SLACK = 1e-4
+"""Part of the score threshold; rounding moves a score by less, also one of thousands of classes."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,48 @@ class Postprocess:
         if min(self.max_candidates, self.max_detections) < 1:
             raise ConfigError(f"At least one detection must be allowed, but it is {self.max_detections}.")
 
+    @property
+    def least_logit(self) -> float:
+        """Every logit whose sigmoid is above the score threshold is above it, however the sigmoid is rounded."""
+        score = self.score_threshold * (1 - SLACK)
+        return math.log(score / (1 - score)) if score else -math.inf
+
+    def promising(self, limits: Tensor) -> Tensor:
+        """(K,) indices, ascending, of the rows whose scores are worth computing.
+
+        Args:
+            limits: (A,) for each row a number whose sigmoid none of its scores is above; not finite where a score may
+                not be a number, which `candidates` is to see.
+        """
+        return ((limits > self.least_logit) | ~limits.isfinite()).nonzero().flatten()
+
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which entries of one image's (A, C) scores may become detections: rows, labels and scores, (K,) each.
 
         Raises:
             DetkitError: a score is not a number.
         """
-        if torch.isnan(scores.max() if scores.numel() else scores.sum()):  # the maximum of NaN and numbers is NaN
+        # Of most rows no score is above the threshold: they are not looked at again. The maximum with NaN is NaN.
+        promising = (~(scores.amax(1) <= self.score_threshold)).nonzero().flatten()
+        scores = scores[promising]
+        if scores.numel() and scores.max().isnan():
             raise DetkitError(
                 "The network's scores are not numbers (NaN): its weights are broken, as after a training that "
                 "diverged, or half precision overflowed. Use another checkpoint, or train.precision 32-true."
             )
-        if len(scores) <= self.max_candidates:
-            rows, labels = torch.nonzero(scores > self.score_threshold, as_tuple=True)
-            return rows, labels, scores[rows, labels]
-        best, index = scores.topk(self.max_candidates, dim=0)
-        rank, labels = torch.nonzero(best > self.score_threshold, as_tuple=True)
-        return index[rank, labels], labels, best[rank, labels]
+        above = scores > self.score_threshold
+        # Sorting takes longer than all else: only of classes that have too many.
+        crowded = (above.count_nonzero(0) > self.max_candidates).nonzero().flatten()
+        if not len(crowded):
+            rows, labels = above.nonzero(as_tuple=True)
+            return promising[rows], labels, scores[rows, labels]
+        best, best_rows = scores.index_select(1, crowded).topk(self.max_candidates, dim=0)
+        rows, labels = above.index_fill_(1, crowded, False).nonzero(as_tuple=True)
+        return (
+            promising[torch.cat((rows, best_rows.flatten()))],
+            torch.cat((labels, crowded.expand_as(best).flatten())),
+            torch.cat((scores[rows, labels], best.flatten())),
+        )
 
     def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         """(N,) indices of the K candidates of one image that become detections, best score first."""

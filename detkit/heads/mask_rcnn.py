@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from detkit.errors import ConfigError, check_range
 from detkit.heads.faster_rcnn import FasterRCNN, FasterRCNNOutputs
@@ -81,6 +80,8 @@ class MaskBranch(nn.Module):
         """(S, m, m) of the truths' masks inside the boxes, in 0..1."""
         if target.masks is None:
             raise ValueError("mask_rcnn needs targets with masks")
+        from torchvision.ops import roi_align
+
         # Each object is cast to floats once, however many regions show it.
         used, position = truth.unique(return_inverse=True)
         rows = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)

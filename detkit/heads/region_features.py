@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align, roi_pool
 
 from detkit.backbones.base import Backbone
 from detkit.boxes.roi_align import roi_align as fast_roi_align
@@ -139,6 +138,8 @@ class RoiAlign(PooledRegions):
         # Torchvision's kernel for the CPU took a third of Faster R-CNN's time.
         if feature.device.type == "cpu" and not torch.compiler.is_compiling():
             return fast_roi_align(feature, rows, self.size, scale, self.sampling, self.aligned)
+        from torchvision.ops import roi_align
+
         return roi_align(feature, rows, self.size, scale, self.sampling or -1, self.aligned)
 
 
@@ -163,6 +164,8 @@ class RoiPool(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
+        from torchvision.ops import roi_pool
+
         return roi_pool(feature, cut_to_map(rows, feature, scale), self.size, scale)
 
 
@@ -191,6 +194,8 @@ class SpatialPyramid(PooledRegions):
         self.shape = (self.width * sum(grid * grid for grid in grids),)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
+        from torchvision.ops import roi_pool
+
         rows = cut_to_map(rows, feature, scale)
         return torch.cat([roi_pool(feature, rows, grid, scale).flatten(1) for grid in self.grids], dim=1)
 
@@ -249,6 +254,8 @@ class Warp(RegionFeatures):
         self.backbone.train()
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
+        from torchvision.ops import roi_align
+
         rows = with_image_index(regions)
         around = (rows[:, 3:] - rows[:, 1:3]) * (self.context / (self.size - 2 * self.context))
         rows = torch.cat((rows[:, :1], rows[:, 1:3] - around, rows[:, 3:] + around), dim=1)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.weights import load_weights
 from detkit.errors import ConfigError, check_range
@@ -83,6 +82,8 @@ class ResNetLayer4(RegionTrunk):
             raise ConfigError(
                 f"'head.regions.trunk.network' must be resnet18, resnet34, resnet50 or resnet101, not '{network}'."
             )
+        from torchvision import models
+
         full = models.get_model(network, weights=None)
         incoming = full.fc.in_features // 2
         if _as_map(shape, "resnet_layer4")[0] != incoming:

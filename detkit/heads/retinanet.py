@@ -16,12 +16,14 @@ from detkit.boxes.matching import match_two_thresholds
 from detkit.errors import ConfigError, check_range
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.per_size import PerSize
 from detkit.losses import BoxLoss, box_loss, sigmoid_focal_loss
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Target
 
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
 BETA = 1 / 9  # of smooth L1, as in the region-proposal network
+PARTS = 16  # of the scores of a level, whose maximum is looked at first
 NORM_WIDTH = 8  # channels of one group of the group norm: 32 groups of 256 channels
 
 
@@ -104,6 +106,7 @@ class RetinaNet(Head):
         width = _common_width(channels, norm)
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.layout: AnchorLayout = anchor_layouts.build(anchors or _default_anchors(strides), "head.anchors")
+        self.anchors = PerSize(self.layout)
         counts = self.layout.per_location(len(strides))
         if len(set(counts)) != 1:
             raise ConfigError(f"'head.anchors' must give each level as many anchors, but they give {counts}.")
@@ -128,8 +131,8 @@ class RetinaNet(Head):
             _per_anchor(self.class_predictor(self.class_tower(feature)), self.num_classes) for feature in features
         ]
         offsets = [_per_anchor(self.box_predictor(self.box_tower(feature)), 4) for feature in features]
-        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-        anchors = self.layout(map_sizes, inputs.size, self.strides).to(features[0].device)
+        map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
+        anchors = self.anchors(features[0].device, map_sizes, inputs.size, self.strides)
         level_counts = tuple(level.shape[1] for level in logits)
         return RetinaNetOutputs(
             torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, level_counts, inputs.sizes
@@ -171,23 +174,24 @@ class RetinaNet(Head):
     @torch.no_grad()
     def decode(self, outputs: RetinaNetOutputs) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        scores = outputs.logits.sigmoid()
         return [
-            self._decode_image(image_scores, offsets, outputs, size)
-            for image_scores, offsets, size in zip(scores, outputs.offsets, outputs.sizes)
+            self._decode_image(logits, offsets, outputs, size)
+            for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
         ]
 
     def _decode_image(
-        self, scores: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int]
+        self, logits: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int]
     ) -> Detections:
         chosen, chosen_scores, start = [], [], 0
-        for level in scores.split(outputs.level_counts):
+        for level in logits.split(outputs.level_counts):
             pairs = level.flatten()
-            # Millions are not above the threshold, which need no sorting; NaN is not below it either, and is found.
-            above = (~(pairs <= self.postprocess.score_threshold)).nonzero().flatten()
-            # All classes of a level compete for its places: as one column.
-            best_of_level, _, pair_scores = self.postprocess.candidates(pairs[above][:, None])
-            chosen.append(above[best_of_level] + start)
+            above = _above(pairs, self.postprocess.least_logit)
+            pair_scores = pairs[above].sigmoid()
+            if len(above) > self.postprocess.max_candidates:  # for which all classes of a level compete
+                pair_scores, best = pair_scores.topk(self.postprocess.max_candidates)
+                above = above[best]
+            candidates, _, pair_scores = self.postprocess.candidates(pair_scores[:, None])
+            chosen.append(above[candidates] + start)
             chosen_scores.append(pair_scores)
             start += level.numel()
         pairs, best = torch.cat(chosen), torch.cat(chosen_scores)
@@ -210,6 +214,18 @@ def _common_width(channels: Sequence[int], norm: bool) -> int:
             f"'width' that {NORM_WIDTH} divides."
         )
     return channels[0]
+
+
+def _above(values: Tensor, bound: float) -> Tensor:
+    """(K,) indices, ascending, of those of (N,) values that are above the bound or not a number: few of millions."""
+    length = len(values) // PARTS
+    peaks = values[: PARTS * length].view(PARTS, length).amax(0)  # of values that lie far from each other
+    peaks = (~(peaks <= bound)).nonzero().flatten()
+    if PARTS * len(peaks) > length:
+        return (~(values <= bound)).nonzero().flatten()
+    parts = torch.arange(PARTS, device=values.device)[:, None] * length
+    places = torch.cat(((parts + peaks).flatten(), torch.arange(PARTS * length, len(values), device=values.device)))
+    return places[~(values[places] <= bound)]
 
 
 def _tower(width: int, depth: int, norm: bool) -> nn.Sequential:

@@ -16,6 +16,7 @@ from detkit.boxes.proposals import select_proposals
 from detkit.boxes.sampling import sample_balanced
 from detkit.errors import ConfigError, check_range
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
+from detkit.heads.per_size import PerSize
 from detkit.losses import BoxLoss, box_loss
 from detkit.types import Inputs, Target
 
@@ -101,6 +102,7 @@ class RegionProposalNetwork(nn.Module):
             )
         self.strides = tuple(strides)
         self.layout: AnchorLayout = anchor_layouts.build(anchors or _default_anchors(strides), "head.rpn.anchors")
+        self.anchors = PerSize(self.layout)
         counts = self.layout.per_location(len(strides))
         if len(set(counts)) != 1:
             raise ConfigError(f"'head.rpn.anchors' must give each level as many anchors, but they give {counts}.")
@@ -126,8 +128,8 @@ class RegionProposalNetwork(nn.Module):
                 feature = F.relu(convolution(feature))
             objectness.append(self.objectness(feature).permute(0, 2, 3, 1).flatten(1))
             offsets.append(self.offsets(feature).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
-        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-        anchors = self.layout(map_sizes, inputs.size, self.strides).to(features[0].device)
+        map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
+        anchors = self.anchors(features[0].device, map_sizes, inputs.size, self.strides)
         level_counts = tuple(level.shape[1] for level in objectness)
         return ProposalOutputs(
             torch.cat(objectness, 1).float(), torch.cat(offsets, 1).float(), anchors, level_counts, inputs.sizes

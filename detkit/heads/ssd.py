@@ -15,6 +15,7 @@ from detkit.boxes.sampling import hard_negatives
 from detkit.errors import CheckpointError
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.per_size import PerSize
 from detkit.losses import BoxLoss, box_loss
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
@@ -81,6 +82,7 @@ class SSD(Head):
         super().__init__()
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.layout: AnchorLayout = anchor_layouts.build(anchors or {"name": "default_boxes"}, "head.anchors")
+        self.anchors = PerSize(self.layout)
         self.match = MATCHERS[matching]
         self.iou_threshold = iou_threshold
         self.negatives_per_positive = negatives_per_positive
@@ -109,8 +111,8 @@ class SSD(Head):
                 _per_anchor(self.class_predictors[level](self.class_towers[level](feature)), self.num_classes + 1)
             )
             offsets.append(_per_anchor(self.box_predictors[level](self.box_towers[level](feature)), 4))
-        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-        anchors = self.layout(map_sizes, inputs.size, self.strides).to(features[0].device)
+        map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
+        anchors = self.anchors(features[0].device, map_sizes, inputs.size, self.strides)
         # Softmax, exponentials and sums over thousands of anchors lose too much in half precision.
         return SSDOutputs(torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, inputs.sizes)
 
@@ -157,17 +159,19 @@ class SSD(Head):
     @torch.no_grad()
     def decode(self, outputs: SSDOutputs) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        scores = outputs.logits.softmax(-1)[..., 1:]
         return [
-            self._decode_image(image_scores, offsets, outputs.anchors, size)
-            for image_scores, offsets, size in zip(scores, outputs.offsets, outputs.sizes)
+            self._decode_image(logits, offsets, outputs.anchors, size)
+            for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
         ]
 
-    def _decode_image(self, scores: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int]) -> Detections:
-        candidates, labels, candidate_scores = self.postprocess.candidates(scores)
-        boxes = clip(decode(offsets[candidates], anchors[candidates]), size)
-        kept = self.postprocess.suppress(boxes, candidate_scores, labels)
-        return Detections(boxes[kept], candidate_scores[kept], labels[kept])
+    def _decode_image(self, logits: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int]) -> Detections:
+        # Softmax over a class and background alone is more than over all.
+        promising = self.postprocess.promising(logits[:, 1:].amax(1) - logits[:, 0])
+        rows, labels, scores = self.postprocess.candidates(logits[promising].softmax(-1)[:, 1:])
+        rows = promising[rows]
+        boxes = clip(decode(offsets[rows], anchors[rows]), size)
+        kept = self.postprocess.suppress(boxes, scores, labels)
+        return Detections(boxes[kept], scores[kept], labels[kept])
 
 
 def _tower(channels: int, width: int, depth: int) -> nn.Sequential:

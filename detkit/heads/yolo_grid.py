@@ -4,7 +4,7 @@ A *place* is one anchor in one cell of one level. Places are numbered level by l
 beside each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -200,15 +200,22 @@ def _centred(shapes: Tensor) -> Tensor:
     return torch.cat((-shapes / 2, shapes / 2), dim=1)
 
 
-def decode_places(outputs: GridOutputs, scores: Tensor, postprocess: Postprocess) -> list[Detections]:
+def decode_places(
+    outputs: GridOutputs, probabilities: Callable[[Tensor], Tensor], postprocess: Postprocess
+) -> list[Detections]:
     """Detections after per-class suppression, in pixels of the network's input.
 
     Args:
-        scores: (B, P, C) in 0..1, of every class at every place.
+        probabilities: of the classes, from their raw values (K, C); a score is one of them times objectness.
     """
     found = []
-    for values, image_scores, size in zip(outputs.values, scores, outputs.sizes):
-        rows, labels, best = postprocess.candidates(image_scores)
+    for values, size in zip(outputs.values, outputs.sizes):
+        objectness, classes = values[:, 4], values[:, 5:]
+        # Not a number, and so looked at everywhere, where a value of a class is not finite.
+        promising = postprocess.promising(objectness + 0 * classes.sum())
+        scores = objectness[promising, None].sigmoid() * probabilities(classes[promising])
+        rows, labels, best = postprocess.candidates(scores)
+        rows = promising[rows]
         boxes = clip(predicted_boxes(values[rows], outputs.cells[rows], outputs.anchors[rows]), size)
         kept = postprocess.suppress(boxes, best, labels)
         found.append(Detections(boxes[kept], best[kept], labels[kept]))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from detkit.backbones.darknet_file import DarknetConvolution
 from detkit.boxes.iou import elementwise_iou
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.per_size import PerSize
 from detkit.heads.yolo_grid import (
     Anchors,
     GridOutputs,
@@ -103,6 +105,7 @@ class YOLOv2(Head):
             )
         self.num_classes = num_classes
         self.anchors = anchors_by_level(anchors, 1, "head.anchors")
+        self.grid = PerSize(partial(lay_grid, anchors=self.anchors))
         self.reorg = space_to_depth if reorg == "space_to_depth" else darknet_reorg
         self.ignore_above, self.rescore = ignore_above, rescore
         self.object_weight, self.background_weight = object_weight, background_weight
@@ -131,7 +134,7 @@ class YOLOv2(Head):
             coarse = self.behind(torch.cat((self.reorg(fine), coarse), dim=1))
         prediction = self.predictor(coarse)
         maps = ((prediction.shape[2], prediction.shape[3]),)
-        cells, anchors = (tensor.to(prediction.device) for tensor in lay_grid(maps, inputs.size, self.anchors))
+        cells, anchors = self.grid(features[0].device, maps, inputs.size)
         values = flatten_places(prediction, 5 + self.num_classes)
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
@@ -166,8 +169,7 @@ class YOLOv2(Head):
     @torch.no_grad()
     def decode(self, outputs: GridOutputs) -> list[Detections]:
         """Detections after per-class suppression; a score is objectness times the class's probability."""
-        scores = outputs.values[..., 4:5].sigmoid() * outputs.values[..., 5:].softmax(-1)
-        return decode_places(outputs, scores, self.postprocess)
+        return decode_places(outputs, partial(torch.softmax, dim=-1), self.postprocess)
 
 
 def space_to_depth(features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Redmon and Farhadi, "YOLOv3: An Incremental Improvement", 2018.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from detkit.backbones.darknet_file import DarknetConvolution
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.per_size import PerSize
 from detkit.heads.yolo_grid import (
     Anchors,
     GridOutputs,
@@ -94,6 +96,7 @@ class YOLOv3(Head):
             anchors = COCO_ANCHORS[levels]
         self.num_classes = num_classes
         self.anchors = anchors_by_level(anchors, levels, "head.anchors")
+        self.grid = PerSize(partial(lay_grid, anchors=self.anchors))
         self.ignore_above, self.box_weight = ignore_above, box_weight
         self.postprocess = Postprocess(score_threshold, nms_threshold, max_detections=max_detections)
         per_cell = len(anchors) // levels
@@ -109,7 +112,7 @@ class YOLOv3(Head):
             predictor(tower(feature)) for tower, predictor, feature in zip(self.towers, self.predictors, features)
         ]
         maps = tuple((prediction.shape[2], prediction.shape[3]) for prediction in predictions)
-        cells, anchors = (tensor.to(features[0].device) for tensor in lay_grid(maps, inputs.size, self.anchors))
+        cells, anchors = self.grid(features[0].device, maps, inputs.size)
         values = torch.cat([flatten_places(prediction, 5 + self.num_classes) for prediction in predictions], dim=1)
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
@@ -144,5 +147,4 @@ class YOLOv3(Head):
     @torch.no_grad()
     def decode(self, outputs: GridOutputs) -> list[Detections]:
         """Detections after per-class suppression; a score is objectness times the class's probability."""
-        scores = outputs.values[..., 4:5].sigmoid() * outputs.values[..., 5:].sigmoid()
-        return decode_places(outputs, scores, self.postprocess)
+        return decode_places(outputs, torch.sigmoid, self.postprocess)

@@ -17,6 +17,7 @@ from detkit.boxes.iou import elementwise_iou
 from detkit.boxes.sim_ota import match_sim_ota
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.per_size import PerSize
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
 
@@ -48,10 +49,7 @@ class YOLOXOutputs(NamedTuple):
 
     def boxes(self) -> Tensor:
         """(B, A, 4) xyxy pixels."""
-        strides = self.strides[:, None]
-        centres = self.corners + self.offsets[..., :2] * strides
-        sides = self.offsets[..., 2:].clamp(max=LARGEST_LOG_SIDE).exp() * strides
-        return cxcywh_to_xyxy(torch.cat((centres, sides), dim=-1))
+        return _decode(self.offsets, self.corners, self.strides)
 
 
 @heads.register("yolox")
@@ -105,6 +103,7 @@ class YOLOX(Head):
                 f"Choose other maps by the 'levels' of the backbone."
             )
         self.num_classes, self.strides = num_classes, tuple(strides)
+        self.cells = PerSize(_cells)
         self.centre_radius, self.candidates = centre_radius, candidates
         self.box_weight, self.l1_weight = box_weight, l1_weight
         self.postprocess = Postprocess(score_threshold, nms_threshold, ALL, max_detections)
@@ -127,15 +126,15 @@ class YOLOX(Head):
             classes.append(_per_cell(self.cls_preds[level](self.cls_convs[level](stem))))
             objects.append(_per_cell(self.obj_preds[level](box_features)))
             offsets.append(_per_cell(self.reg_preds[level](box_features)))
-        corners, strides = _cells([(feature.shape[2], feature.shape[3]) for feature in features], self.strides)
-        device = features[0].device
+        map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
+        corners, strides = self.cells(features[0].device, map_sizes, self.strides)
         # Sigmoids and exponentials lose too much in half precision.
         return YOLOXOutputs(
             torch.cat(classes, 1).float(),
             torch.cat(objects, 1).squeeze(-1).float(),
             torch.cat(offsets, 1).float(),
-            corners.to(device),
-            strides.to(device),
+            corners,
+            strides,
             inputs.sizes,
         )
 
@@ -185,12 +184,17 @@ class YOLOX(Head):
     @torch.no_grad()
     def decode(self, outputs: YOLOXOutputs) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input; each cell has its best class."""
-        scores, labels = (outputs.class_logits.sigmoid() * outputs.objectness.sigmoid()[..., None]).max(-1)
-        return [self._decode_image(*image) for image in zip(scores, labels, outputs.boxes(), outputs.sizes)]
+        return [self._decode_image(outputs, image) for image in range(len(outputs.sizes))]
 
-    def _decode_image(self, scores: Tensor, labels: Tensor, boxes: Tensor, size: tuple[int, int]) -> Detections:
-        cells, _, scores = self.postprocess.candidates(scores[:, None])
-        boxes, labels = clip(boxes[cells], size), labels[cells]
+    def _decode_image(self, outputs: YOLOXOutputs, image: int) -> Detections:
+        classes, objectness = outputs.class_logits[image], outputs.objectness[image]
+        # Not a number, and so looked at everywhere, where a logit of a class is not finite.
+        cells = self.postprocess.promising(objectness + 0 * classes.sum())
+        scores, labels = (classes[cells].sigmoid() * objectness[cells, None].sigmoid()).max(1)
+        chosen, _, scores = self.postprocess.candidates(scores[:, None])
+        cells, labels = cells[chosen], labels[chosen]
+        boxes = _decode(outputs.offsets[image, cells], outputs.corners[cells], outputs.strides[cells])
+        boxes = clip(boxes, outputs.sizes[image])
         kept = self.postprocess.suppress(boxes, scores, labels)
         return Detections(boxes[kept], scores[kept], labels[kept])
 
@@ -204,7 +208,7 @@ def _per_cell(prediction: Tensor) -> Tensor:
     return prediction.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _cells(map_sizes: list[tuple[int, int]], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _cells(map_sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(A, 2) left and top corners of the cells of all levels in pixels, row by row, and (A,) their sides."""
     corners, sides = [], []
     for (height, width), stride in zip(map_sizes, strides):
@@ -212,6 +216,13 @@ def _cells(map_sizes: list[tuple[int, int]], strides: Sequence[int]) -> tuple[Te
         corners.append(torch.stack((columns, rows), -1).flatten(0, 1).float() * stride)
         sides.append(torch.full((height * width,), float(stride)))
     return torch.cat(corners), torch.cat(sides)
+
+
+def _decode(offsets: Tensor, corners: Tensor, strides: Tensor) -> Tensor:
+    """(..., A, 4) xyxy pixels of the boxes that offsets (..., A, 4) make of cells; see YOLOXOutputs."""
+    centres = corners + offsets[..., :2] * strides[:, None]
+    sides = offsets[..., 2:].clamp(max=LARGEST_LOG_SIDE).exp() * strides[:, None]
+    return cxcywh_to_xyxy(torch.cat((centres, sides), dim=-1))
 
 
 def _encode(truths: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
