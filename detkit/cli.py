@@ -59,15 +59,21 @@ def infer(arguments: list[str]) -> None:
         return
     from pathlib import Path
 
+    from detkit.limits import check_options, check_output, check_source
+    from detkit.runs import resolve_checkpoint
+
+    # A mistake that can be told without the model shall not cost the time to import torch and to load it.
+    checkpoint = resolve_checkpoint(options.checkpoint)
+    check_options(vars(options))
+    check_source(options.source)
+    check_output(Path(options.output or "runs/infer"))
+
     from detkit.infer import infer as run
     from detkit.infer import numbered_folder
-    from detkit.model import resolve_checkpoint
     from detkit.predict import load
 
-    predictor = load(
-        options.checkpoint, options.device, options.proposals, precision=options.precision, compile=options.compile
-    )
-    print(f"checkpoint {resolve_checkpoint(options.checkpoint)}\nclasses    {predictor.model.classes}")
+    predictor = load(checkpoint, options.device, options.proposals, options.precision, options.compile)
+    print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
     print(f"runs on    {predictor.network.choices}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
@@ -245,17 +251,20 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
                 f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
                 f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', *EVAL_KEYS})}"
             )
+    from detkit.runs import resolve_checkpoint
+
+    path = resolve_checkpoint(checkpoint)  # before anything heavy
+
     from rich.console import Console
 
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
     from detkit.engine.evaluate import evaluate as run
-    from detkit.model import check_classes, load_model, resolve_checkpoint
+    from detkit.model import check_classes, load_model
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
     from detkit.tasks.base import task_of, write_json
 
-    path = resolve_checkpoint(checkpoint)
     model = load_model(path)
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
     check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))

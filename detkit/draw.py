@@ -8,6 +8,7 @@ masks, each object has a colour of its own instead, so that neighbours of one cl
 from __future__ import annotations
 
 import colorsys
+import importlib.util
 import logging
 import math
 from collections.abc import Sequence
@@ -171,6 +172,7 @@ def _annotate(
         order: (N,) indices, the one to be drawn on top last.
         corners_only: (N,) bool: of the box only its corners, of the mask only its outline.
     """
+    import cv2
     import supervision
 
     check_image(image)
@@ -188,7 +190,7 @@ def _annotate(
         return supervision.Detections(xyxy=boxes[indices], class_id=colors[indices])
 
     # Supervision takes arrays to be BGR.
-    scene = np.ascontiguousarray(image[:, :, ::-1])
+    scene = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
     if objects.masks is not None:
         scene = _paint_masks(scene, boxes, objects.masks.numpy(), palette, colors, corners_only)
     scene = supervision.BoxAnnotator(palette, thickness).annotate(scene, chosen(order[~corners_only[order]]))
@@ -207,7 +209,7 @@ def _annotate(
         smart_position=True,
     )
     scene = annotator.annotate(scene, chosen(order), labels=[texts[index] for index in order])
-    picture = np.ascontiguousarray(scene[:, :, ::-1])
+    picture: np.ndarray = cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)
     if objects.points is None:
         return picture
     from detkit.draw_points import draw_points
@@ -291,10 +293,18 @@ def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
 
 
 def _default_font_path() -> str:
-    # Pillow's own font and OpenCV's have ASCII only; matplotlib, which supervision needs, brings DejaVu Sans.
+    # Pillow's own font and OpenCV's have ASCII only; matplotlib, which supervision needs, brings DejaVu Sans. It takes
+    # longer to import than a picture to draw, and where it keeps its fonts can be told without.
+    font = Path("fonts", "ttf", "DejaVuSans.ttf")
+    package = importlib.util.find_spec("matplotlib")
+    assert package is not None
+    assert package.origin is not None
+    usual = Path(package.origin).with_name("mpl-data") / font
+    if usual.is_file():
+        return str(usual)
     import matplotlib
 
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    return str(Path(matplotlib.get_data_path()) / font)
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -307,7 +317,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
     """A font with every character of `texts`; where the system has none, some names give way to the label's number."""
     default = _default_font_path()
-    missing = _missing(default, "".join(texts))
+    together = "".join(texts)
+    missing = set() if together.isascii() and together.isprintable() else _missing(default, together)
     if not missing:
         return default, texts
 

@@ -28,7 +28,7 @@ def check_range(path: str, low: float, high: float = math.inf, **options: float)
     """Refuse options that are not in low..high.
 
     Args:
-        path: where in the config they stand ("head.rpn").
+        path: where in the config they stand ("head.rpn"); empty for options of a command.
 
     Raises:
         ConfigError: naming the first that is out of range.
@@ -36,7 +36,7 @@ def check_range(path: str, low: float, high: float = math.inf, **options: float)
     for name, value in options.items():
         if not low <= value <= high:
             allowed = f"at least {low:g}" if high == math.inf else f"in {low:g}..{high:g}"
-            raise ConfigError(f"'{path}.{name}' must be {allowed}, but is {value}.")
+            raise ConfigError(f"'{f'{path}.{name}' if path else name}' must be {allowed}, but is {value}.")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

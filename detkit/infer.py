@@ -13,16 +13,17 @@ from rich.progress import track
 from detkit.data.image import find_images, read_image
 from detkit.data.video import is_video
 from detkit.draw import write_image
-from detkit.errors import ConfigError, DataError
+from detkit.errors import DataError
 from detkit.gallery import Gallery
 from detkit.infer_video import infer_video
+from detkit.limits import check_options, check_output
 from detkit.overlap import Behind, ahead
 from detkit.predict import Predictor
 from detkit.tasks.base import write_json
 from detkit.types import Meta
 
-READ_AHEAD, WRITE_BEHIND = 4, 4
-"""Pictures that wait to be predicted, beyond a batch, and to be drawn and written."""
+READ_AHEAD, WRITE_BEHIND = 4, 1
+"""Pictures that wait to be predicted and to be drawn and written, beyond a batch of each."""
 
 
 def infer(
@@ -47,14 +48,14 @@ def infer(
 
     Raises:
         DataError: there is no picture, or one is broken and `skip_broken` is false.
-        ConfigError: an option makes no sense, or has no use for the model's task.
+        ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     files = [] if is_video(source) else find_images(source)
-    if batch < 1:
-        raise ConfigError(f"'batch' must be at least 1, but is {batch}.")
     task = predictor.task
     choices = task.complete(options)
+    check_options({**options, "batch": batch})
+    check_output(output)
     limits = _limits(predictor, options, batch)
     if is_video(source):
         common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
@@ -71,7 +72,7 @@ def infer(
         task.write(output, name, image, found, meta, choices)
 
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
-    with closing(pictures), Behind(WRITE_BEHIND) as behind:
+    with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
         for start in starts:
             chunk = []
             for file, picture in zip(files[start : start + batch], pictures):
@@ -99,16 +100,10 @@ def infer(
 
 
 def _limits(predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Those of the options by which a prediction itself is made, for `Predictor.predict_all`.
-
-    Raises:
-        ConfigError: there is a threshold, but no gallery that it could be for.
-    """
+    """Those of the options by which a prediction itself is made, for `Predictor.predict_all`."""
     limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
     if "gallery" in options:
         limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
-    elif "threshold" in options:
-        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
     return limits
 
 

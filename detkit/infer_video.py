@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.errors import DetkitError
+from detkit.overlap import Behind, items_ahead
 from detkit.predict import Predictor
 from detkit.types import Meta
+
+READ_AHEAD, WRITE_BEHIND = 2, 1
+"""Frames that wait to be predicted and to be written, beyond a batch of each. Those of a large film have 25 MB."""
 
 
 def infer_video(
@@ -28,7 +33,10 @@ def infer_video(
     choices: Mapping[str, Any],
     limits: Mapping[str, Any],
 ) -> int:
-    """Predict on every frame of a film, holding `batch` of them in memory.
+    """Predict on every frame of a film, while those behind it are read and those before it drawn and written.
+
+    At no time more than three batches and a few frames are in memory. What was written before an error or an
+    interruption is whole: the film can be watched, and predictions.json has its frames.
 
     The film is written to `output` under its own name as .mp4, in its own size and rate. In predictions.json `image_id`
     is the number of the frame, from 0.
@@ -55,16 +63,21 @@ def infer_video(
         _bar(console) as bar,
     ):
         shown = bar.add_task("predicting", total=reader.expected or None)
+
+        def write(number: int, image: np.ndarray, found: Any) -> None:
+            meta = Meta(number, f"{source}, frame {number}", (image.shape[0], image.shape[1]))
+            if save_images:
+                writer.write(task.draw(image, found))
+            task.write(output, f"{stem}_{number:06d}", image, found, meta, choices)
+            records.add(task.records(found, meta, predictor.model.classes))
+            bar.update(shown, completed=number + 1)
+
         number = 0
-        for frames in _chunks(iter(reader), batch):
-            for image, found in zip(frames, predictor.predict_all(frames, batch_size=batch, **limits)):
-                meta = Meta(number, f"{source}, frame {number}", (image.shape[0], image.shape[1]))
-                records.add(task.records(found, meta, predictor.model.classes))
-                if save_images:
-                    writer.write(task.draw(image, found))
-                task.write(output, f"{stem}_{number:06d}", image, found, meta, choices)
-                number += 1
-            bar.update(shown, completed=number)
+        with closing(items_ahead(reader, batch + READ_AHEAD)) as images, Behind(batch + WRITE_BEHIND) as behind:
+            for frames in _chunks(images, batch):
+                for image, found in zip(frames, predictor.predict_all(frames, batch_size=batch, **limits)):
+                    behind.submit(write, number, image, found)
+                    number += 1
     if reader.problem:
         console.print(reader.problem)
     console.print(f"{number} frames, {records.count} {task.noun} -> {film if save_images else output}")

@@ -15,6 +15,7 @@ from detkit.errors import CheckpointError, ConfigError, nearest
 from detkit.heads.base import Head
 from detkit.published.read import is_published, read_published
 from detkit.registry import backbones, heads, necks
+from detkit.runs import resolve_checkpoint
 from detkit.types import ClassList, Inputs
 
 FORMAT = "detkit 1"
@@ -165,22 +166,6 @@ def load_model(path: str | Path) -> Model:
     return model.eval()
 
 
-def resolve_checkpoint(path: str | Path) -> str:
-    """The checkpoint that a user means by a run's folder (its best), by a file of detkit's or of others (`.pth`,
-    `.weights`), or by torchvision's name.
-
-    Raises:
-        CheckpointError: the folder is no run with a checkpoint.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return str(path)
-    for checkpoint in (folder / "checkpoints" / "best.safetensors", folder / "best.safetensors"):
-        if checkpoint.is_file():
-            return str(checkpoint)
-    raise CheckpointError(f"The folder '{path}' holds no checkpoints/best.safetensors. Give a run's folder or a file.")
-
-
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """The tensors of a checkpoint file, the experiment that trained them, and its classes."""
     from safetensors import SafetensorError, safe_open
@@ -189,10 +174,6 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Cl
     if is_published(path):
         return read_published(path)
     path = Path(path)
-    if not path.is_file():
-        runs = path.parent.iterdir() if path.parent.is_dir() else ()
-        found = [str(item) for item in runs if item.is_dir() or item.suffix == ".safetensors"]
-        raise CheckpointError(f"There is no checkpoint '{path}'. {nearest(str(path), found)}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

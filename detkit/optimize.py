@@ -1,16 +1,14 @@
 """A trained model made fast for prediction: batch norms inside convolutions, half precision, a compiled network."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from detkit.compiled import Outputs, Trunk, check_compiler, compiled
 from detkit.errors import ConfigError
 from detkit.model import Model
 from detkit.types import Inputs
@@ -21,8 +19,6 @@ PROBE_SIDE = 160
 """Pixels of the picture that shows what follows what in a network which takes pictures of any size."""
 TIMM_NORM = "BatchNormAct2d"
 """timm's norm with an activation inside."""
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-CACHE = "~/.cache/detkit/compiled"
 
 
 class FastNetwork:
@@ -37,8 +33,8 @@ class FastNetwork:
         precision: "auto" is bf16 where the hardware has matrix units for it: GPUs of compute capability 8.0 on, CPUs
             with AMX; else fp32, and for heads that need it (Head.full_precision). "bf16" also takes AVX512-BF16.
         compile: let TorchInductor compile backbone, neck and head. It takes a minute the first time; the outcome is
-            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures; under
-            short_side a second one may follow, for pictures whose coarse maps have less than 20,480 values.
+            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures; where they differ a
+            second one may follow, for pictures whose coarse maps have less than 20,480 values.
 
     Attributes:
         features: from images in 0..1 to the maps behind backbone and neck.
@@ -46,23 +42,24 @@ class FastNetwork:
         choices: one line that says how it runs.
 
     Raises:
-        ConfigError: the precision is not to be had on the device, or there is no compiler.
+        ConfigError: the precision is not to be had on the device, or there is no compiler. Whether one works shows when
+            the network first runs, which raises a ConfigError too.
     """
 
     def __init__(self, model: Model, precision: Precision = "auto", compile: bool = False) -> None:
         self.model = model
         self.device = model.mean.device
+        check_choices(precision, compile, self.device)
         if precision == "auto" and model.head.full_precision:
             precision = "fp32"
         self.precision, reason = choose_precision(precision, self.device)
-        if compile:
-            _check_compiler(self.device)
         self.folded = fold_batch_norms(model)
         if self.precision != "fp32":
             _halve_weights(model, DTYPES[self.precision])
-        self.features, self.outputs = self._trunk, self._head
+        self.features: Trunk = self._trunk
+        self.outputs: Outputs = self._head
         if compile:
-            self._compile()
+            self.features, self.outputs = compiled(model, self._trunk, self._head)
         self.choices = ", ".join(
             [
                 str(self.device),
@@ -96,26 +93,16 @@ class FastNetwork:
     def _head(self, features: list[Tensor], inputs: Inputs) -> Any:
         return self.model.head(features, inputs)
 
-    def _compile(self) -> None:
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-        # Torch's own folder is a temporary one. It sets the variable itself, sometimes before this.
-        if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
-            os.environ[CACHE_VARIABLE] = str(Path(CACHE).expanduser())
-        # The sizes of pictures under short_side differ: a network for all of them.
-        dynamic = self.model.fit.resize == "short_side"
-        options: dict[str, Any] = {"freezing": True}
-        self.features = torch.compile(self._trunk, dynamic=dynamic, options=options)
-        head = torch.compile(self._head, dynamic=dynamic, options=options)
+def check_choices(precision: Precision, compile: bool, device: torch.device) -> None:
+    """Refuse what the machine does not have.
 
-        def outputs(features: list[Tensor], inputs: Inputs) -> Any:
-            if self.model.head.reads_sizes:
-                return self._head(features, inputs)
-            # The sizes inside the padding only pass through; the compiled code would be for these alone.
-            whole = Inputs(inputs.size, (inputs.size,) * len(inputs.sizes), inputs.proposals)
-            return with_sizes(head(features, whole), inputs.sizes)
-
-        self.outputs = outputs
+    Raises:
+        ConfigError: the precision is not to be had on the device, or there is no compiler.
+    """
+    choose_precision(precision, device)
+    if compile:
+        check_compiler(device)
 
 
 def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision, str]:
@@ -204,14 +191,6 @@ def fold_batch_norms(model: Model) -> int:
     return len(pairs)
 
 
-def with_sizes(outputs: Any, sizes: tuple[tuple[int, int], ...]) -> Any:
-    """Raw outputs of a head, nested named tuples, with these `sizes` of the images inside the padding."""
-    if not hasattr(outputs, "_fields"):
-        return outputs
-    changed = {name: with_sizes(value, sizes) for name, value in zip(outputs._fields, outputs)}
-    return outputs._replace(**(changed | ({"sizes": sizes} if "sizes" in changed else {})))
-
-
 def _probe(model: Model, with_head: bool) -> None:
     """A pass over a picture of the mean colour."""
     size = (PROBE_SIDE, PROBE_SIDE) if model.fit.resize == "short_side" else model.fit.size
@@ -275,11 +254,3 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
         out[..., place] = wanted
         error = wanted - out[..., place]
     return out.view(weight.shape).to(memory_format=torch.channels_last)
-
-
-def _check_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise ConfigError(
-            "--compile needs a C++ compiler, but there is neither g++ nor clang++. Install one (the package g++ or "
-            "build-essential), name yours by the variable CXX, or leave --compile out."
-        )

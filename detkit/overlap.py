@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import repeat
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -29,6 +31,19 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int) -> 
                 future.cancel()
 
 
+def items_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+    """The items in order, drawn from an iterator in another thread, at most `depth` before they are asked for.
+
+    An error of the iterator comes where its item would, and ends the iteration.
+    """
+    iterator, end = iter(items), object()
+    with closing(ahead(lambda _: next(iterator, end), repeat(None), depth)) as drawn:
+        for item in drawn:
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+
 class Behind:
     """Runs calls one after the other in another thread; a context, whose end waits for all of them.
 
@@ -43,12 +58,22 @@ class Behind:
         self._depth = depth
         self._pending: deque[Future[Any]] = deque()
         self._pool = ThreadPoolExecutor(1)
+        self._failed = False
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Run `work(*arguments)` soon."""
         while len(self._pending) >= self._depth:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(work, *arguments))
+        self._pending.append(self._pool.submit(self._run, work, arguments))
+
+    def _run(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if self._failed:
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True  # those that wait already shall not follow what is missing
+            raise
 
     def __enter__(self) -> "Behind":
         return self

@@ -13,7 +13,7 @@ from detkit.data.image import read_image, rgb_uint8
 from detkit.data.loader import collate
 from detkit.errors import ConfigError, DataError
 from detkit.model import Model, load_model
-from detkit.optimize import FastNetwork, Precision
+from detkit.optimize import FastNetwork, Precision, check_choices
 from detkit.predictions import Recogniser
 from detkit.proposals.dataset import CACHE_KEY, build_source, check_needed
 from detkit.proposals.sources import ProposalSource
@@ -47,6 +47,7 @@ def load(
         ConfigError: there is no such device, the proposals do not go with the model or with new pictures, or the
             precision or the compiler is not to be had.
     """
+    check_choices(precision, compile, usable_device(device))  # before the time that loading takes
     return Predictor(load_model(checkpoint), device, proposals, precision, compile)
 
 
@@ -167,13 +168,24 @@ def to_device(model: M, device: str) -> M:
     Raises:
         ConfigError: there is no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(usable_device(device))
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return model.to(torch.device(device))
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a device without memory, or that is not there, fails here
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The device '{device}' cannot be used: {reason} Use cpu or auto.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device '{name}' cannot be used: {reason}. Use cpu or auto.") from None
+    return device
 
 
 def to_array(image: Picture) -> np.ndarray:

@@ -180,7 +180,7 @@ class TestBadInput:
         fails(run("eval"), "needs a run's folder")
         fails(run("eval", checkpoint, "--head.nms_threshold", "0.3"), "'--head.nms_threshold' cannot be changed")
         fails(run("train", tiny_config, "--resume", ""), "--resume needs the folder")
-        fails(run("infer", checkpoint, "--source", tiny_config.parent, "--batch", "0"), "no pictures")
+        fails(run("infer", checkpoint, "--source", tiny_config.parent), "no pictures")
 
     def test_a_misspelt_key_in_a_config(self, run: Run, tiny_config: Path) -> None:
         tiny_config.write_text(tiny_config.read_text().replace("warmup_epochs", "warm_up_epochs"))

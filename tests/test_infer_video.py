@@ -1,7 +1,10 @@
 """`detkit infer` on a film: every frame is seen once, in order, and nothing but a few of them is in memory."""
 
 import json
+import time
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import torch
 
 from detkit.data.shapes import Shapes
 from detkit.data.video import VideoReader, VideoWriter
+from detkit.errors import DetkitError
 from detkit.infer import infer
+from detkit.infer_video import READ_AHEAD, WRITE_BEHIND
 from detkit.model import build_model
 from detkit.predict import Predictor
 
@@ -62,23 +67,86 @@ def test_what_is_not_asked_for_is_not_written(predictor: Predictor, film: Path, 
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["film.mp4"]
 
 
-def test_no_more_frames_than_a_batch_are_read_ahead(
+@pytest.mark.parametrize("batch", [1, 4])
+def test_only_some_frames_are_in_memory(
+    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    read, written, held = 0, 0, []
+
+    def frames(self: VideoReader) -> Iterator[np.ndarray]:
+        nonlocal read
+        for _ in range(60):
+            read += 1
+            yield np.zeros((32, 32, 3), dtype=np.uint8)
+
+    def write(self: VideoWriter, image: np.ndarray) -> None:
+        nonlocal written
+        time.sleep(0.005)  # so that all before it waits for it
+        held.append(read - written)
+        written += 1
+
+    monkeypatch.setattr(VideoReader, "__iter__", frames)
+    monkeypatch.setattr(VideoWriter, "write", write)
+    infer(predictor, str(film), tmp_path / "out", batch=batch, max_det=1)
+    assert written == 60
+    assert max(held) <= 3 * batch + READ_AHEAD + WRITE_BEHIND + 1
+
+
+def interrupted_at(whose: Any, name: str, call: int, error: BaseException) -> Any:
+    """The method of that name, but its `call`-th call ends in `error`."""
+    original = getattr(whose, name)
+    calls = count(1)
+
+    def method(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise error
+        return original(*arguments, **options)
+
+    return method
+
+
+def whole(out: Path, frames: int) -> None:
+    """The film and predictions.json have the same first `frames`."""
+    with VideoReader(out / "film.mp4") as reader:
+        assert len(list(reader)) == frames
+        assert not reader.problem
+    records = json.loads((out / "predictions.json").read_text())
+    assert {record["image_id"] for record in records} == set(range(frames))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_was_predicted_before_an_interruption_is_whole(
+    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(predictor, "_run", interrupted_at(predictor, "_run", 3, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        infer(predictor, str(film), tmp_path / "out", batch=batch, conf=0.0)
+    whole(tmp_path / "out", frames=2 * batch)
+
+
+def test_what_was_written_before_an_error_of_the_writer_is_whole(
     predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[int] = []
-    original = VideoReader.__iter__
+    monkeypatch.setattr(predictor.task, "draw", interrupted_at(predictor.task, "draw", 4, DetkitError("disk full")))
+    with pytest.raises(DetkitError, match="disk full"):
+        infer(predictor, str(film), tmp_path / "out", batch=2, conf=0.0)
+    whole(tmp_path / "out", frames=3)
 
-    def counted(self: VideoReader) -> Any:
-        for number, frame in enumerate(original(self)):
-            read.append(number)
-            yield frame
 
-    seen: list[int] = []
-    draw = predictor.task.draw
-    monkeypatch.setattr(VideoReader, "__iter__", counted)
-    monkeypatch.setattr(predictor.task, "draw", lambda *a: (seen.append(len(read)), draw(*a))[1])
-    infer(predictor, str(film), tmp_path / "out", batch=2)
-    assert seen == [2, 2, 4, 4, 6, 6, 7]
+def test_what_was_read_before_an_error_of_the_reader_is_whole(
+    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = VideoReader.__iter__
+
+    def cut(self: VideoReader) -> Iterator[np.ndarray]:
+        if self.path != film:
+            return frames(self)
+        return (frame if number < 5 else self.no_such for number, frame in enumerate(frames(self)))
+
+    monkeypatch.setattr(VideoReader, "__iter__", cut)
+    with pytest.raises(AttributeError, match="no_such"):
+        infer(predictor, str(film), tmp_path / "out", conf=0.0)
+    whole(tmp_path / "out", frames=5)
 
 
 def test_damage_is_reported(
@@ -86,7 +154,7 @@ def test_damage_is_reported(
 ) -> None:
     content = bytearray(film.read_bytes())
     start = content.index(b"mdat") + 2000
-    content[start : start + 500] = bytes([255]) * 500
+    content[start : start + 2000] = bytes([255]) * 2000
     film.write_bytes(content)
     infer(predictor, str(film), tmp_path / "out")
     output = capsys.readouterr().out

@@ -1,17 +1,24 @@
 """A model made fast gives what the plain one gives."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError, InductorError
 
 from detkit.boxes.iou import pairwise_iou
+from detkit.compiled import compiler_errors, with_sizes
 from detkit.config import load_experiment
 from detkit.errors import ConfigError
 from detkit.model import Model, build_model
-from detkit.optimize import bf16_instructions, choose_precision, fold_batch_norms, rounded, with_sizes
+from detkit.optimize import bf16_instructions, choose_precision, fold_batch_norms, rounded
 from detkit.predict import Predictor
 from detkit.types import ClassList, Detections
 
@@ -161,6 +168,60 @@ def test_compiling_without_a_compiler_says_what_to_install(monkeypatch: pytest.M
         Predictor(build("ssd"), "cpu", compile=True)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "In file included from a.cpp:2:\na.h:3: fatal error: omp.h: not found\ncompilation terminated.",
+            "a.h:3: fatal",
+        ),
+        ("ld: cannot find -lgomp\n\n", "does not work: ld: cannot find -lgomp. Install"),
+        ("", "does not work: it said nothing. Install"),
+    ],
+)
+def test_what_the_compiler_said_is_told(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ccache g++-99")
+    failure = InductorError(CppCompileError(["g++", "a.cpp"], said), None)
+    with (
+        pytest.raises(ConfigError, match=r"ccache g\+\+-99 does not work.*leave --compile out") as error,
+        compiler_errors(),
+    ):
+        raise failure
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_cannot_be_compiled_is_no_fault_of_the_compiler() -> None:
+    with pytest.raises(ConfigError, match=r"this network \(KeyError: 'x'\)\. Leave --compile out"), compiler_errors():
+        raise InductorError(KeyError("x"), None)
+    with pytest.raises(KeyError), compiler_errors():
+        raise KeyError
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_ends_the_command_with_one_paragraph(tmp_path: Path) -> None:
+    """In a process of its own, since torch remembers what the compiler can do."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\ncase $* in *version*) echo g++ 12.2.0; exit 0;; esac\necho 'error: no omp.h' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    build("ssd").save(tmp_path / "model.safetensors")
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    arguments = ["infer", "model.safetensors", "--source", "picture.png", "--device", "cpu", "--compile"]
+    result = subprocess.run(
+        [sys.executable, "-m", "detkit.cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert f"detkit: --compile needs a C++ compiler with OpenMP, but {compiler} does not work" in result.stderr
+    assert "error: no omp.h. Install one" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (5, 1, 5, 5), (4, 6, 1, 1)])
 def test_rounding_keeps_the_sum_of_each_kernel(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -189,7 +250,7 @@ def test_a_compiled_network_serves_all_sizes_and_finds_the_same(
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     # Torch itself chooses other code for maps of less than 20,480 values, so that there may be a second version.
-    assert graphs[-1] <= (2 if family == "faster_rcnn" else 1) * graphs[0]
+    assert graphs[-1] <= (1 if compiled.model.fit.one_size else 2) * graphs[0]
 
 
 def test_sizes_are_put_back_where_named_tuples_hold_them() -> None:

@@ -85,8 +85,8 @@ def test_options(predictor: Predictor) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"conf": 1.5}, r"'conf' must lie in 0\.\.1"),
-        ({"iou": -0.1}, r"'iou' must lie in 0\.\.1"),
+        ({"conf": 1.5}, r"'conf' must be in 0\.\.1"),
+        ({"iou": -0.1}, r"'iou' must be in 0\.\.1"),
         ({"max_det": 0}, "'max_det' must be at least 1"),
         ({"classes": ["gren"]}, "'gren' is no class of this model. Did you mean 'green'"),
         ({"classes": [7]}, "'7' is no class"),

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
+from detkit.runs import MTCNN as PREFIX
 from detkit.types import ClassList
 
-PREFIX = "mtcnn:"
 NETWORKS = ("pnet", "rnet", "onet")
 OUTPUTS = {
     **{"conv4_1": "face", "conv4_2": "box"},

@@ -14,15 +14,14 @@ from detkit.errors import CheckpointError, nearest
 from detkit.published.classifiers import NETWORKS, convert_classifier
 from detkit.published.darknet import read_darknet
 from detkit.published.fcn import convert_fcn
-from detkit.published.mtcnn import PREFIX as MTCNN_PREFIX
 from detkit.published.mtcnn import convert_mtcnn, mtcnn_files
 from detkit.published.rcnn import convert_rcnn
 from detkit.published.retinanet import convert_retinanet
 from detkit.published.ssd import convert_ssd300_vgg16
 from detkit.published.yolox import STEM, convert_yolox
+from detkit.runs import MTCNN, TORCHVISION
 from detkit.types import ClassList
 
-PREFIX = "torchvision:"
 DARKNET_SUFFIX = ".weights"
 PUBLISHED = (
     "ssd300_vgg16",
@@ -51,7 +50,7 @@ CONVERTERS: dict[str, Converter] = {
 def is_published(source: str) -> bool:
     """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, a .pth file, or a .weights file of
     Darknet's."""
-    return source.startswith((PREFIX, MTCNN_PREFIX)) or source.endswith((".pth", DARKNET_SUFFIX))
+    return source.startswith((TORCHVISION, MTCNN)) or source.endswith((".pth", DARKNET_SUFFIX))
 
 
 def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
@@ -67,9 +66,9 @@ def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassLis
     """
     if source.endswith(DARKNET_SUFFIX):
         return read_darknet(source)
-    if source.startswith(MTCNN_PREFIX):
+    if source.startswith(MTCNN):
         return convert_mtcnn({name: _read(path) for name, path in mtcnn_files(source).items()})
-    state = _download(source) if source.startswith(PREFIX) else _read(Path(source))
+    state = _download(source) if source.startswith(TORCHVISION) else _read(Path(source))
     for name, convert in CONVERTERS.items():
         if name in state:
             return convert(state)
@@ -83,7 +82,7 @@ def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassLis
 def _download(source: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
-    name = source.removeprefix(PREFIX)
+    name = source.removeprefix(TORCHVISION)
     if name not in PUBLISHED:
         raise CheckpointError(f"detkit cannot run torchvision's '{name}'. {nearest(name, PUBLISHED)}")
     weights = get_model_weights(name).DEFAULT

@@ -16,6 +16,7 @@ from detkit.data.transforms import undo
 from detkit.draw import compare, draw_detections, draw_targets, write_image
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.heads.base import Head
+from detkit.limits import check_options
 from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
 from detkit.registry import tasks
 from detkit.tasks.base import Scores, Task
@@ -71,12 +72,8 @@ class Detect(Task[Detections]):
     def limited(
         self, head: Head, class_names: tuple[str, ...], options: Mapping[str, Any]
     ) -> Iterator[Callable[[Detections], Detections]]:
+        check_options(options)
         conf, iou, max_det = options["conf"], options["iou"], options["max_det"]
-        for name, value in (("conf", conf), ("iou", iou)):
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"'{name}' must lie in 0..1, but is {value}.")
-        if max_det is not None and max_det < 1:
-            raise ConfigError(f"'max_det' must be at least 1, but is {max_det}.")
         wanted = None if options["classes"] is None else _labels(options["classes"], class_names)
         default = head.postprocess
         kept = default.max_detections if max_det is None else max_det

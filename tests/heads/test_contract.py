@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from detkit.backbones.base import Backbone
+from detkit.config import load_experiment
 from detkit.heads.base import Head
 from detkit.heads.mtcnn import MTCNN
+from detkit.model import Model
+from detkit.optimize import FastNetwork, bf16_instructions
 from detkit.predictions import Classification, Embedding, Landmarks, Rendering, SemanticMap
 from detkit.registry import heads, tasks
-from detkit.types import IGNORED_PIXEL, Detections, Inputs, Target
+from detkit.types import IGNORED_PIXEL, ClassList, Detections, Inputs, Target
 
 PREDICTIONS: dict[str, type] = {
     "detect": Detections,
@@ -242,13 +246,18 @@ def test_pictures_with_more_objects_than_places_train(head: Head) -> None:
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
 
 
-def test_decoding_gives_one_result_for_each_image(head: Head) -> None:
+def excite(head: Head) -> None:
+    """Weights with which a head finds something in any picture."""
     for module in head.modules():
         # MTCNN moves its boxes three times over: such weights would carry them out of the picture.
         if isinstance(module, nn.Conv2d) and not isinstance(head, MTCNN):
             nn.init.normal_(module.weight, std=0.3)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)  # some heads expect nearly everything to be background
+
+
+def test_decoding_gives_one_result_for_each_image(head: Head) -> None:
+    excite(head)
     found = head.eval().decode(outputs_of(head))
     assert isinstance(found, list)
     assert len(found) == 3
@@ -257,6 +266,55 @@ def test_decoding_gives_one_result_for_each_image(head: Head) -> None:
         check_prediction(prediction, size, head)
     if head.task == "detect":
         assert sum(len(detections) for detections in found) > 0
+
+
+class Maps(Backbone):
+    """Maps of the channels and strides that a head is tested on, in half precision where the network runs in it."""
+
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.channels, self.strides = channels, strides
+        parts = zip(channels, strides)
+        self.layers = nn.ModuleList(nn.Conv2d(3, count, stride, stride) for count, stride in parts)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [images] if self.strides == (1,) else [layer(images) for layer in self.layers]
+
+    def stages(self) -> list[nn.Module]:
+        return []
+
+
+@pytest.mark.skipif(not bf16_instructions(torch.device("cpu")), reason="this processor has no instructions for bf16")
+def test_predictions_in_half_precision_are_finite_float32(head: Head) -> None:
+    experiment = load_experiment(
+        [], ["--data.name", "shapes", "--backbone.name", "pixels", "--head.name", "ssd", "--input.size", "[64, 96]"]
+    )
+    name = next(name for name in heads.names() if heads.get(name) is type(head))
+    excite(head)
+    model = Model(Maps(*maps(name)), None, head, experiment, ClassList.from_names(["a", "b", "c"])).eval()
+    images = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    found = {}
+    for precision in ("fp32", "bf16"):
+        network = FastNetwork(model, precision)  # type: ignore[arg-type]
+        with network.arithmetic():
+            found[precision] = head.decode(network(images, SIZES, inputs().proposals))
+    for half, whole, size in zip(found["bf16"], found["fp32"], SIZES, strict=True):
+        assert type(half) is type(whole)
+        check_prediction(half, size, head)
+        for field in dataclasses.fields(half):
+            one, other = getattr(half, field.name), getattr(whole, field.name)
+            assert type(one) is type(other)
+            if not isinstance(one, torch.Tensor):
+                continue
+            assert one.dtype == other.dtype != torch.bfloat16
+            assert torch.isfinite(one).all()
+            # how many objects are found may change where a score is near the threshold
+            first = 1 if isinstance(half, Detections) else 0
+            assert one.shape[first:] == other.shape[first:]
+    if head.task == "detect":
+        assert sum(map(len, found["bf16"])) > 0
 
 
 def check_prediction(prediction: Any, size: tuple[int, int], head: Head) -> None:

@@ -1,0 +1,60 @@
+"""Where trained models lie: runs/<task>/<name>/checkpoints/best.safetensors, and what a user may mean by less.
+
+Nothing heavy is imported, so that a name with no model behind it is refused at once.
+"""
+
+import difflib
+from pathlib import Path
+
+from detkit.errors import CheckpointError
+
+BEST = Path("checkpoints") / "best.safetensors"
+TORCHVISION, MTCNN = "torchvision:", "mtcnn:"
+"""What the names of published models start with; see detkit.published."""
+SHOWN_RUNS = 8
+"""As many runs are named where the one asked for is missing."""
+CLOSE = 0.5
+"""From this similarity on, 0..1, a name may have been meant."""
+
+
+def resolve_checkpoint(path: str | Path) -> str:
+    """The checkpoint that a user means by a run's folder (its best), by a file of detkit's or of others (`.pth`,
+    `.weights`), or by a published name.
+
+    Raises:
+        CheckpointError: there is none; the message names runs that exist, the nearest first.
+    """
+    given = Path(path)
+    if given.is_dir():
+        for checkpoint in (given / BEST, given / BEST.name):
+            if checkpoint.is_file():
+                return str(checkpoint)
+        raise CheckpointError(f"The folder '{path}' holds no {BEST.as_posix()}. {_advice(given)}")
+    if not given.is_file() and not str(path).startswith((TORCHVISION, MTCNN)):
+        raise CheckpointError(f"There is no checkpoint '{path}'. {_advice(given)}")
+    return str(path)
+
+
+def runs_near(path: Path) -> list[Path]:
+    """Folders of runs with a checkpoint, and checkpoint files: in `path`, in the folder it is or would be in, and in
+    `runs`; those with a name more like that of `path` first."""
+    folders = [path, next(folder for folder in path.parents if folder.is_dir()), Path("runs")]
+    runs: dict[Path, Path] = {}
+    for folder in folders:
+        found = [file.parents[1] for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{BEST.as_posix()}")]
+        for item in [*found, *folder.glob("*.safetensors")]:
+            runs.setdefault(item.resolve(), item)
+    return sorted(runs.values(), key=lambda run: (-_likeness(run, path), str(run)))
+
+
+def _likeness(run: Path, path: Path) -> float:
+    return difflib.SequenceMatcher(None, run.name, path.name).ratio()
+
+
+def _advice(path: Path) -> str:
+    runs = runs_near(path)
+    if not runs:
+        return "Give the folder of a run, runs/<task>/<name>, or a checkpoint file; detkit train makes them."
+    meant = f"Did you mean '{runs[0]}'? " if _likeness(runs[0], path) >= CLOSE else ""
+    more = f" and {len(runs) - SHOWN_RUNS} more" if len(runs) > SHOWN_RUNS else ""
+    return f"{meant}There are: {', '.join(map(str, runs[:SHOWN_RUNS]))}{more}."
