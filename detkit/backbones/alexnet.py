@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
@@ -46,6 +45,8 @@ class AlexNet(Backbone):
     ) -> None:
         super().__init__()
         check_levels(levels, ENDS, "alexnet")
+        from torchvision import models
+
         full = models.alexnet(weights=None)
         self.features = full.features[: ENDS[levels[-1]]]
         for module in self.features:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
@@ -42,6 +41,8 @@ class DenseNet121(Backbone):
     ) -> None:
         super().__init__()
         check_levels(levels, CHANNELS, "densenet121")
+        from torchvision import models
+
         full = models.densenet121(weights=None)
         layers = list(full.features.named_children())
         last = "norm5" if levels[-1] == 5 else f"denseblock{levels[-1] - 1}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.base import Backbone
 from detkit.backbones.weights import load_weights
@@ -62,6 +61,8 @@ class GoogLeNet(Backbone):
                 f"'levels' of the backbone 'googlenet' must be some of {', '.join(MAPS)}, each once and in this order, "
                 f"but they are {list(levels)}."
             )
+        from torchvision import models
+
         full = models.googlenet(weights=None, aux_logits=True, init_weights=False)
         self._names = MODULES[: MODULES.index(levels[-1]) + 1]
         for name in self._names:

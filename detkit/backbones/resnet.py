@@ -7,7 +7,6 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
@@ -54,6 +53,8 @@ class ResNet(Backbone):
                 f"'backbone.output_stride' is {output_stride}, but {self.network} has no dilated form. Use resnet50 or "
                 f"resnet101, or 32."
             )
+        from torchvision import models
+
         full = models.get_model(
             self.network,
             weights=None,

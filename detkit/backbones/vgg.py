@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.vgg_package import vgg16_from_package
@@ -54,6 +53,8 @@ class VGG(Backbone):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
+        from torchvision import models
+
         super().__init__()
         check_levels(levels, range(1, 7), self.network)
         name = f"{self.network}_bn" if batch_norm else self.network

@@ -53,10 +53,16 @@ def hardware_name(machine: dict[str, Any]) -> str:
 
 
 def default_output(benchmark: str, machine: dict[str, Any]) -> Path:
-    """nms-amd-epyc-2-cores.json in benchmarks/results where that folder exists, else in the current one."""
+    """nms-intel-xeon-8488c-2-cores.json in benchmarks/results where that folder exists, else in the current one.
+
+    Cloud machines of several generations call themselves "AMD EPYC": a name without a number gets the processor's own,
+    nms-amd-epyc-family-25-model-17-2-cores.json.
+    """
     folder = Path("benchmarks/results")
-    name = re.sub(r"\((r|tm)\)|@.*?(?=,)", "", hardware_name(machine).lower())
-    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    cpu = re.sub(r"\((r|tm)\)|@.*", "", machine["cpu"].lower())
+    if not re.search(r"\d", cpu) and machine.get("cpu_model_number"):
+        cpu = f"{cpu} {machine['cpu_model_number']}"
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware_name({**machine, "cpu": cpu}).lower()).strip("-")
     return (folder if folder.is_dir() else Path()) / f"{benchmark}-{slug}.json"
 
 

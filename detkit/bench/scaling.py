@@ -36,6 +36,7 @@ from detkit.bench.report import conditions, console, hardware, output_path, shor
 from detkit.config import Experiment, InputOptions
 from detkit.data.coco import Coco
 from detkit.draw import write_image
+from detkit.engine.memory import keep_freed_memory
 from detkit.heads.ssd import SSDOutputs
 from detkit.model import Model, build_model
 from detkit.types import ClassList, Target
@@ -46,6 +47,8 @@ OBJECTS_IN_DATA = 7
 """Of each picture of the data set."""
 LINEAR = 1.1
 """A growth with an exponent up to it is linear: the times of the largest two sizes are known to some 5 %."""
+MEASURABLE = 2_000_000
+"""Bytes; of less the system's counters know too little for an exponent."""
 DATA = "pictures of a data set"
 
 
@@ -101,6 +104,9 @@ def bench_scaling(options: ScalingOptions, command: str = "") -> dict[str, Any]:
     The network is SSD on small_ssd with random weights: a training step (forward, loss, backward, SGD), a prediction,
     and the post-processing alone, whose scores are fixed: of every object, BOXES_AN_OBJECT boxes are candidates.
 
+    Freed memory is kept for the next call, as by `detkit train`. Else large tensors (of 16 pictures of 256 pixels, say,
+    or two of 768) are mapped anew each time, which took 40 % of a prediction's time, but nothing of smaller ones'.
+
     Args:
         options: see there.
         command: how it was called, for the JSON.
@@ -112,6 +118,7 @@ def bench_scaling(options: ScalingOptions, command: str = "") -> dict[str, Any]:
     output_path("scaling", machine, options)  # an error now, not after minutes
     base = Setting(side=96) if options.quick else Setting()
     out.print(f"{conditions(machine, options)}; SSD on small_ssd, {base}")
+    keep_freed_memory()
     cases: list[Case] = []
     growth: dict[str, Any] = {}
     with cpu_threads(options.threads):
@@ -146,7 +153,7 @@ def exponents(cases: Sequence[Case]) -> dict[str, dict[str, dict[str, float]]]:
         rows = [(case.work, next(row for row in case.rows if row.name == name)) for case in cases]
         measures: dict[str, list[tuple[int, float]]] = {
             "time": [(size, row.median_us) for size, row in rows if row.median_us],
-            "memory": [(size, row.peak_bytes) for size, row in rows if row.peak_bytes],
+            "memory": [(size, row.peak_bytes) for size, row in rows if row.peak_bytes and row.peak_bytes >= MEASURABLE],
         }
         found[name] = {
             what: {"all": _slope(points), "last": _slope(points[-2:])}
@@ -199,6 +206,7 @@ def calls(setting: Setting, device: str, seed: int) -> dict[str, Callable[[], An
 def peaks(setting: dict[str, int], device: str, threads: int, seed: int) -> dict[str, int | None]:
     """Bytes by which each call raises the memory at most; for a process of its own."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     calls(Setting(side=64, batch=1), device, seed)["training step"]()  # loads what is loaded once
     found: dict[str, int | None] = {}
     for name, call in calls(Setting(**setting), device, seed).items():

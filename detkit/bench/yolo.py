@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import InferenceOptions
@@ -86,8 +87,9 @@ class Peer:
     def predict(self, file: str, conf: float) -> Timing:
         """As `Predict` says."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"file": file, "conf": conf}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # of a process that has ended: that there is no answer says so
+            self._process.stdin.write(json.dumps({"file": file, "conf": conf}) + "\n")
+            self._process.stdin.flush()
         answer = self._answer()
         self.about["threads"] = answer["threads"]
         return Timing(answer["ms"], answer["cpu_ms"], answer["boxes"])
@@ -137,6 +139,7 @@ def yolo_case(name: str, images: Sequence[np.ndarray], options: InferenceOptions
                 row.ratio = rows[0].median_us / row.median_us
         facts: dict[str, Any] = {
             "choices": choices,
+            "gflops": _gflops(yolox(name, options.seed, images[0])),
             "peer": None if peer is None else {"model": PEERS[name], **peer.about},
             "cpu_ms": {side: statistics.median(t.cpu_ms for t in taken) for side, taken in samples.items()},
             "boxes": {side: [t.boxes for t in taken[: len(files)]] for side, taken in samples.items()},
@@ -200,6 +203,14 @@ def threshold(call: Predict, file: str) -> float:
             break
         low, high = (middle, high) if found > BOXES else (low, middle)
     return best[1]
+
+
+def _gflops(model: Model) -> float:
+    """Of a picture of SIDE x SIDE; a multiplication and an addition are two."""
+    images = torch.zeros(1, 3, SIDE, SIDE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images, ((SIDE, SIDE),))
+    return counter.get_total_flops() / 1e9
 
 
 def _predict(predictor: Predictor, file: str, conf: float) -> Timing:

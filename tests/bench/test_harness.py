@@ -145,6 +145,22 @@ def test_default_output(tmp_path, monkeypatch):
     assert default_output("nms", machine).parent.parts == ("benchmarks", "results")
 
 
+@pytest.mark.parametrize(
+    ("cpu", "number", "name"),
+    [
+        ("AMD EPYC", "family 25 model 17", "nms-amd-epyc-family-25-model-17-2-cores.json"),
+        ("AMD EPYC", "family 26 model 2", "nms-amd-epyc-family-26-model-2-2-cores.json"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "family 6 model 85", "nms-intel-xeon-cpu-family-6-model-85-2-cores.json"),
+        ("Intel(R) Xeon(R) Platinum 8488C", "family 6 model 143", "nms-intel-xeon-platinum-8488c-2-cores.json"),
+        ("AMD EPYC", None, "nms-amd-epyc-2-cores.json"),
+    ],
+)
+def test_machines_of_one_name_do_not_share_a_file(tmp_path, monkeypatch, cpu, number, name):
+    monkeypatch.chdir(tmp_path)
+    machine = {"cpu": cpu, "cpu_model_number": number, "cores": 2, "gpu": None}
+    assert str(default_output("nms", machine)) == name
+
+
 def case(work, **medians):
     rows = [Row(name, median_us=median, rate=1.0, differences=0) for name, median in medians.items()]
     return Case("detector", "cpu", str(work), work, rows, {"kept": work // 2})

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detkit.bench import scaling
-from detkit.bench.harness import Case, Row
+from detkit.bench.harness import Case, Row, peak_rise
+from detkit.bench.options import ScalingOptions
 from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peaks, exponents
 from detkit.cli import main
 from detkit.data.coco import Coco
@@ -25,6 +26,7 @@ def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
     monkeypatch.setattr(scaling, "AXES", AXES)
     found = {"training step": 3_000_000, "prediction": 2_000_000, "post-processing": 0, "opening": 1000}
     monkeypatch.setattr(scaling, "run_python", lambda code: found)
+    monkeypatch.setattr(scaling, "keep_freed_memory", lambda: None)  # it would be for this whole process
     output = tmp_path / "result.json"
     arguments = ["--quick", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--output", str(output)]
     assert main(["bench", "scaling", *arguments]) == 0
@@ -42,13 +44,31 @@ def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
 
 def test_an_exponent_is_the_power_by_which_time_grows() -> None:
     cases = [
-        Case("", "cpu", "", size, [Row("a", 1e-3 * size**1.5, peak_bytes=7 * size), Row("b", 1000.0 + size)])
+        Case("", "cpu", "", size, [Row("a", 1e-3 * size**1.5, peak_bytes=700_000 * size), Row("b", 1000.0 + size)])
         for size in (10, 100, 1000, 10**6)
     ]
     found = exponents(cases)
     assert found["a"]["time"] == {"all": pytest.approx(1.5), "last": pytest.approx(1.5)}
     assert found["a"]["memory"]["all"] == pytest.approx(1)
+    small = [Case("", "cpu", "", size, [Row("a", 1.0, peak_bytes=1000 * size)]) for size in (1, 10, 5000)]
+    assert "memory" not in exponents(small)["a"]  # one size is too few, and the others too little
     assert found["b"]["time"]["all"] < 0.7 < 0.89 < found["b"]["time"]["last"] < 1
+
+
+def test_memory_is_measured_in_processes_of_their_own() -> None:
+    options = ScalingOptions(quick=True, rounds=1, seconds=0.01, device="cpu")
+    base = Setting(side=64, batch=1, objects=2)
+    for axis, size, names in (
+        (AXES[1], 3, ["training step", "prediction", "post-processing"]),
+        (AXES[2], 4, ["opening"]),
+    ):
+        case = scaling._measure(axis, size, base, "cpu", options)
+        assert [row.name for row in case.rows] == names
+        assert case.work == size
+        for row in case.rows:
+            assert row.median_us is not None
+            assert row.peak_bytes is None or row.peak_bytes >= 0
+    assert peak_rise(int) is None or case.rows[0].peak_bytes is not None
 
 
 def test_the_fixed_scores_make_as_many_candidates_as_there_are_objects() -> None:
