@@ -68,11 +68,14 @@ def infer(arguments: list[str]) -> None:
     check_source(options.source)
     check_output(Path(options.output or "runs/infer"))
 
+    from detkit.engine.memory import keep_freed_memory
     from detkit.infer import infer as run
     from detkit.infer import numbered_folder
     from detkit.predict import load
 
     predictor = load(checkpoint, options.device, options.proposals, options.precision, options.compile)
+    if predictor.device.type == "cpu":
+        keep_freed_memory()
     print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
     print(f"runs on    {predictor.network.choices}")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
@@ -260,6 +263,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
     from detkit.engine.evaluate import evaluate as run
+    from detkit.engine.memory import keep_freed_memory
     from detkit.model import check_classes, load_model
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
@@ -275,6 +279,8 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     options = experiment.train
     console = Console(highlight=False, soft_wrap=True, markup=False)
     model = to_device(model, options.device).eval()
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
     network = None
     if precision is not None:
         from detkit.optimize import FastNetwork

@@ -70,13 +70,18 @@ def with_sizes(outputs: Any, sizes: tuple[tuple[int, int], ...]) -> Any:
 def _compiler() -> list[str]:
     """The C++ compiler's command, as TorchInductor chooses it."""
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shlex.split(os.environ.get("CXX") or usual)
+    return shlex.split(os.environ.get("CXX", "")) or [usual]
 
 
-REMEDY = "Install one (the package g++ or build-essential), name yours by the variable CXX, or leave --compile out."
+REMEDY = "Install it (the packages g++ and python3-dev), name another by the variable CXX, or leave --compile out."
 
 
 def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where that needs a C++ compiler and there is none.
+
+    Raises:
+        ConfigError: naming the one that is missing.
+    """
     command = _compiler()
     if device.type == "cpu" and not shutil.which(command[0]):
         raise ConfigError(f"--compile needs a C++ compiler, but there is no {command[0]}. {REMEDY}")

@@ -138,7 +138,8 @@ class TrainOptions:
         per_class: so many pictures of one class stand together in a batch, which then has as many of each of several
             classes (metric learning's P x K), for data with one class a picture; null for any.
         reduced_decoding: decode large JPEGs at 1/2, 1/4 or 1/8 of their sides in training, where that leaves twice the
-            input's pixels along each axis, and enough for what `augment` cuts out. Not with proposals.
+            input's pixels along each axis, and enough for what `augment` cuts out. Validation reads all of them whole,
+            and so does training with proposals.
         cache: keep decoded pictures in memory or in a file on the disk of `runs`, shared by the workers, so that each
             is decoded once; null for never. It changes no result.
         cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (a picture of 640 x 480 has 0.9 MB); the

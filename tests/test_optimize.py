@@ -164,7 +164,7 @@ def test_a_precision_that_is_not_to_be_had_is_refused(
 
 def test_compiling_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*the package g\+\+"):
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*the packages g\+\+"):
         Predictor(build("ssd"), "cpu", compile=True)
 
 
@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_ends_the_command_with_one_paragraph(tmp_path: Pat
     """In a process of its own, since torch remembers what the compiler can do."""
     compiler = tmp_path / "c++"
     compiler.write_text(
-        "#!/bin/sh\ncase $* in *version*) echo g++ 12.2.0; exit 0;; esac\necho 'error: no omp.h' >&2\nexit 1\n"
+        "#!/bin/sh\ncase $1 in *version) echo g++ 12.2.0; exit 0;; esac\necho 'error: no omp.h' >&2\nexit 1\n"
     )
     compiler.chmod(0o755)
     build("ssd").save(tmp_path / "model.safetensors")
@@ -218,7 +218,7 @@ def test_a_compiler_that_fails_ends_the_command_with_one_paragraph(tmp_path: Pat
     )
     assert result.returncode == 1
     assert f"detkit: --compile needs a C++ compiler with OpenMP, but {compiler} does not work" in result.stderr
-    assert "error: no omp.h. Install one" in result.stderr
+    assert "error: no omp.h. Install it" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -251,6 +251,18 @@ def test_a_compiled_network_serves_all_sizes_and_finds_the_same(
     assert graphs[0] > 0
     # Torch itself chooses other code for maps of less than 20,480 values, so that there may be a second version.
     assert graphs[-1] <= (1 if compiled.model.fit.one_size else 2) * graphs[0]
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counted = torch._dynamo.utils.counters["inductor"]
+    for number in (1, 2):
+        torch._dynamo.reset()
+        counted.clear()
+        Predictor(build("yolov3"), "cpu", compile=True).predict(picture())
+        assert bool(counted["fxgraph_cache_miss"]) == (number == 1)
+        assert bool(counted["fxgraph_cache_hit"]) == (number == 2)
 
 
 def test_sizes_are_put_back_where_named_tuples_hold_them() -> None:

@@ -118,7 +118,7 @@ def _speed_table(networks: Sequence[Measured], reference: str, unit: str) -> str
         head = [network.label, "time", *([_time(first)] if reference else [])]
         lines.append([*head, *(_time_and_ratio(network, variant) for variant in variants)])
         if any(row["peak_bytes"] for row in network.detkit.values()):
-            head = ["", "memory", *([_memory(first)] if reference else [])]
+            head = ["", "peak memory", *([_memory(first)] if reference else [])]
             lines.append([*head, *(_memory(network.detkit.get(variant)) for variant in variants)])
     return _markdown(lines)
 

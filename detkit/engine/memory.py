@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, for training on a CPU."""
+"""Keeping freed memory in the process, for training, evaluation and predictions in batches on a CPU."""
 
 import ctypes
 import platform

@@ -71,9 +71,9 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
     assert rows_of(table) == [
         ["a picture", "", "torchvision", "detkit, fp32", "detkit, bf16, compiled"],
         ["`ssd300_vgg16`, 300 px", "time", "290 ms", "145 ms (2.00x)", "50.0 ms (6.00x)"],
-        ["", "memory", "302MB", "246MB", "246MB"],
+        ["", "peak memory", "302MB", "246MB", "246MB"],
         ["`retinanet_resnet50_fpn`, 300 px", "time", "1.00 s", "500 ms (2.00x)", ""],
-        ["", "memory", "302MB", "246MB", ""],
+        ["", "peak memory", "302MB", "246MB", ""],
     ]
     assert "A CPU, 2 cores (family 7 model 8), 2 threads; a.png ([a](benchmarks/results/a.json), [b](" in table
 
