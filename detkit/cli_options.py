@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from detkit.errors import ConfigError, DetkitError
+from detkit.errors import ConfigError, DetkitError, plain_types
 
 Options = TypeVar("Options")
 
@@ -137,5 +137,6 @@ def parse_options(schema: type[Options], command: str, arguments: list[str], pos
     try:
         parsed = parser.parse_args(normal)
     except ArgumentError as error:
-        raise DetkitError(f"detkit {command}: {' '.join(str(error).split())}. See detkit {command} --help.") from None
+        reason = plain_types(" ".join(str(error).split())).replace("Parser key ", "Option ")
+        raise DetkitError(f"{reason}. See detkit {command} --help.") from None
     return schema(**vars(parser.instantiate(parsed)))

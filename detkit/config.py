@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from detkit.errors import ConfigError, nearest
+from detkit.errors import ConfigError, nearest, plain_types
 
 PartOptions = dict[str, Any]
 PATHS = (("data", "root"), ("head", "picture"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
@@ -417,7 +417,7 @@ def _parse(arguments: list[str]) -> Experiment:
             options[key] = str(Path(options[key]).expanduser().absolute())
         return Experiment(**vars(parser.instantiate(parsed)))
     except ArgumentError as error:
-        reason = " ".join(str(error).split())
+        reason = plain_types(" ".join(str(error).split()))
         raise ConfigError(f"The config cannot be used. {reason.replace('Parser key ', 'Key ')}") from None
 
 

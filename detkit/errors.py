@@ -5,6 +5,7 @@ The command line prints these without a traceback; every other exception is a fa
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 
 
@@ -22,6 +23,17 @@ class DataError(DetkitError):
 
 class CheckpointError(DetkitError):
     """A file of weights is missing, broken, or belongs to another model or another list of classes."""
+
+
+def plain_types(message: str) -> str:
+    """A message of jsonargparse with the types that it names in words: "must be one of 'a', 'b', but is c"."""
+    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: ", r"It must be one of \1, but is ", message)
+    return re.sub(
+        r"Expected a <class '(\w+)'>\. Got value: ",
+        lambda match: f"It must be {names.get(match[1], match[1])}, but is ",
+        message,
+    )
 
 
 def check_range(path: str, low: float, high: float = math.inf, **options: float) -> None:

@@ -1,5 +1,6 @@
 """What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -71,31 +72,38 @@ def infer(
             write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
         task.write(output, name, image, found, meta, choices)
 
+    started = time.perf_counter()
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
-    with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
-        for start in starts:
-            chunk = []
-            for file, picture in zip(files[start : start + batch], pictures):
-                if not isinstance(picture, DataError):
-                    chunk.append((file, picture))
-                    continue
-                if not skip_broken:
-                    raise DataError(f"{picture} To leave broken pictures out: --skip-broken true.") from None
-                broken.append(str(picture))
-            found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
-            for (file, image), found in zip(chunk, found_all):
-                name = names[file]
-                meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
-                results += task.records(found, meta, predictor.model.classes)
-                console.print(f"{file}: {task.describe(found)}")
-                behind.submit(write, name, image, found, meta)
-    if save_json:
-        write_json(output / "predictions.json", results)
+    try:
+        with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
+            for start in starts:
+                chunk = []
+                for file, picture in zip(files[start : start + batch], pictures):
+                    if not isinstance(picture, DataError):
+                        chunk.append((file, picture))
+                        continue
+                    if not skip_broken:
+                        raise DataError(
+                            f"{picture} What was found before it is in '{output}'. To leave broken pictures out: "
+                            f"--skip-broken true."
+                        )
+                    broken.append(str(picture))
+                found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
+                for (file, image), found in zip(chunk, found_all):
+                    name = names[file]
+                    meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
+                    results += task.records(found, meta, predictor.model.classes)
+                    console.print(f"{file}: {task.describe(found)}")
+                    behind.submit(write, name, image, found, meta)
+    finally:
+        # After an error or an interruption, too: nothing that was found is lost.
+        if save_json:
+            write_json(output / "predictions.json", results)
     for message in broken:
         console.print(f"left out: {message}")
-    console.print(
-        f"{len(files) - len(broken)} pictures, {len(results)} {task.noun}, {len(broken)} left out -> {output}"
-    )
+    count = len(files) - len(broken)
+    each = f" ({1000 * (time.perf_counter() - started) / count:.0f} ms each)" if count else ""
+    console.print(f"{count} pictures{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
 
 

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from detkit.errors import ConfigError, DetkitError, nearest
+from detkit.errors import ConfigError, DetkitError, nearest, plain_types
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 PLUGINS = "detkit.parts"
@@ -161,7 +161,7 @@ def _typed(part: Callable[..., Any], given: dict[str, Any], injected: set[str], 
         parsed = parser.parse_object(given).as_dict()
     except ArgumentError as error:
         reason = " ".join(str(error).replace('Parser key "', f"'{path}.").replace('":', "':").split())
-        raise ConfigError(f"The config has a value of the wrong type. {reason}") from None
+        raise ConfigError(f"The config has a value of the wrong type. {plain_types(reason)}") from None
     return {key: parsed[key] for key in given}
 
 

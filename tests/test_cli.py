@@ -268,6 +268,35 @@ def test_tools_are_doors_to_the_same_commands(script: str) -> None:
     assert f"usage: detkit {script}" in result.stdout
 
 
+IN_THE_END = """
+import atexit
+from detkit import cli
+def command(arguments):
+    atexit.register(lambda: print("at the end"))
+    print("begun", end=" ")
+    {what}
+cli.COMMANDS["infer"] = command
+cli.entry(["infer"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "error"),
+    [
+        ("pass", 0, ""),
+        ("raise cli.DetkitError('a mistake')", 1, "detkit: a mistake\n"),
+        ("raise KeyboardInterrupt", 130, "detkit: stopped.\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_a_process_that_ends_early_ends_as_any_other(what: str, status: int, error: str) -> None:
+    code = IN_THE_END.format(what=what)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == status
+    assert result.stdout == "begun at the end\n"
+    assert result.stderr.endswith(error)
+
+
 def test_two_processes_share_an_epoch_and_one_folder(tiny_config: Path, tmp_path: Path) -> None:
     """Two processes on the CPU: whole batches, one run, the classes of the gradient in step."""
     command = [sys.executable, "-m", "detkit.cli", "train", str(tiny_config)]

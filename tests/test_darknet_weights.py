@@ -326,7 +326,7 @@ def test_a_file_that_fits_none_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"cells\.weights' holds 8676244 floats.*Nearest: yolov3-tiny with 8858734"
     ):
         load_model(path)
-    with pytest.raises(CheckpointError, match=r"There is no file of weights .*missing\.weights"):
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint .*missing\.weights"):
         load_model(tmp_path / "missing.weights")
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from detkit.cli import main
+from detkit.cli import entry
 
-sys.exit(main(["infer", *sys.argv[1:]]))
+entry(["infer", *sys.argv[1:]])

@@ -141,7 +141,8 @@ class ModelOptions(BenchOptions):
 
     Args:
         rounds: calls of each side, taken in turns; default 15, with --quick 3.
-        seconds: default 300, with --quick 20.
+        seconds: of timing each side takes at most; default 300, with --quick 20. Comparing the results and measuring
+            the memory comes on top.
         threads: default all cores that the process may use.
         models: torchvision's names of networks, with commas between; v2 of both R-CNNs can be had as well.
         source: a picture, a folder of pictures, or a glob in quotes; default photographs that come with scikit-image,

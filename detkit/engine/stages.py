@@ -59,6 +59,8 @@ def verdict(watch: Stopwatch, options: Any, cores: int) -> str:
     parts = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005)
     waiting, validation = shares.get(PICTURES, 0.0), shares.get(VALIDATION, 0.0)
     rest = shares.get(REST, 0.0)
+    if waiting >= NOTICEABLE and options.workers == 0 and waiting < max(shares.values()):
+        return f"{parts}; the network limits this run, but train.workers 1 would read pictures meanwhile"
     if waiting >= NOTICEABLE:
         remedies = [f"raise train.workers from {options.workers}"] * (options.workers < cores)
         remedies += ["set train.cache, which keeps decoded pictures"] * (options.cache is None)

@@ -1,5 +1,6 @@
 """Training: the loop, and what surrounds it. Devices, precision and processes are lightning-fabric's."""
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -155,6 +156,8 @@ def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptio
 
 
 def _fabric(options: TrainOptions, precision: Any) -> Fabric:
+    # It says of itself what the console says of the run.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
         return Fabric(accelerator=options.device, devices=options.devices, precision=precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:

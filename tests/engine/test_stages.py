@@ -69,3 +69,12 @@ def test_a_run_says_where_its_time_went(tiny: Any, capsys: pytest.CaptureFixture
     with folder.metrics.open() as file:
         row = next(csv.DictReader(file))
     assert 0 < float(row["seconds_waiting"]) < float(row["seconds"])
+
+
+def test_reading_in_the_training_process_is_no_limit_while_the_network_takes_longer() -> None:
+    watch = Stopwatch(detailed=True)
+    watch.seconds.update({FORWARD: 50.0, BACKWARD: 30.0, PICTURES: 20.0})
+    line = verdict(watch, TrainOptions(workers=0), 2)
+    assert line.endswith("the network limits this run, but train.workers 1 would read pictures meanwhile")
+    watch.seconds[PICTURES] = 90.0
+    assert "pictures limit this run" in verdict(watch, TrainOptions(workers=0), 2)

@@ -104,5 +104,5 @@ def test_another_models_file_is_refused(tmp_path: object) -> None:
     torch.save({"conv.weight": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match=r"other\.pth' is none of torchvision's models"):
         load_model(path)
-    with pytest.raises(CheckpointError, match=r"There is no file of weights .*missing\.pth"):
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint .*missing\.pth"):
         load_model(f"{tmp_path}/missing.pth")
