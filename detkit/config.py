@@ -138,8 +138,9 @@ class TrainOptions:
         per_class: so many pictures of one class stand together in a batch, which then has as many of each of several
             classes (metric learning's P x K), for data with one class a picture; null for any.
         reduced_decoding: decode large JPEGs at 1/2, 1/4 or 1/8 of their sides in training, where that leaves twice the
-            input's pixels along each axis, and enough for what `augment` cuts out. Validation reads all of them whole,
-            and so does training with proposals.
+            input's pixels along each axis, and enough for what `augment` cuts out. It takes noise out of them, which
+            stays in the whole pictures of validation and prediction, and costs score where there is much of it. Not
+            with proposals.
         cache: keep decoded pictures in memory or in a file on the disk of `runs`, shared by the workers, so that each
             is decoded once; null for never. It changes no result.
         cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (a picture of 640 x 480 has 0.9 MB); the
@@ -174,7 +175,7 @@ class TrainOptions:
     plain_epochs: int = 0
     unmixed_epochs: int = 0
     per_class: int | None = None
-    reduced_decoding: bool = True
+    reduced_decoding: bool = False
     cache: Literal["memory", "disk"] | None = None
     cache_gb: float = 2.0
     seed: int = 0

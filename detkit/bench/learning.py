@@ -4,6 +4,7 @@ Both sides take the same steps of SGD from the same weights on the same made-up 
 that the loss differs from seed to seed. What counts is whether the sides differ by more than the seeds do.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -19,11 +20,11 @@ from detkit.bench.models import detkit_model, model_names, pictures, plausible_m
 from detkit.bench.options import LAST_STEPS, LearningOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
 from detkit.bench.train_step import CONDITIONS, learner, step_shape, take_step, training_batch
+from detkit.errors import DetkitError
 
 SEEDS = (0, 1, 2)
 BATCHES = 4
 """That the steps go round, each with objects of its own."""
-LEARNING_RATE = 1e-3
 
 
 def bench_learning(options: LearningOptions, command: str = "") -> dict[str, Any]:
@@ -34,13 +35,13 @@ def bench_learning(options: LearningOptions, command: str = "") -> dict[str, Any
         command: how it was called, for the JSON.
 
     Raises:
-        DetkitError: for an option that makes no sense.
+        DetkitError: for an option that makes no sense, or a loss that is no longer finite.
     """
     devices, names, machine, out = options.devices(), model_names(options.models), hardware(), console()
     output_path("learning", machine, options)  # an error now, not after minutes
     source, images = pictures(options.source)
     stated = CONDITIONS.format(precision=options.precision)
-    out.print(f"{conditions(machine, options)}; {source}\n{stated}; learning rate {LEARNING_RATE}, {BATCHES} batches")
+    out.print(f"{conditions(machine, options)}; {source}\n{stated}; learning rate {options.lr}, {BATCHES} batches")
     with cpu_threads(options.threads):
         cases = [_learn(name, images, device, options) for device in devices for name in names]
     out.print()
@@ -63,7 +64,7 @@ def _learn(name: str, images: Sequence[np.ndarray], device: str, options: Learni
         ]
         for side, losses in curves.items():
             model = reference if side == "torchvision" else detkit_model(name, state, size)
-            optimizer, loss_of = learner(side, model, device, options.precision, LEARNING_RATE)
+            optimizer, loss_of = learner(side, model, device, options.precision, options.lr)
             torch.manual_seed(seed)
             losses.append(
                 [
@@ -71,6 +72,8 @@ def _learn(name: str, images: Sequence[np.ndarray], device: str, options: Learni
                     for step in track(range(options.step_count), f"{name} {side}, seed {seed}", transient=True)
                 ]
             )
+            if not math.isfinite(losses[-1][-1]):
+                raise DetkitError(f"The loss of {name} on the side of {side} is {losses[-1][-1]}. Give a lower --lr.")
     ends = {side: [statistics.fmean(curve[-LAST_STEPS:]) for curve in losses] for side, losses in curves.items()}
     facts = {"losses": curves, "ends": ends, "seeds": SEEDS}
     return Case(name, device, f"{count} pictures of {size} px", count, [], facts)

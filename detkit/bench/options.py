@@ -223,10 +223,12 @@ class LearningOptions(TrainStepOptions):
     Args:
         rounds, seconds: have no use here.
         steps: of each run; with --quick 10.
+        lr: learning rate of both sides. SSD300, which has no norms and random weights here, needs 1e-4 or less.
         precision: of detkit's steps; torchvision's are in fp32.
     """
 
     steps: int = 50
+    lr: float = 1e-3
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
