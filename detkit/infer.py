@@ -102,7 +102,7 @@ def infer(
     for message in broken:
         console.print(f"left out: {message}")
     count = len(files) - len(broken)
-    each = f" ({1000 * (time.perf_counter() - started) / count:.0f} ms each)" if count else ""
+    each = f" ({1000 * (time.perf_counter() - started) / count:.0f} ms each)" if count > 1 else ""
     console.print(f"{count} pictures{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
 

@@ -84,6 +84,18 @@ def test_start_is_light(statement: str, arguments: list[str]) -> None:
     assert result.stdout.strip().endswith("loaded: []")
 
 
+def test_parts_that_a_model_does_not_use_import_nothing_heavy() -> None:
+    """Of these torchvision alone would take as long as torch; the others are for training and drawing."""
+    heavy = ["torchvision", "timm", "albumentations", "matplotlib", "supervision", "numba", "lightning_fabric"]
+    code = (
+        "import sys, detkit.infer\nfrom detkit.registry import backbones, heads, necks, tasks\n"
+        "names = [registry.names() for registry in (backbones, heads, necks, tasks)]\n"
+        f"print('loaded:', [name for name in {heavy} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("loaded: []")
+
+
 def test_registering_a_name_twice_is_refused() -> None:
     from detkit.registry import Registry
 
