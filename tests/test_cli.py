@@ -224,6 +224,13 @@ class TestBadInput:
         path.write_bytes(path.read_bytes()[:400])
         fails(run("train", tiny_config, *data), "p0.jpg")
         fails(run("infer", checkpoint, "--source", path), "p0.jpg", "--skip-broken")
+        (root / "JPEGImages" / "a.jpg").write_bytes((root / "JPEGImages" / "p1.jpg").read_bytes())
+        stopped = tmp_path / "stopped"
+        fails(
+            run("infer", checkpoint, "--source", root / "JPEGImages", "--output", stopped, "--conf", "0"), str(stopped)
+        )
+        assert {record["image_id"] for record in json.loads((stopped / "predictions.json").read_text())} == {"a"}
+        (root / "JPEGImages" / "a.jpg").unlink()
         (root / "JPEGImages" / "empty.jpg").write_bytes(b"")
         status, output, _ = run(
             *("infer", checkpoint, "--source", root / "JPEGImages", "--output", tmp_path / "out", "--skip-broken")

@@ -78,6 +78,10 @@ def test_round_trip(config: Path) -> None:
         ("train: {epochs: many}", r"train\.epochs.*whole number.*many"),
         ("train: {epochs: 0}", r"'train\.epochs' must be greater than 0"),
         ("train: {optimizer: sdg}", r"train\.optimizer"),
+        (
+            "train: {precision: bf16}",
+            r"train\.precision.*one of .auto., .32-true., .bf16-mixed., .16-mixed., but is bf16",
+        ),
         ("train: {batch_size: 7, accumulate: 2}", r"must be a multiple"),
         ("train: {epochs: 3, epochs: 4}", r"the key 'epochs' stands twice.*line"),
         ("input: {letterbox: true}", r"'input\.letterbox' in .*a\.yaml is not a key.*resize"),
