@@ -318,12 +318,13 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     model = to_device(model, options.device).eval()
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
-    network = None
+    network, choices = None, f"{next(model.parameters()).device}, fp32"
     if precision is not None:
         from detkit.optimize import FastNetwork
 
         network = FastNetwork(model, precision)  # type: ignore[arg-type]  # which says what is wrong with it
-    console.print(f"runs on    {f'{next(model.parameters()).device}, fp32' if network is None else network.choices}")
+        choices = network.choices
+    console.print(f"runs on    {choices}")
     batch_size = max(1, options.batch_size // (options.accumulate * options.devices))
     found = run(model, dataset, batch_size=batch_size, workers=options.workers, network=network)
     console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")

@@ -140,12 +140,18 @@ def _memory(row: Record | None) -> str:
 def _variant(record: Record, case: Record, name: str) -> str:
     """How a row of detkit ran: what the predictor said ("cpu, bf16 (AMX), ..., compiled"), else what was asked for."""
     choices = case["facts"].get("choices")
+    precision = _precision(record, case)
     said = choices[name] if isinstance(choices, dict) else choices
     if said is None:
-        precision, compiled = record["options"].get("precision", "fp32"), record["options"].get("compile", False)
+        compiled = record["options"].get("compile", False)
     else:
         precision, compiled = said.split(", ")[1].split(" ")[0], not said.endswith("not compiled")
     return f"{precision}{', compiled' if compiled else ''}"
+
+
+def _precision(record: Record, case: Record) -> str:
+    """What a step was computed in, where the benchmark says so; else what was asked for."""
+    return str(case["facts"].get("precision") or record["options"].get("precision", "fp32"))
 
 
 def _label(case: Record) -> str:
@@ -162,7 +168,7 @@ def _learning(measured: Iterable[tuple[Record, Record]]) -> str:
     files: dict[str, list[Path]] = {}
     for record, case in measured:
         options, ends = record["options"], case["facts"]["ends"]
-        group = f"{_machine(record, case)}; detkit in {options['precision']}; {record['pictures']}"
+        group = f"{_machine(record, case)}; detkit in {_precision(record, case)}; {record['pictures']}"
         losses = [", ".join(f"{value:.3f}" for value in ends[side]) for side in ("torchvision", "detkit")]
         cells = [f"`{case['kind']}`, {case['size']}", str(options["steps"]), *losses]
         groups.setdefault(group, {})[cells[0]] = cells

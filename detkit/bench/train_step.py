@@ -168,7 +168,8 @@ def _measure(name: str, images: Sequence[np.ndarray], device: str, options: Trai
     rows = compare(candidates, _check, count, Budget(options.round_count, options.sample_seconds))
     for row in rows:
         row.peak_bytes = found[row.name]["peak"]
-    return Case(name, device, f"{count} pictures of {size} px", count, rows, {"losses": losses, "memory": found})
+    facts = {"losses": losses, "memory": found, "precision": step_precision(options.precision, device)}
+    return Case(name, device, f"{count} pictures of {size} px", count, rows, facts)
 
 
 def _memory(name: str, file: str, size: int, count: int, device: str, options: TrainStepOptions) -> dict[str, Any]:
@@ -192,6 +193,13 @@ def step_shape(name: str, options: TrainStepOptions) -> tuple[int, int]:
     return 300 if is_ssd else options.input_size, options.batch or (8 if is_ssd else 2)
 
 
+def step_precision(asked: str, device: str) -> str:
+    """What detkit's step computes in, fp32 or bf16: "auto" is what train.precision auto takes."""
+    if asked != "auto":
+        return asked
+    return "bf16" if bf16_instructions(torch.device(device)) else "fp32"
+
+
 def _step(
     side: str, model: Any, batch: TrainingBatch, device: str, precision: str = "fp32", rate: float = LEARNING_RATE
 ) -> Callable[[], float]:
@@ -209,7 +217,7 @@ def learner(
     if side == "detkit":
         model.to(memory_format=torch.channels_last)
         groups = model.parameter_groups(rate, 1.0, 1e-4)
-        half = precision == "bf16" or (precision == "auto" and bool(bf16_instructions(torch.device(device))))
+        half = step_precision(precision, device) == "bf16"
         return SGD(groups, momentum=0.9, fused=True), partial(_detkit_losses, model, half)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = SGD(parameters, rate, momentum=0.9, weight_decay=1e-4, fused=True)
