@@ -203,7 +203,7 @@ def test_what_the_head_needs_and_what_it_gets_must_agree(regions: Regions, tiny:
         ({"side": 3}, r"'proposals' needs a 'name'"),
         ({"name": "gird"}, r"no source of proposals named 'gird'\. Did you mean 'grid'"),
         ({"name": "grid", "sid": 3}, r"'proposals\.sid' is not an option .*Did you mean 'side'"),
-        ({"name": "grid", "side": "wide"}, r"'proposals\.side'.*int.*wide"),
+        ({"name": "grid", "side": "wide"}, r"'proposals\.side'.*whole number.*wide"),
         ({"name": "grid", "cache": 3}, r"'proposals\.cache' must be the path of a folder, but is 3"),
         (
             {"name": "file", "path": "x.json", "cache": "there"},
