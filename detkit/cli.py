@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from detkit.errors import DetkitError, nearest
+from detkit.errors import DetkitError, counted, nearest
 
 
 def train(arguments: list[str]) -> None:
@@ -116,7 +116,7 @@ def check(arguments: list[str]) -> None:
         propose_anchors(experiment.data, experiment.input, int(anchors))
     if problems:
         raise DetkitError(
-            f"{problems} problem{'s' if problems > 1 else ''} found, listed above. With data.broken = {policy}, as "
+            f"{counted(problems, 'problem')} found, listed above. With data.broken = {policy}, as "
             f"this config has it, training {outcome[policy]}."
         )
 

@@ -51,6 +51,11 @@ def check_range(path: str, low: float, high: float = math.inf, **options: float)
             raise ConfigError(f"'{f'{path}.{name}' if path else name}' must be {allowed}, but is {value}.")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun in the plural that it needs: "1 picture", "2,000 pictures"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A sentence for an error about an unknown `word`: the nearest valid one, then all of them."""
     valid = sorted(valid)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.progress import track
 from detkit.data.image import find_images, read_image
 from detkit.data.video import is_video
 from detkit.draw import write_image
-from detkit.errors import DataError
+from detkit.errors import DataError, counted
 from detkit.gallery import Gallery
 from detkit.infer_video import infer_video
 from detkit.limits import check_options, check_output
@@ -64,7 +64,7 @@ def infer(
     names = unique_names(files)
     ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []
-    broken: list[str] = []
+    broken: list[DataError] = []
     pictures = ahead(_read, files, batch + READ_AHEAD)
 
     def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
@@ -77,24 +77,20 @@ def infer(
     try:
         with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
             for start in starts:
-                chunk = []
-                for file, picture in zip(files[start : start + batch], pictures):
-                    if not isinstance(picture, DataError):
-                        chunk.append((file, picture))
-                        continue
-                    if not skip_broken:
-                        raise DataError(
-                            f"{picture} What was found before it is in '{output}'. To leave broken pictures out: "
-                            f"--skip-broken true."
-                        )
-                    broken.append(str(picture))
-                found_all = predictor.predict_all([image for _, image in chunk], batch_size=batch, **limits)
-                for (file, image), found in zip(chunk, found_all):
+                whole, errors = _sort_out(zip(files[start : start + batch], pictures), skip_broken)
+                found_all = predictor.predict_all([image for _, image in whole], batch_size=batch, **limits)
+                for (file, image), found in zip(whole, found_all):
                     name = names[file]
                     meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
                     results += task.records(found, meta, predictor.model.classes)
                     console.print(f"{file}: {task.describe(found)}")
                     behind.submit(write, name, image, found, meta)
+                if errors and not skip_broken:
+                    raise DataError(
+                        f"{errors[0]} What was found before it is in '{output}'. To leave broken pictures out: "
+                        f"--skip-broken true."
+                    )
+                broken += errors
     finally:
         # After an error or an interruption, too: nothing that was found is lost.
         if save_json:
@@ -103,7 +99,7 @@ def infer(
         console.print(f"left out: {message}")
     count = len(files) - len(broken)
     each = f" ({1000 * (time.perf_counter() - started) / count:.0f} ms each)" if count > 1 else ""
-    console.print(f"{count} pictures{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
+    console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
 
 
@@ -121,6 +117,22 @@ def _read(file: Path) -> np.ndarray | DataError:
         return read_image(file)
     except DataError as error:
         return error
+
+
+def _sort_out(
+    pictures: Iterable[tuple[Path, np.ndarray | DataError]], skip_broken: bool
+) -> tuple[list[tuple[Path, np.ndarray]], list[DataError]]:
+    """Those that could be read, and why the others could not; up to the first broken one unless they are left out."""
+    whole: list[tuple[Path, np.ndarray]] = []
+    errors: list[DataError] = []
+    for file, picture in pictures:
+        if not isinstance(picture, DataError):
+            whole.append((file, picture))
+            continue
+        errors.append(picture)
+        if not skip_broken:
+            break
+    return whole, errors
 
 
 def unique_names(files: Sequence[Path]) -> dict[Path, str]:

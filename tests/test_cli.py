@@ -145,7 +145,7 @@ def test_infer_takes_one_picture_and_a_glob(run: Run, checkpoint: Path, pictures
     for source, count in ((pictures / "000012.png", 1), (f"{pictures}/*", 2), (f"{pictures}/**/*.jpg", 1)):
         status, output, error = run("infer", checkpoint, "--source", source, "--output", tmp_path / "out")
         assert status == 0, error
-        assert f"{count} pictures" in output
+        assert f"{count} picture{'' if count == 1 else 's'}" in output
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(run: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -225,18 +225,18 @@ class TestBadInput:
         fails(run("train", tiny_config, *data), "p0.jpg")
         fails(run("infer", checkpoint, "--source", path), "p0.jpg", "--skip-broken")
         (root / "JPEGImages" / "a.jpg").write_bytes((root / "JPEGImages" / "p1.jpg").read_bytes())
-        stopped = tmp_path / "stopped"
-        fails(
-            run("infer", checkpoint, "--source", root / "JPEGImages", "--output", stopped, "--conf", "0"), str(stopped)
-        )
-        assert {record["image_id"] for record in json.loads((stopped / "predictions.json").read_text())} == {"a"}
+        for batch in (1, 8):
+            stopped = tmp_path / f"stopped{batch}"
+            given = ("--source", root / "JPEGImages", "--output", stopped, "--conf", "0", "--batch", batch)
+            fails(run("infer", checkpoint, *given), str(stopped))
+            assert {record["image_id"] for record in json.loads((stopped / "predictions.json").read_text())} == {"a"}
         (root / "JPEGImages" / "a.jpg").unlink()
         (root / "JPEGImages" / "empty.jpg").write_bytes(b"")
         status, output, _ = run(
             *("infer", checkpoint, "--source", root / "JPEGImages", "--output", tmp_path / "out", "--skip-broken")
         )
         assert status == 0
-        assert "1 pictures" in output
+        assert "1 picture," in output
         assert "2 left out" in output
         assert "p0.jpg" in output
         assert "empty.jpg" in output

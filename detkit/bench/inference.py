@@ -60,10 +60,10 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
     Raises:
         DetkitError: for an option that makes no sense, or when detkit's detections are not torchvision's.
     """
-    asked = [name.strip() for name in options.models.split(",")]
+    asked = model_names(options.models, YOLO_SIZES)
     yolos = [name for name in asked if name in YOLO_SIZES]
-    others = ",".join(name for name in asked if name not in YOLO_SIZES)
-    devices, names, machine, out = options.devices(), model_names(others) if others else [], hardware(), console()
+    names = [name for name in asked if name not in YOLO_SIZES]
+    devices, machine, out = options.devices(), hardware(), console()
     output_path("inference", machine, options)  # an error now, not after minutes
     source, images = pictures(options.source)
     out.print(f"{conditions(machine, options)}; {len(images)} pictures: {source}")
@@ -115,12 +115,14 @@ def _measure(
     expected = [calls["torchvision"](image) for image in images]
     check = partial(_check, expected, predictor.network.precision, f"{name} on {device}, seed {options.seed}")
     candidates = [Candidate(side, partial(_each, call, images), compiles=True) for side, call in calls.items()]
+    console().print(f"{name} on {device}: results, then times in turns", style="dim")
     rows = compare(candidates, check, len(images), Budget(options.round_count, options.sample_seconds))
     facts: dict[str, Any] = {
         "detections": [len(found["scores"]) for found in expected],
         "choices": predictor.network.choices,
         "stages_ms": stages(predictor, images),
     }
+    console().print(f"{name} on {device}: memory of each side, in a process of its own", style="dim")
     found = _memory(name, state, device, options)
     for row in rows:
         row.peak_bytes = found[row.name]["peak"]

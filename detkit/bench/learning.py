@@ -19,7 +19,15 @@ from detkit.bench.harness import Case, cpu_threads
 from detkit.bench.models import detkit_model, model_names, pictures, plausible_model
 from detkit.bench.options import LAST_STEPS, LearningOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
-from detkit.bench.train_step import CONDITIONS, learner, step_precision, step_shape, take_step, training_batch
+from detkit.bench.train_step import (
+    CONDITIONS,
+    batch_label,
+    learner,
+    step_precision,
+    step_shape,
+    take_step,
+    training_batch,
+)
 from detkit.errors import DetkitError
 
 SEEDS = (0, 1, 2)
@@ -77,7 +85,7 @@ def _learn(name: str, images: Sequence[np.ndarray], device: str, options: Learni
     ends = {side: [statistics.fmean(curve[-LAST_STEPS:]) for curve in losses] for side, losses in curves.items()}
     precision = step_precision(options.precision, device)
     facts = {"losses": curves, "ends": ends, "seeds": SEEDS, "precision": precision}
-    return Case(name, device, f"{count} pictures of {size} px", count, [], facts)
+    return Case(name, device, batch_label(count, size), count, [], facts)
 
 
 def _table(cases: Sequence[Case], options: LearningOptions) -> Table:

@@ -29,16 +29,20 @@ LONG_BY_SHORT = 1333 / 800
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")
 
 
-def model_names(text: str) -> list[str]:
+def model_names(text: str, others: Iterable[str] = ()) -> list[str]:
     """Names with commas between them.
+
+    Args:
+        others: what may be named besides.
 
     Raises:
         DetkitError: one is no model that both libraries have.
     """
     names = [name.strip() for name in text.split(",")]
+    known = {*PUBLISHED, *others}
     for name in names:
-        if name not in PUBLISHED:
-            raise DetkitError(f"--models holds '{name}'. {nearest(name, PUBLISHED)}")
+        if name not in known:
+            raise DetkitError(f"--models holds '{name}'. {nearest(name, known)}")
     return names
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detkit.bench.report import hardware_name, short_count, short_time
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, counted
 
 PLACE = re.compile(r"(<!-- benchmarks/readme\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VARIANTS = [f"{precision}{rest}" for rest in ("", ", compiled") for precision in ("fp32", "bf16", "fp16", "auto")]
@@ -213,7 +213,7 @@ def _machine(record: Record, case: Record) -> str:
     machine, threads = record["hardware"], record["options"]["threads"]
     number = f" ({machine['cpu_model_number']})" if machine.get("cpu_model_number") else ""
     device = f", on {case['device']}" if machine["gpu"] else ""
-    return f"{hardware_name(machine)}{number}, {threads} thread{'s' if threads > 1 else ''}{device}"
+    return f"{hardware_name(machine)}{number}, {counted(threads, 'thread')}{device}"
 
 
 def _links(files: Sequence[Path]) -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import BenchOptions, usable_cores
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, counted
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "numpy", "numba", "lsnms", "powerboxes", "supervision")
@@ -48,7 +48,7 @@ def hardware() -> dict[str, Any]:
 
 def hardware_name(machine: dict[str, Any]) -> str:
     """One line for a title: "AMD EPYC, 2 cores" with the GPU's name where there is one."""
-    cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
+    cores = counted(machine["cores"], "core")
     return ", ".join(filter(None, (machine["cpu"], cores, machine["gpu"])))
 
 
@@ -117,7 +117,7 @@ def console() -> Console:
 
 def conditions(machine: dict[str, Any], options: BenchOptions) -> str:
     """One line: the hardware, threads and seed."""
-    threads = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
+    threads = counted(options.threads, "thread")
     return f"{hardware_name(machine)}; {threads}, seed {options.seed}"
 
 

@@ -203,29 +203,30 @@ def calls(setting: Setting, device: str, seed: int) -> dict[str, Callable[[], An
     }
 
 
-def peaks(setting: dict[str, int], device: str, threads: int, seed: int) -> dict[str, int | None]:
-    """Bytes by which each call raises the memory at most; for a process of its own."""
+def peak(name: str, setting: dict[str, int], device: str, threads: int, seed: int) -> int | None:
+    """Bytes by which this one of `calls` raises the memory at most.
+
+    For a process of its own: what a training step leaves in the allocator's pieces made a prediction behind it take
+    twice the memory.
+    """
     torch.set_num_threads(threads)
     keep_freed_memory()
-    calls(Setting(side=64, batch=1), device, seed)["training step"]()  # loads what is loaded once
-    found: dict[str, int | None] = {}
-    for name, call in calls(Setting(**setting), device, seed).items():
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            found[name] = torch.cuda.max_memory_allocated() - before
-        else:
-            found[name] = peak_rise(call)
-    return found
+    calls(Setting(side=64, batch=1), device, seed)[name]()  # loads what is loaded once
+    call = calls(Setting(**setting), device, seed)[name]
+    if device != "cuda":
+        return peak_rise(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def data_peaks(pictures: int) -> dict[str, int | None]:
+def data_peak(pictures: int) -> int | None:
     """Bytes by which opening a data set raises the memory at most; for a process of its own."""
     with coco_data(2) as root:
         Coco(str(root), "train")
     with coco_data(pictures) as root:
-        return {"opening": peak_rise(lambda: Coco(str(root), "train"))}
+        return peak_rise(lambda: Coco(str(root), "train"))
 
 
 @contextmanager
@@ -266,7 +267,6 @@ def _measure(axis: Axis, value: int, base: Setting, device: str, options: Scalin
     if axis.field is None:
         with coco_data(value) as root:
             rows = compare([Candidate("opening", partial(Coco, str(root), "train"))], _unchecked, value, budget)
-        code = f"print(json.dumps(data_peaks({value})))"
         facts: dict[str, Any] = {"objects": OBJECTS_IN_DATA}
     else:
         setting = replace(base, **{axis.field: value})
@@ -276,10 +276,12 @@ def _measure(axis: Axis, value: int, base: Setting, device: str, options: Scalin
         ]
         rows = compare(candidates, _unchecked, axis.size(value), budget)
         facts = dict(vars(setting))
-        code = f"print(json.dumps(peaks({facts}, {device!r}, {options.threads}, {options.seed})))"
-    found = run_python(f"import json; from detkit.bench.scaling import data_peaks, peaks; {code}")
     for row in rows:
-        row.peak_bytes = found[row.name]
+        call = f"peak({row.name!r}, {facts}, {device!r}, {options.threads}, {options.seed})"
+        row.peak_bytes = run_python(
+            "import json; from detkit.bench.scaling import data_peak, peak; "
+            f"print(json.dumps({call if axis.field else f'data_peak({value})'}))"
+        )
     label = f"{value} x {value}" if axis.field == "side" else f"{value:,}"
     return Case(axis.name, device, label, axis.size(value), rows, facts)
 

@@ -27,7 +27,7 @@ from detkit.bench.options import TrainStepOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
 from detkit.data.transforms import Fit
 from detkit.engine.memory import keep_freed_memory
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, counted
 from detkit.model import Model
 from detkit.optimize import bf16_instructions
 from detkit.types import Target
@@ -157,7 +157,9 @@ def _measure(name: str, images: Sequence[np.ndarray], device: str, options: Trai
         # Before the steps change them.
         file = str(Path(folder) / "weights.pth")
         torch.save(state, file)
+        console().print(f"{name} on {device}: memory of each side, in a process of its own", style="dim")
         found = _memory(name, file, size, count, device, options)
+    console().print(f"{name} on {device}: losses, then times in turns", style="dim")
     model = detkit_model(name, state, size).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     losses = compare_losses(reference, model, batch, f"{name} on {device}, seed {options.seed}")
     steps = {
@@ -169,7 +171,7 @@ def _measure(name: str, images: Sequence[np.ndarray], device: str, options: Trai
     for row in rows:
         row.peak_bytes = found[row.name]["peak"]
     facts = {"losses": losses, "memory": found, "precision": step_precision(options.precision, device)}
-    return Case(name, device, f"{count} pictures of {size} px", count, rows, facts)
+    return Case(name, device, batch_label(count, size), count, rows, facts)
 
 
 def _memory(name: str, file: str, size: int, count: int, device: str, options: TrainStepOptions) -> dict[str, Any]:
@@ -191,6 +193,11 @@ def step_shape(name: str, options: TrainStepOptions) -> tuple[int, int]:
     """The side of the pictures in pixels, and how many a step has."""
     is_ssd = name.startswith("ssd300")
     return 300 if is_ssd else options.input_size, options.batch or (8 if is_ssd else 2)
+
+
+def batch_label(count: int, size: int) -> str:
+    """Pictures of a step, as tables name them."""
+    return f"{counted(count, 'picture')} of {size} px"
 
 
 def step_precision(asked: str, device: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from detkit.data import masks as mask_coding
 from detkit.data.image import check_image, read_image
 from detkit.data.semantic import BACKGROUND, painted
-from detkit.errors import DataError, nearest
+from detkit.errors import DataError, counted, nearest
 from detkit.types import ClassList, Meta, Sample, Target
 
 Broken = Literal["fail", "skip", "repair"]
@@ -94,7 +94,7 @@ class Problems:
         counts = ", ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in fatal).most_common())
         first = fatal[0]
         raise DataError(
-            f"{self.source} has {len(fatal)} problem{'s' if len(fatal) > 1 else ''} ({counts}). "
+            f"{self.source} has {counted(len(fatal), 'problem')} ({counts}). "
             f"The first: {first.where}: {first.message}. Mend the files, or set data.broken to 'repair' (mends what "
             f"can be mended, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists them all."
         )
@@ -111,7 +111,7 @@ class Problems:
         if self.unlabelled:
             lines.append(f"  {self.unlabelled} x image without a label file: taken as an image without objects")
         count = len(self.found)
-        head = f"{count} problem{'s' if count > 1 else ''} (broken: {self.policy})" if count else "no problems"
+        head = f"{counted(count, 'problem')} (broken: {self.policy})" if count else "no problems"
         return "\n".join([head, *lines])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detkit.boxes.convert import clip
 from detkit.data.dataset import Dataset
-from detkit.errors import ConfigError, DataError
+from detkit.errors import ConfigError, DataError, counted
 from detkit.proposals.sources import ProposalSource
 from detkit.registry import proposal_sources
 
@@ -106,8 +106,9 @@ class FileProposals(ProposalSource):
             used += len(inside)
             without += not len(inside)
         return (
-            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} a picture, {without:,} pictures "
-            f"without; {cut:,} cut to their picture, {outside:,} left out because they lie outside it"
+            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} a picture, "
+            f"{counted(without, 'picture')} without; {cut:,} cut to their picture, {outside:,} left out because they "
+            "lie outside it"
         )
 
     def _inside(self, image_id: ImageId, size: tuple[int, int]) -> Tensor:

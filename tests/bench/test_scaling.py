@@ -9,7 +9,7 @@ import torch
 from detkit.bench import scaling
 from detkit.bench.harness import Case, Row, peak_rise
 from detkit.bench.options import ScalingOptions
-from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peaks, exponents
+from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peak, exponents
 from detkit.cli import main
 from detkit.data.coco import Coco
 
@@ -24,8 +24,8 @@ def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaling, "AXES", AXES)
-    found = {"training step": 3_000_000, "prediction": 2_000_000, "post-processing": 0, "opening": 1000}
-    monkeypatch.setattr(scaling, "run_python", lambda code: found)
+    found = {"'training step'": 3_000_000, "'prediction'": 2_000_000, "'post-processing'": 0, "data_peak(": 1000}
+    monkeypatch.setattr(scaling, "run_python", lambda code: next(found[name] for name in found if name in code))
     monkeypatch.setattr(scaling, "keep_freed_memory", lambda: None)  # it would be for this whole process
     output = tmp_path / "result.json"
     arguments = ["--quick", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--output", str(output)]
@@ -94,4 +94,5 @@ def test_the_data_set_has_the_pictures_and_boxes_that_were_asked_for() -> None:
         assert all(len(dataset.target(index)) == 7 for index in range(5))
         assert dataset[4].image.shape == (96, 128, 3)
     assert not root.exists()
-    assert set(data_peaks(3)) == {"opening"}
+    bytes_taken = data_peak(3)
+    assert bytes_taken is None or bytes_taken >= 0

@@ -109,7 +109,7 @@ def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
     source = FileProposals(write(path, entries), "val")
     line = source.check(DATA)
     assert "2 proposals from" in line
-    assert "1 pictures without; 2 cut to their picture, 3 left out because they lie outside it" in line
+    assert "1 picture without; 2 cut to their picture, 3 left out because they lie outside it" in line
     assert proposals(source, 0) == [[0, 0, 15, 15], [50, 30, 60, 40]]
     assert proposals(source, 1) == []
     best = FileProposals(write(path, entries), "val", count=1)
@@ -122,7 +122,7 @@ def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
 
 def test_a_listed_picture_may_have_none(path: Path) -> None:
     source = FileProposals(write(path, {"images": IMAGES, "proposals": GOOD[:1]}), "val")
-    assert "1 pictures without" in source.check(DATA)
+    assert "1 picture without" in source.check(DATA)
     assert proposals(source, 1) == []
     nothing = FileProposals(write(path, {"images": IMAGES, "proposals": []}), "val")
     assert "2 pictures without" in nothing.check(DATA)
