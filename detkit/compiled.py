@@ -1,5 +1,6 @@
 """A network compiled by TorchInductor: kept between runs, one for pictures of all sizes, and its errors told."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -38,6 +39,8 @@ def compiled(model: Model, trunk: Trunk, head: Outputs) -> tuple[Trunk, Outputs]
     # Torch's own folder is a temporary one. It sets the variable itself, sometimes before this.
     if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
         os.environ[CACHE_VARIABLE] = str(Path(CACHE).expanduser())
+    # It warns on every machine without a GPU that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # A network for pictures of all sizes.
     dynamic = not model.fit.one_size
     options: dict[str, Any] = {"freezing": True}
