@@ -184,6 +184,8 @@ def usable_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # a device without memory, or that is not there, fails here
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            reason = f"torch {torch.__version__} finds no GPU (`nvidia-smi` lists those of the machine)"
         raise ConfigError(f"The device '{name}' cannot be used: {reason}. Use cpu or auto.") from None
     return device
 

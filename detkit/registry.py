@@ -118,8 +118,9 @@ def build_part(
     valid = option_names(part) - set(injected)
     for key in given:
         if key not in valid:
+            inner = f" For the data that it is made of, write '{path}.data.{key}'." if "data" in valid else ""
             raise ConfigError(
-                f"'{path}.{key}' is not an option of the {title}. {nearest(key, valid | set(also_valid))}"
+                f"'{path}.{key}' is not an option of the {title}. {nearest(key, valid | set(also_valid))}{inner}"
             )
     missing = required_names(part) - set(given) - set(injected)
     if missing:

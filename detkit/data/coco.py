@@ -24,6 +24,7 @@ from detkit.data.dataset import (
     unknown_class,
 )
 from detkit.data.keypoints import keypoint_names, parse_keypoints
+from detkit.data.layouts import other_layout
 from detkit.data.masks import rle_from_coco
 from detkit.data.points import flip_pairs_of
 from detkit.data.semantic import names_with_background, with_background
@@ -80,6 +81,7 @@ class Coco(FileDataset):
                     f"There is no annotation file '{self._json}' of the split '{split}'. Set data.annotations, now "
                     f"'{annotations}', and data.images, now '{images}', to where yours lie below '{root}'; '{{split}}' "
                     f"in them becomes '{split}'. JSON files there: {', '.join(files) or '(none)'}."
+                    f"{other_layout(root, 'coco')}"
                 )
             raise missing_split(split, self._json, available)
         image_folder = folder / images.replace("{split}", split)

@@ -23,6 +23,7 @@ from detkit.data.dataset import (
     unknown_class,
 )
 from detkit.data.image import IMAGE_SUFFIXES, is_image
+from detkit.data.layouts import other_layout
 from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.types import ClassList
@@ -62,6 +63,7 @@ class Voc(FileDataset):
             if not (self._root / name).is_dir():
                 raise DataError(
                     f"The VOC data in '{root}' has no folder '{name}'. Set data.root to a folder with {_LAYOUT}."
+                    f"{other_layout(root, 'voc')}"
                 )
         ids = self._ids(split)
         # A file of another split is read for its classes, without which the labels of the splits would differ.

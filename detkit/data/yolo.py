@@ -22,6 +22,7 @@ from detkit.data.dataset import (
     unknown_class,
 )
 from detkit.data.image import find_images
+from detkit.data.layouts import other_layout
 from detkit.data.masks import polygon_area, rle_from_polygons
 from detkit.data.semantic import names_with_background, with_background
 from detkit.errors import DataError, nearest
@@ -208,7 +209,7 @@ def _find_yaml(root: str) -> Path:
     file = path / "data.yaml" if path.is_dir() else path
     if not file.is_file():
         others = ", ".join(sorted(item.name for item in path.glob("*.y*ml"))) if path.is_dir() else ""
-        hint = f" The folder has {others}: set data.root to the file." if others else ""
+        hint = f" The folder has {others}: set data.root to the file." if others else other_layout(root, "yolo")
         raise DataError(f"There is no '{file}'. Set data.root to data.yaml or to the folder that holds it.{hint}")
     return file.resolve()
 
