@@ -39,11 +39,7 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
     if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
-        print(
-            "usage: detkit eval RUN_OR_CHECKPOINT [--data.root PATH] [--data.val SPLIT] "
-            "[--proposals '{name: file, path: FILE}'] [--precision auto|fp32|bf16|fp16] [--save-json FILE]\n\n"
-            "Scores are of the network in fp32; with --precision of the network as `detkit infer --precision` runs it."
-        )
+        print(EVAL_HELP)
         if not _wants_help(arguments):
             raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
         return
@@ -179,6 +175,17 @@ BENCHMARKS = {
     "model_table": ("Runs and configs: parameters, FLOPs, time of a picture, scores.", "ModelTableOptions"),
     "scaling": ("Growth of time and memory with pixels, batch, objects, classes and data set.", "ScalingOptions"),
 }
+EVAL_HELP = """usage: detkit eval RUN_OR_CHECKPOINT [--OPTION VALUE ...]
+
+  --data.root PATH         other data than those of the training; any option of data, or a whole --data '{...}'
+  --data.val SPLIT         what the validation split is called there
+  --proposals '{...}'      for heads that need them, as in a config: '{name: file, path: FILE}'
+  --precision PRECISION    auto, fp32, bf16 or fp16: scores of the network as `detkit infer --precision` runs it;
+                           without it those of the network in fp32 as it was trained
+  --save-json FILE         what was found, with the data set's own ids
+  --device DEVICE          auto, cpu, cuda or mps; default as in training
+  --train.batch_size N     pictures that go through the network together; default as in training
+  --train.workers N        processes that read pictures; default as in training"""
 EVAL_PARTS = frozenset({"data", "proposals"})
 EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -284,12 +291,15 @@ def _transfer_style(config: str, arguments: list[str]) -> None:
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     save_json, rest = _take_option(arguments, "--save-json")
     precision, rest = _take_option(rest, "--precision")
+    device, rest = _take_option(rest, "--device")
+    if device is not None:
+        rest += ["--train.device", device]
     for argument in rest:
         key = argument[2:].split("=")[0]
         if argument.startswith("--") and key.partition(".")[0] not in EVAL_PARTS and key not in EVAL_KEYS:
             raise DetkitError(
                 f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
-                f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', *EVAL_KEYS})}"
+                f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', 'device', *EVAL_KEYS})}"
             )
     from detkit.runs import resolve_checkpoint
 

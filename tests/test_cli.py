@@ -86,7 +86,7 @@ def test_train_then_eval_then_infer(run: Run, tiny_config: Path, pictures: Path,
     assert status == 0, error
     assert "VOC07" in output
     assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
-    status, fast, error = run("eval", folder, "--precision", "fp32")
+    status, fast, error = run("eval", folder, "--precision", "fp32", "--device", "cpu")
     assert status == 0, error
     assert "norms folded" in fast
     assert fast[fast.index("mAP75") :].splitlines()[0] == output[output.index("mAP75") :].splitlines()[0]
