@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,7 +134,12 @@ class Target:
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
+        move = partial(_moved, device=torch.device(device))
+        return replace(self, **{name: move(tensor) for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
+
+    def copy(self) -> Target:
+        """The same target in memory of its own."""
+        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
 
     def _tensors(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for name in names if (tensor := getattr(self, name)) is not None]
@@ -234,17 +240,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with all its tensors on `device`."""
         targets = tuple(target.to(device) for target in self.targets)
-        proposals = features = None
-        if self.proposals is not None:
-            proposals = tuple(boxes.to(device) for boxes in self.proposals)
-        if self.features is not None:
-            features = tuple(maps.to(device) for maps in self.features)
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, targets=targets, proposals=proposals, features=features)
-
-    def pin_memory(self) -> Batch:
-        """The same batch with its images in page-locked memory, for the loader."""
-        return replace(self, images=self.images.pin_memory())
+        move = partial(_moved, device=torch.device(device))
+        proposals = None if self.proposals is None else tuple(map(move, self.proposals))
+        features = None if self.features is None else tuple(map(move, self.features))
+        return replace(self, images=move(self.images), targets=targets, proposals=proposals, features=features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,6 +376,11 @@ class Detections:
             mask=None if self.masks is None else self.masks.cpu().numpy(),
             data=data,
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`. A GPU does not wait for what comes from page-locked memory; the way back must be waited for."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _check_boxes(boxes: Tensor, name: str = "boxes") -> int:

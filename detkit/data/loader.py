@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
 from detkit.data.points import point_rule
+from detkit.data.transfer import Packed, pack
 from detkit.data.transforms import Augment, Fit, Fitted
 from detkit.errors import ConfigError, DataError
 from detkit.types import Batch
@@ -42,14 +42,14 @@ def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
     return Batch(fit.batch(images), sizes, targets, metas, None if proposals[0] is None else proposals)
 
 
-def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Batch | DataError:
+def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Packed | DataError:
     """One batch, or the error of a picture that could not be read."""
     fitted = []
     for item in items:
         if isinstance(item, DataError):
             return item
         fitted.append(item)
-    return collate(fitted, fit)
+    return pack(collate(fitted, fit))
 
 
 def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
@@ -62,7 +62,7 @@ def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
-        yield batch
+        yield batch.unpack()
 
 
 def training_loader(
@@ -79,6 +79,7 @@ def training_loader(
     per_class: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    pin: bool = False,
 ) -> tuple[DataLoader[Any], "EpochSampler"]:
     """Shuffled batches of `batch_size` for this process; set `sampler.epoch` before each pass.
 
@@ -88,6 +89,7 @@ def training_loader(
         sizes: (height, width) of the inputs that each batch's is drawn from; empty for always that of `fit`.
         per_class: so many pictures of one class stand together in a batch; None for any.
         rank, world_size: this process among those that share an epoch.
+        pin: in page-locked memory, from which a GPU takes them without waiting.
 
     Raises:
         ConfigError: the data do not say of each picture which one class it has, but `per_class` is given.
@@ -97,12 +99,14 @@ def training_loader(
     else:
         sampler = ClassSampler(picture_labels(dataset), per_class, batch_size, seed, rank, world_size, sizes)
     reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch, unmixed_from_epoch)
-    return _loader(reader, fit, sampler, batch_size, workers), sampler
+    return _loader(reader, fit, sampler, batch_size, workers, pin), sampler
 
 
-def evaluation_loader(dataset: Dataset, fit: Fit, *, batch_size: int, workers: int) -> DataLoader[Any]:
-    """Every picture once, in order; the last batch may be smaller."""
-    return _loader(_EvaluationReader(dataset, fit), fit, None, batch_size, workers)
+def evaluation_loader(
+    dataset: Dataset, fit: Fit, *, batch_size: int, workers: int, pin: bool = False
+) -> DataLoader[Any]:
+    """Every picture once, in order; the last batch may be smaller. `pin` as in `training_loader`."""
+    return _loader(_EvaluationReader(dataset, fit), fit, None, batch_size, workers, pin)
 
 
 class EpochSampler(Sampler[Key]):
@@ -270,7 +274,12 @@ class _EvaluationReader(TorchDataset[Fitted | DataError]):
 
 
 def _loader(
-    reader: TorchDataset[Fitted | DataError], fit: Fit, sampler: Sampler[Key] | None, batch_size: int, workers: int
+    reader: TorchDataset[Fitted | DataError],
+    fit: Fit,
+    sampler: Sampler[Key] | None,
+    batch_size: int,
+    workers: int,
+    pin: bool,
 ) -> DataLoader[Any]:
     import cv2
 
@@ -283,6 +292,6 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=partial(_collate_read, fit=fit),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         persistent_workers=workers > 0 and sampler is not None,
     )

@@ -56,13 +56,14 @@ def evaluate(
     model.eval()
     # The stored maps of all pictures have one size.
     fit = model.fit if store is None else model.fit.untrimmed()
-    loader = evaluation_loader(dataset, fit, batch_size=batch_size, workers=workers)
+    on_gpu = device.type == "cuda"
+    loader = evaluation_loader(dataset, fit, batch_size=batch_size, workers=workers, pin=on_gpu)
     position = 0
     # Only a head of an open set may see other classes than its own (check_classes), and has no loss for them.
     known = not model.head.open_set or dataset.classes.names == model.classes.names
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
     arithmetic = torch.inference_mode() if network is None else network.arithmetic()
-    with arithmetic, torch.random.fork_rng():
+    with arithmetic, torch.random.fork_rng([device] if on_gpu else []):
         torch.manual_seed(0)
         for batch in batches(loader) if store is None else store.batches(loader, model):
             batch = batch.to(device) if known else _without_labels(batch.to(device))

@@ -142,10 +142,10 @@ class FeatureStore:
             for level, channels_last, maps in zip(self._levels, self._channels_last, features):
                 one = maps[position]
                 level[number].copy_(one.permute(1, 2, 0) if channels_last else one)
-            proposals = None if batch.proposals is None else batch.proposals[position]
-            self._pictures[number] = _Picture(
-                batch.sizes[position], batch.targets[position], batch.metas[position], proposals
-            )
+            proposals = None if batch.proposals is None else batch.proposals[position].clone()
+            # Copies, else the memory of the whole batch would stay.
+            target = batch.targets[position].copy()
+            self._pictures[number] = _Picture(batch.sizes[position], target, batch.metas[position], proposals)
 
     def _stored(self, keys: Sequence[Key | int]) -> Batch:
         """The batch of pictures that the store has. Its pixels, which nothing reads, take no memory."""

@@ -297,6 +297,7 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
         per_class=options.per_class,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        pin=fabric.device.type == "cuda",
     )
     _refuse_mixes(model.head, loader.dataset)
     steps_per_epoch = -(-sampler.batches // options.accumulate)

@@ -8,6 +8,7 @@ import pytest
 
 from detkit.data.faces import Faces
 from detkit.data.loader import ClassSampler, picture_labels, training_loader
+from detkit.data.loader import batches as unpacked
 from detkit.data.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError
@@ -58,7 +59,7 @@ def test_the_loader_uses_it_for_pictures_of_one_class_each() -> None:
     faces = Faces("train", train_count=24, size=32, persons=3)
     loader, sampler = training_loader(faces, Fit((32, 32)), None, batch_size=8, workers=0, seed=0, per_class=4)
     assert isinstance(sampler, ClassSampler)
-    for batch in loader:
+    for batch in unpacked(loader):
         counts = Counter(int(target.image_labels) for target in batch.targets)
         assert all(count % 4 == 0 for count in counts.values())
     assert picture_labels(faces) == [int(faces.target(index).image_labels) for index in range(24)]  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detkit.config import InputOptions
-from detkit.data.loader import Key, collate, training_loader
+from detkit.data.loader import Key, batches, collate, training_loader
 from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit
 from detkit.errors import ConfigError
@@ -135,7 +135,7 @@ def test_training_cuts_also_without_augmentation_and_in_plain_epochs(augment: An
         dataset, fit, parts, batch_size=3, workers=0, seed=0, plain_from_epoch=1, sizes=[(32, 64), (64, 64)]
     )
     for sampler.epoch in range(2):
-        for batch in loader:
+        for batch in batches(loader):
             assert tuple(batch.images.shape[2:]) in ((32, 64), (64, 64))
             assert all(tuple(target.semantic.shape) == tuple(batch.images.shape[2:]) for target in batch.targets)
     reader = loader.dataset

@@ -11,6 +11,7 @@ import torch
 from detkit.boxes import area
 from detkit.boxes.convert import clip
 from detkit.data.loader import EpochSampler, collate, evaluation_loader, training_loader
+from detkit.data.loader import batches as unpacked
 from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit, Resize, map_boxes, undo
 from detkit.errors import ConfigError
@@ -257,7 +258,7 @@ def test_two_thousand_proposals_and_none_travel_through_workers() -> None:
             loader, _ = training_loader(
                 dataset, fit, Augment([{"name": "flip"}], fit), batch_size=3, workers=workers, seed=0
             )
-            read.append(list(loader))
+            read.append(list(unpacked(loader)))
         counts = [len(boxes) for batch in read[0] for boxes in batch.proposals]
         assert sorted(counts)[:3] == [0, 0, 0]
         assert min(sorted(counts)[3:]) > 1000
@@ -351,7 +352,7 @@ def batches(workers: int, epoch: int = 0, batch_size: int = 4) -> list[torch.Ten
         dataset, fit, Augment(SSD_AUGMENTATION, fit), batch_size=batch_size, workers=workers, seed=3
     )
     sampler.epoch = epoch
-    return [batch.images for batch in loader]
+    return [batch.images for batch in unpacked(loader)]
 
 
 def test_pictures_do_not_depend_on_the_number_of_workers() -> None:
@@ -375,7 +376,7 @@ def test_random_state_repeats_neither_between_workers_nor_between_epochs() -> No
     seen = set()
     for epoch in range(2):
         sampler.epoch = epoch
-        seen |= {image.numpy().tobytes() for batch in loader for image in batch.images}
+        seen |= {image.numpy().tobytes() for batch in unpacked(loader) for image in batch.images}
     assert len(seen) == 24
 
 
@@ -400,7 +401,7 @@ def test_last_epochs_can_be_plain() -> None:
         dataset, fit, Augment(SSD_AUGMENTATION, fit), batch_size=4, workers=0, seed=0, plain_from_epoch=5
     )
     sampler.epoch = 5
-    plain = next(iter(loader))
+    plain = next(unpacked(loader))
     order = [key.picture for key in sampler]
     for row, index in enumerate(order):
         assert torch.equal(plain.images[row], fit.image(dataset[index].image))
@@ -409,7 +410,9 @@ def test_last_epochs_can_be_plain() -> None:
 def test_evaluation_sees_every_picture_once_in_order() -> None:
     dataset = Shapes("val", val_count=7, size=48)
     loader = evaluation_loader(dataset, Fit((48, 48)), batch_size=3, workers=1)
-    assert [meta.image_id for batch in loader for meta in batch.metas] == [dataset[i].meta.image_id for i in range(7)]
+    assert [meta.image_id for batch in unpacked(loader) for meta in batch.metas] == [
+        dataset[i].meta.image_id for i in range(7)
+    ]
 
 
 def test_map_boxes_is_affine() -> None:
