@@ -1,6 +1,6 @@
 """A trained model made fast for prediction: batch norms inside convolutions, half precision, a compiled network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -152,7 +152,7 @@ def fold_batch_norms(model: Model) -> int:
     """Make batch norms part of the convolutions in front of them; how many.
 
     What stands in front of what is seen in a pass of the network, not guessed from the order of its layers: a norm is
-    folded if it works on the untouched output of one and the same convolution each time, and the other way round.
+    folded if it works on the untouched output of one and the same convolution each time, and nothing else reads that.
     """
     makers: dict[nn.Module, list[nn.Module | None]] = {}
     calls: dict[nn.Module, int] = {}
@@ -183,6 +183,7 @@ def fold_batch_norms(model: Model) -> int:
         convolution = found[0]
         if convolution is not None and set(found) == {convolution} and calls[convolution] == len(found):
             pairs[norm] = convolution
+    pairs = _unshared(model, pairs, with_head)
     for norm, convolution in pairs.items():
         _fold(cast(nn.Conv2d, convolution), cast(nn.BatchNorm2d, norm))
     for parent in list(model.modules()):
@@ -192,17 +193,74 @@ def fold_batch_norms(model: Model) -> int:
     return len(pairs)
 
 
-def _probe(model: Model, with_head: bool) -> None:
-    """A pass over a picture of the mean colour."""
+def _unshared(model: Model, pairs: dict[nn.Module, nn.Module], with_head: bool) -> dict[nn.Module, nn.Module]:
+    """Those of the pairs (norm, convolution) whose convolution only the norm reads."""
+    several = len(set(pairs.values())) < len(pairs)  # two norms on one convolution read each other's
+    if not pairs or not (several or _read_elsewhere(model, pairs, with_head)):
+        return pairs
+    if len(pairs) == 1:
+        return {}
+    items, middle = list(pairs.items()), len(pairs) // 2
+    return _unshared(model, dict(items[:middle]), with_head) | _unshared(model, dict(items[middle:]), with_head)
+
+
+def _read_elsewhere(model: Model, pairs: Mapping[nn.Module, nn.Module], with_head: bool) -> bool:
+    """Whether anything but its norm reads what one of the convolutions gives: a shortcut, another norm.
+
+    In a second pass the convolutions give NaN, for which their norms alone find the true values. Where NaN arrives at
+    another layer or in the network's outputs, it was read.
+    """
+    hooks, readers = [], []
+
+    def give_nan(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        nan = torch.full_like(output, torch.nan)
+        nan.truth = output  # type: ignore[attr-defined]
+        return nan
+
+    def take_truth(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].truth,)  # type: ignore[attr-defined]
+
+    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if _has_nan(inputs) and output is not inputs[0]:
+            readers.append(module)
+
+    for module in model.modules():
+        if module in pairs:
+            hooks.append(module.register_forward_pre_hook(take_truth))
+        elif not any(module.children()):
+            hooks.append(module.register_forward_hook(watch))
+    for convolution in pairs.values():
+        hooks.append(convolution.register_forward_hook(give_nan))
+    try:
+        return _has_nan(_probe(model, with_head)) or bool(readers)
+    except (AttributeError, ValueError):
+        return True  # a norm got what is not its convolution's; or NaN where there may be none
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _has_nan(value: Any) -> bool:
+    """Whether there is NaN in a tensor, or in tensors in tuples and lists of any depth."""
+    if isinstance(value, Tensor):
+        return bool(value.isnan().any())
+    return isinstance(value, (tuple, list)) and any(map(_has_nan, value))
+
+
+def _probe(model: Model, with_head: bool) -> Any:
+    """A pass over a picture of the mean colour; the maps, and the head's raw outputs."""
     size = (PROBE_SIDE, PROBE_SIDE) if model.fit.resize == "short_side" else model.fit.size
     images = model.mean.expand(1, 3, *size).contiguous(memory_format=torch.channels_last)
     features = model.backbone((images - model.mean) / model.std)
     if model.neck is not None:
         features = model.neck(features)
+    outputs = None
     if with_head:
         whole = torch.tensor([[0.0, 0.0, size[1], size[0]]], device=images.device)
         proposals = (whole,) if "proposals" in model.head.needs else None
-        model.head.decode(model.head(features, Inputs(size, (size,), proposals)))
+        outputs = model.head(features, Inputs(size, (size,), proposals))
+        model.head.decode(outputs)
+    return features, outputs
 
 
 def _foldable(module: nn.Module) -> bool:

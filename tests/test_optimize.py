@@ -101,6 +101,43 @@ def test_norms_that_follow_no_convolution_of_their_own_stay() -> None:
     assert all(isinstance(getattr(model.backbone.tricky, f"bn{number}"), nn.BatchNorm2d) for number in (1, 2, 3, 4))
 
 
+class Shared(nn.Module):
+    """Convolutions whose output something besides a norm reads: a shortcut, another norm, a layer; but the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(5))
+        for norm in self.norms:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second, third, fourth, fifth = self.convolutions
+        features = first(images)
+        features = features + self.norms[0](features)
+        features = second(features)
+        features = self.norms[1](features).relu() + self.norms[2](features)
+        features = third(features)
+        features = fourth(features) + self.norms[3](features)
+        result: Tensor = self.norms[4](fifth(features))
+        return result
+
+
+def test_norms_of_convolutions_that_something_else_reads_stay() -> None:
+    torch.manual_seed(0)
+    model = build("ssd")
+    model.backbone.shared = shared = Shared().eval()
+    inner = model.backbone.forward
+    model.backbone.forward = lambda images: inner(shared(images))  # type: ignore[method-assign]
+    before, others = raw(model), sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) - 5
+    assert fold_batch_norms(model) == others + 1
+    assert [isinstance(norm, nn.BatchNorm2d) for norm in shared.norms] == [True, True, True, True, False]
+    for one, other in zip(before, raw(model)):
+        assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def agree(one: Detections, other: Detections, overlap: float, difference: float) -> float:
     """The part of both that has a counterpart."""
     same = pairwise_iou(one.boxes, other.boxes) > overlap
