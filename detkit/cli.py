@@ -305,6 +305,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
 
     path = resolve_checkpoint(checkpoint)  # before anything heavy
 
+    import torch
     from rich.console import Console
 
     from detkit.config import experiment_to_dict, load_experiment
@@ -325,7 +326,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")
     options = experiment.train
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    model = to_device(model, options.device).eval()
+    model = to_device(model, options.device).eval().to(memory_format=torch.channels_last)
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
     network, choices = None, f"{next(model.parameters()).device}, fp32"

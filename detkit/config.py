@@ -42,7 +42,8 @@ class InputOptions:
         overlap: of neighbouring windows under crop, as a fraction of their sides; more is slower and smoother.
         trim_padding: evaluate and predict letterboxed pictures with no more padding than to multiples of 32 and to the
             largest picture of the batch, which saves its time. For heads that do not depend on the size of the input:
-            yolov2, yolov3, yolox; others have all of the padding.
+            yolov2, yolov3, yolox, where `size` is a multiple of the coarsest map's stride, up to 32; others have all of
+            the padding.
     """
 
     size: tuple[int, int] = (320, 320)

@@ -1,7 +1,7 @@
 """What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -140,11 +140,13 @@ def unique_names(files: Sequence[Path]) -> dict[Path, str]:
     stems = Counter(file.stem for file in files)
     names: dict[Path, str] = {}
     taken: set[str] = set()
+    numbers: dict[str, int] = defaultdict(lambda: 1)
     for file in files:
         name = file.stem if stems[file.stem] == 1 else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
-        unique, number = name, 2
+        unique = name
         while unique in taken:
-            unique, number = f"{name}_{number}", number + 1
+            numbers[name] += 1
+            unique = f"{name}_{numbers[name]}"
         taken.add(unique)
         names[file] = unique
     return names

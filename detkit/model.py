@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detkit.backbones.base import Backbone, Neck
 from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
-from detkit.data.transforms import Fit
+from detkit.data.transforms import BATCH_STRIDE, Fit
 from detkit.errors import CheckpointError, ConfigError, nearest
 from detkit.heads.base import Head
 from detkit.published.read import is_published, read_published
@@ -42,7 +42,11 @@ class Model(nn.Module):
         # The last, since a head may have a backbone of its own (R-CNN's, for the pixels of each region).
         reader = [module for module in self.modules() if isinstance(module, Backbone)][-1]
         fitting = experiment.input
-        self.fit = Fit(fitting.size, fitting.resize, reader.mean, trim=fitting.trim_padding and head.trims_padding)
+        # Cells that divide the input evenly keep their size only if the input is whole strides, and what is left of it.
+        stride = max(1, *(backbone if neck is None else neck).strides)
+        whole = BATCH_STRIDE % stride == 0 and all(side % stride == 0 for side in fitting.size)
+        trim = fitting.trim_padding and head.trims_padding and whole
+        self.fit = Fit(fitting.size, fitting.resize, reader.mean, trim=trim)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 

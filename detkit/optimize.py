@@ -42,11 +42,16 @@ class FastNetwork:
         choices: one line that says how it runs.
 
     Raises:
-        ConfigError: the precision is not to be had on the device, or there is no compiler. Whether one works shows when
-            the network first runs, which raises a ConfigError too.
+        ConfigError: the precision is not to be had on the device, the model is in half precision already, or there is
+            no compiler. Whether one works shows when the network first runs, which raises a ConfigError too.
     """
 
     def __init__(self, model: Model, precision: Precision = "auto", compile: bool = False) -> None:
+        if any(weight.dtype != torch.float32 for weight in model.parameters()):
+            raise ConfigError(
+                "This model is not in float32: it was made ready for predictions in half precision before, which "
+                "changes it for good. Load it once more."
+            )
         self.model = model
         self.device = model.mean.device
         check_choices(precision, compile, self.device)
@@ -139,7 +144,8 @@ score by some hundredths. AVX512-BF16, about twice as fast as float32, is left f
 def bf16_instructions(device: torch.device) -> str:
     """By what a device multiplies bf16 faster than float32; empty where it does not."""
     if device.type == "cuda":
-        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+        with torch.cuda.device(device):
+            return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         named = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}

@@ -1,5 +1,6 @@
 """From a checkpoint to predictions in the pixels of any picture."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -52,7 +53,7 @@ def load(
 
 
 class Predictor:
-    """Runs a model on pictures.
+    """Runs a model on pictures; from several threads one prediction at a time.
 
     Attributes:
         network: the model as it runs; `network.choices` says how.
@@ -78,6 +79,7 @@ class Predictor:
         self.network = FastNetwork(self.model, precision, compile)
         self.device = self.network.device
         self.class_names = model.classes.names
+        self._one_at_a_time = threading.Lock()  # a prediction's thresholds are the head's while it runs
         self.task = task_of(model.head)
 
     def predict(
@@ -135,7 +137,8 @@ class Predictor:
     def _run(self, arrays: list[np.ndarray], options: Mapping[str, Any]) -> list[Any]:
         fit, head = self.model.fit, self.model.head
         batch = collate([fit(self._sample(array)) for array in arrays], fit).to(self.device)
-        with self.network.arithmetic(), self.task.limited(head, self.class_names, options) as select:
+        limited = self.task.limited(head, self.class_names, options)
+        with self._one_at_a_time, self.network.arithmetic(), limited as select:
             found = predict(self.model, batch, self.network)
             return [
                 select(self.task.undo(prediction.to("cpu"), meta, self.class_names))

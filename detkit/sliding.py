@@ -3,8 +3,8 @@
 Everything that predicts (evaluation, Predictor, sample pictures of a run) goes through here. Windows are for heads that
 name the class of every pixel, under `input.resize: crop`. They overlap by `input.overlap`; where several show a pixel,
 their logits count the more the farther the pixel is from the border of the window, beyond which a network sees nothing.
-A picture not larger than the input is one window, and its prediction is exactly that of the network on it; no
-prediction depends on the other pictures of the batch.
+A picture not larger than the input is one window, and its prediction is exactly that of the network on it. No
+prediction in windows depends on the other pictures of the batch.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detkit.heads.per_size import PerSize
 from detkit.heads.semantic import SemanticHead, labels_of
 from detkit.model import Model
 from detkit.predictions import Prediction, SemanticMap
@@ -127,7 +128,7 @@ class _Canvas:
             self.sums = logits.new_zeros(len(logits), height, self.size[1])
         self._finish(window.top - self.first_row)
         # Not divided by the sum of the weights, which is the same for all classes of a pixel.
-        self.sums[:, :, window.left : window.left + width] += logits * _weights(self.window, logits)
+        self.sums[:, :, window.left : window.left + width] += logits * _weights_of(logits.device, self.window)
 
     def labels(self) -> Tensor:
         """(H, W) uint8, after the last window."""
@@ -146,10 +147,13 @@ class _Canvas:
         self.first_row += rows
 
 
-def _weights(size: Size, like: Tensor) -> Tensor:
+def _weights(size: Size) -> Tensor:
     """(H, W) in 0..1: 1 in the middle of a window, falling linearly to its border, never 0."""
-    rows, columns = (_tent(length).to(like) for length in size)
+    rows, columns = (_tent(length) for length in size)
     return rows[:, None] * columns
+
+
+_weights_of = PerSize(_weights)
 
 
 def _tent(length: int) -> Tensor:

@@ -318,3 +318,10 @@ def test_sizes_are_put_back_where_named_tuples_hold_them() -> None:
     assert changed.proposals.sizes == ((90, 100),)
     assert changed.proposals.offsets is outputs.proposals.offsets
     assert outputs.proposals.sizes == ((96, 128),)
+
+
+@pytest.mark.skipif(not bf16_instructions(torch.device("cpu")), reason="this processor has no instructions for bf16")
+def test_a_model_in_half_precision_is_not_taken_twice() -> None:
+    model = Predictor(build("ssd"), "cpu", precision="bf16").model
+    with pytest.raises(ConfigError, match="not in float32"):
+        Predictor(model, "cpu")

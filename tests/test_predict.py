@@ -1,5 +1,6 @@
 """Predicting: any kind of picture, its own pixels, strict options."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,21 @@ def test_padding_is_kept_where_it_is_asked_for_and_where_the_head_depends_on_the
     options = ["--input.resize", "letterbox", *YOLO["yolox"], "--head", "{name: yolox}"]
     assert not build_model(tiny(*options, "--input.trim_padding", "false"), CLASSES).fit.trim
     assert not build_model(tiny("--input.resize", "letterbox"), CLASSES).fit.trim  # SSD
+
+
+@pytest.mark.parametrize("name", YOLO)
+def test_padding_is_kept_where_cells_would_change_their_size(name: str, tiny: Any) -> None:
+    options = ["--input.resize", "letterbox", *YOLO[name], "--head", f"{{name: {name}}}"]
+    assert not build_model(tiny(*options, "--input.size", "[128, 150]"), CLASSES).fit.trim
+
+
+def test_threads_get_what_they_asked_for(tiny: Any) -> None:
+    predictor = Predictor(build_model(tiny(), CLASSES), "cpu")
+    before, image = predictor.model.head.postprocess, picture(40, 50)
+    expected = {conf: len(predictor.predict(image, conf=conf)) for conf in (0.0, 0.99)}
+    assert expected[0.0] > expected[0.99]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [0.0, 0.99] * 20
+        found = list(pool.map(lambda conf: len(predictor.predict(image, conf=conf)), asked))
+    assert found == [expected[conf] for conf in asked]
+    assert predictor.model.head.postprocess == before

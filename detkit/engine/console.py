@@ -9,7 +9,6 @@ from typing import Any
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.data.dataset import Dataset
@@ -70,7 +69,7 @@ class TrainingConsole:
             self._events.close()
 
     def step(
-        self, progress: Any, number: int, batches: int, losses: dict[str, Tensor], lr: float, pictures: int
+        self, progress: Any, number: int, batches: int, losses: dict[str, float], lr: float, pictures: int
     ) -> None:
         """After each batch: loss, learning rate, pictures a second, time left."""
         now = time.perf_counter()
@@ -81,7 +80,7 @@ class TrainingConsole:
         self._lr = lr
         seconds = now - (self._started or now)
         rate = f"{self._pictures / seconds:.1f} pictures/s" if self._pictures else ""
-        total = sum(value.item() for value in losses.values())
+        total = sum(losses.values())
         self.progress.update(
             self._task,
             total=batches * self.options.epochs,
@@ -91,7 +90,7 @@ class TrainingConsole:
         )
         if self._events is not None:
             for name, value in losses.items():
-                self._events.add_scalar(f"train/{name}", value.item(), progress.step)
+                self._events.add_scalar(f"train/{name}", value, progress.step)
             self._events.add_scalar("train/lr", lr, progress.step)
 
     @contextmanager

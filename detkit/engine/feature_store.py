@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -117,14 +118,17 @@ class FeatureStore:
             DetkitError: there is not enough space on the disk.
         """
         numbers = [key.picture if isinstance(key, Key) else key for key in loader.sampler]
+        device = model.mean.device
         if all(self._pictures[number] is not None for number in numbers):
             # Of DataLoader's own class, so that the stream of random numbers is spent as without a store.
             yield from DataLoader(
-                _Keys(), batch_size=loader.batch_size, sampler=loader.sampler, collate_fn=self._stored
+                _Keys(),
+                batch_size=loader.batch_size,
+                sampler=loader.sampler,
+                collate_fn=partial(self._stored, device=device),
             )
             return
         remaining = iter(numbers)
-        device = model.mean.device
         for batch in batches(loader):
             moved = batch.to(device)
             with torch.no_grad(), autocast():
@@ -147,8 +151,9 @@ class FeatureStore:
             target = batch.targets[position].copy()
             self._pictures[number] = _Picture(batch.sizes[position], target, batch.metas[position], proposals)
 
-    def _stored(self, keys: Sequence[Key | int]) -> Batch:
-        """The batch of pictures that the store has. Its pixels, which nothing reads, take no memory."""
+    def _stored(self, keys: Sequence[Key | int], device: torch.device) -> Batch:
+        """The batch of pictures that the store has. Its pixels, which nothing reads, take no memory; they lie on
+        `device` since the way there would give them some."""
         numbers = [key.picture if isinstance(key, Key) else key for key in keys]
         pictures = [picture for number in numbers if (picture := self._pictures[number]) is not None]
         features = []
@@ -157,7 +162,7 @@ class FeatureStore:
             features.append(maps.permute(0, 3, 1, 2) if channels_last else maps)
         proposals = tuple(picture.proposals for picture in pictures if picture.proposals is not None)
         return Batch(
-            torch.zeros(()).expand(len(numbers), 3, *self._input_size),
+            torch.zeros((), device=device).expand(len(numbers), 3, *self._input_size),
             tuple(picture.size for picture in pictures),
             tuple(picture.target for picture in pictures),
             tuple(picture.meta for picture in pictures),

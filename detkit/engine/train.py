@@ -13,7 +13,6 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from detkit.config import Experiment, TrainOptions
@@ -26,6 +25,7 @@ from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment
 from detkit.engine.average import AveragedModel
 from detkit.engine.console import TrainingConsole
+from detkit.engine.depthwise import depthwise_in_float32
 from detkit.engine.evaluate import Evaluation, evaluate
 from detkit.engine.feature_store import FeatureStore, check_storable, feature_stores
 from detkit.engine.memory import keep_freed_memory
@@ -233,9 +233,12 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
                 losses = head.loss(outputs, batch.targets)
             if mixed:
                 losses |= {name: torch.zeros_like(losses[name]) for name in head.unmixed_losses & losses.keys()}
-            _check_finite(losses, progress.step, batch)
+            each = torch.stack(list(losses.values()))
             watch.lap(FORWARD)
-            setup.fabric.backward(torch.stack(list(losses.values())).sum() / share)
+            setup.fabric.backward(each.sum() / share)
+        # Once a batch, and after the way back is queued: a GPU is waited for here.
+        values = dict(zip(losses, each.tolist()))
+        _check_finite(values, progress.step, batch)
         watch.lap(BACKWARD)
         if whole_step:
             if options.clip_norm is not None:
@@ -247,9 +250,9 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             if setup.average is not None:
                 setup.average.update(setup.model)
             progress.step += 1
-        for name, value in losses.items():
-            sums[name] += value.item()
-        console.step(progress, number, setup.sampler.batches, losses, options.lr * factor, len(batch))
+        for name, value in values.items():
+            sums[name] += value
+        console.step(progress, number, setup.sampler.batches, values, options.lr * factor, len(batch))
         watch.lap(STEP)
     return {name: value / setup.sampler.batches for name, value in sums.items()}
 
@@ -260,12 +263,12 @@ def group_size(number: int, batches: int, accumulate: int) -> int:
     return min(accumulate, batches - first)
 
 
-def _check_finite(losses: dict[str, Tensor], step: int, batch: Batch) -> None:
+def _check_finite(losses: dict[str, float], step: int, batch: Batch) -> None:
     for name, value in losses.items():
-        if not torch.isfinite(value):
+        if not math.isfinite(value):
             pictures = ", ".join(meta.source for meta in batch.metas)
             raise LossNotFiniteError(
-                f"The loss '{name}' is {value.item()} at step {step}, on the pictures {pictures}. Look at their boxes "
+                f"The loss '{name}' is {value} at step {step}, on the pictures {pictures}. Look at their boxes "
                 "(detkit check), lower train.lr, lengthen train.warmup_epochs, set train.clip_norm (10, say), or use "
                 "train.precision 32-true."
             )
@@ -278,6 +281,8 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
     model.freeze(options.freeze, options.freeze_norms)
     # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.precision == "bf16-mixed" and fabric.device.type == "cpu":
+        depthwise_in_float32(model)
     average = AveragedModel(model, options.ema_decay) if options.ema_decay is not None else None
     groups = model.parameter_groups(options.lr, options.backbone_lr_factor, options.weight_decay)
     optimizer = _optimizer(groups, options)

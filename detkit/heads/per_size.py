@@ -31,7 +31,7 @@ class PerSize(Generic[T]):
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= KEPT:
-                self._known.clear()
+                self._known.pop(next(iter(self._known)))  # the oldest
             with torch.inference_mode(False):  # a training that follows may need it for gradients
                 found = _on(device, self.compute(*sizes))
             self._known[key] = found

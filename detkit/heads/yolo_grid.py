@@ -6,6 +6,7 @@ beside each other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -180,18 +181,18 @@ def assign(
 def _places_of(boxes: Tensor, outputs: GridOutputs, anchors: Sequence[Tensor]) -> Tensor:
     """(N,) int64: the place that each box belongs to."""
     box = xyxy_to_cxcywh(boxes)
-    shapes = torch.cat([level.to(boxes.device) for level in anchors])
+    starts = [0, *accumulate(rows * columns * len(level) for (rows, columns), level in zip(outputs.maps, anchors))]
+    shapes = torch.cat([outputs.anchors[start : start + len(level)] for start, level in zip(starts, anchors)])
     best = pairwise_iou(_centred(box[:, 2:]), _centred(shapes)).argmax(1) if len(boxes) else boxes.new_zeros(0).long()
     places = torch.zeros_like(best)
-    first_anchor = first_place = 0
-    for (rows, columns), level in zip(outputs.maps, anchors):
+    first_anchor = 0
+    for (rows, columns), level, first_place in zip(outputs.maps, anchors, starts):
         column = (box[:, 0] * columns / outputs.size[1]).long().clamp(0, columns - 1)
         row = (box[:, 1] * rows / outputs.size[0]).long().clamp(0, rows - 1)
         here = (best >= first_anchor) & (best < first_anchor + len(level))
         place = first_place + (row * columns + column) * len(level) + best - first_anchor
         places = torch.where(here, place, places)
         first_anchor += len(level)
-        first_place += rows * columns * len(level)
     return places
 
 
