@@ -185,7 +185,8 @@ def _round_up(number: int, step: int) -> int:
 def undo(detections: Detections, meta: Meta) -> Detections:
     """Detections in the network's pixels as detections in the source's own pixels, inside its borders.
 
-    Those that lie in the padding or beyond the borders are left out. Mask patches become masks of the source's size.
+    One that lies in the padding becomes a box of no area on the border, as in torchvision. Mask patches become masks of
+    the source's size.
 
     Raises:
         ValueError: the picture went through an augmentation that has no inverse.
@@ -193,16 +194,12 @@ def undo(detections: Detections, meta: Meta) -> Detections:
     if meta.matrix is None:
         raise ValueError(f"{meta.source} was augmented at random; its detections cannot be taken back")
     boxes = map_boxes(detections.boxes, np.linalg.inv(meta.matrix))
-    inside = clip(boxes, meta.size)
-    seen = (inside[:, 2:] > inside[:, :2]).all(1)
-    if not seen.all():
-        detections, boxes, inside = detections[seen], boxes[seen], inside[seen]
     masks = None
     if detections.mask_patches is not None:
         # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the picture.
         masks = paste_masks(detections.mask_patches, boxes, meta.size)
     points = None if detections.points is None else map_points(detections.points, np.linalg.inv(meta.matrix))
-    return replace(detections, boxes=inside, masks=masks, mask_patches=None, points=points)
+    return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None, points=points)
 
 
 def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:

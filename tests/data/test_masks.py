@@ -119,13 +119,3 @@ def test_patches_go_with_their_detections() -> None:
         Detections(found.boxes, found.scores, found.labels, mask_patches=torch.zeros(3, 14, 14))
     with pytest.raises(ValueError, match="mask_patches must be"):
         Detections(found.boxes, found.scores, found.labels, mask_patches=torch.zeros(4, 14, 13))
-
-
-def test_what_lies_in_the_padding_is_left_out() -> None:
-    source = (90, 150)
-    matrix = Fit((64, 64), "letterbox").matrix(source)  # the picture takes the upper 38 rows
-    boxes = torch.tensor([[10.0, 5.0, 40.0, 30.0], [10.0, 40.0, 40.0, 60.0], [0.0, 30.0, 60.0, 50.0]])
-    undone = undo(patched(boxes), Meta("id", "picture", source, matrix))
-    assert undone.scores.tolist() == [1.0, 0.5]
-    assert undone.boxes[1].tolist() == pytest.approx([0, 30 * 90 / 38, 60 * 150 / 64, 90])
-    assert undone.masks.shape == (2, *source)
