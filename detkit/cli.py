@@ -80,6 +80,8 @@ def infer(arguments: list[str]) -> None:
         keep_freed_memory()
     print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
     print(f"runs on    {predictor.network.choices}")
+    if options.compile:
+        print("compiling  before the first picture: minutes for a large network, seconds where it was kept before")
     output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
     run(predictor, options.source, output, **common, **_of_the_task(options))

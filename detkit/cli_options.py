@@ -138,5 +138,7 @@ def parse_options(schema: type[Options], command: str, arguments: list[str], pos
         parsed = parser.parse_args(normal)
     except ArgumentError as error:
         reason = plain_types(" ".join(str(error).split())).replace("Parser key ", "Option ")
+        if "unrecognized arguments" in reason and "source" in names:
+            reason += ". Several pictures are one text, a folder or a pattern in quotes: --source '*.jpg'"
         raise DetkitError(f"{reason}. See detkit {command} --help.") from None
     return schema(**vars(parser.instantiate(parsed)))

@@ -99,6 +99,9 @@ class InputOptions:
             )
 
 
+SHORT_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """How a model is trained.
@@ -129,6 +132,7 @@ class TrainOptions:
         precision: arithmetic of the forward and backward passes. auto is bf16-mixed (weights, losses and sums in 32
             bits, the factors of convolutions and linear layers in 16) where the hardware multiplies bf16 faster:
             tensor cores, AMX, AVX512-BF16; else, and for heads that need it, 32-true. Evaluation is in 32 bits.
+            fp32, bf16 and fp16 mean 32-true, bf16-mixed and 16-mixed.
         device: auto takes a GPU where there is one.
         devices: how many of them.
         validate_every: epochs between evaluations; the last epoch is always evaluated.
@@ -168,7 +172,7 @@ class TrainOptions:
     freeze: int | Literal["all"] = 0
     freeze_norms: bool = False
     store_features: bool = False
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     validate_every: int = 1
@@ -182,6 +186,7 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", SHORT_PRECISIONS.get(self.precision, self.precision))
         positive = ("epochs", "batch_size", "accumulate", "lr", "devices", "validate_every", "cache_gb")
         for name in positive:
             if getattr(self, name) <= 0:
@@ -355,6 +360,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
+        named = Path("configs", file.name).with_suffix(".yaml")  # by its name alone
+        if named.is_file():
+            raise ConfigError(f"There is no config file '{path}'. Did you mean '{named}'?")
         near = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
         raise ConfigError(f"There is no config file '{path}'. {nearest(path, near)}")
     try:

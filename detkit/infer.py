@@ -72,7 +72,10 @@ def infer(
             write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
         task.write(output, name, image, found, meta, choices)
 
-    started = time.perf_counter()
+    if save_json and (output / "predictions.json").exists():
+        console.print(f"{output} has results of before: files of the same name are replaced, others stay")
+    # Of the first batch much of the time is for what is done once: loading, compiling.
+    started, timed = 0.0, 0
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
     try:
         with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
@@ -91,14 +94,18 @@ def infer(
                         f"--skip-broken true."
                     )
                 broken += errors
+                timed += len(whole) if started else 0
+                if whole and not started:
+                    started = time.perf_counter()
     finally:
         # After an error or an interruption, too: nothing that was found is lost.
         if save_json:
             write_json(output / "predictions.json", results)
+    ended = time.perf_counter()
     for message in broken:
         console.print(f"left out: {message}")
     count = len(files) - len(broken)
-    each = f" ({1000 * (time.perf_counter() - started) / count:.0f} ms each)" if count > 1 else ""
+    each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
     console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
 

@@ -146,6 +146,11 @@ def test_infer_takes_one_picture_and_a_glob(run: Run, checkpoint: Path, pictures
         status, output, error = run("infer", checkpoint, "--source", source, "--output", tmp_path / "out")
         assert status == 0, error
         assert f"{count} picture{'' if count == 1 else 's'}" in output
+        assert (" ms each after the first 1)" in output) == (count == 2)
+        assert ("has results of before" in output) == (source != pictures / "000012.png")
+    status, _, error = run("infer", checkpoint, "--source", "a.jpg", "b.jpg")
+    assert status == 1
+    assert "--source '*.jpg'" in error
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from detkit.config import experiment_from_dict, experiment_to_dict, load_experiment
+from detkit.config import TrainOptions, experiment_from_dict, experiment_to_dict, load_experiment
 from detkit.errors import ConfigError
 from detkit.model import build_model
 from detkit.proposals.dataset import check_needed
@@ -79,8 +79,8 @@ def test_round_trip(config: Path) -> None:
         ("train: {epochs: 0}", r"'train\.epochs' must be greater than 0"),
         ("train: {optimizer: sdg}", r"train\.optimizer"),
         (
-            "train: {precision: bf16}",
-            r"train\.precision.*one of .auto., .32-true., .bf16-mixed., .16-mixed., but is bf16",
+            "train: {precision: bf17}",
+            r"train\.precision.*one of .auto., .32-true., .bf16-mixed., .16-mixed..*, but is bf17",
         ),
         ("train: {batch_size: 7, accumulate: 2}", r"must be a multiple"),
         ("train: {epochs: 3, epochs: 4}", r"the key 'epochs' stands twice.*line"),
@@ -169,3 +169,20 @@ def test_freeze_takes_a_number_or_all(tmp_path: Path) -> None:
     for wrong in ("-1", "none"):
         with pytest.raises(ConfigError, match=r"train\.freeze"):
             load_experiment([str(config)], ["--train.freeze", wrong])
+
+
+@pytest.mark.parametrize(("short", "precision"), [("fp32", "32-true"), ("bf16", "bf16-mixed"), ("fp16", "16-mixed")])
+def test_precisions_have_the_names_that_predictions_know(short: str, precision: str) -> None:
+    assert TrainOptions(precision=short).precision == precision  # type: ignore[arg-type]
+
+
+def test_a_config_is_found_by_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"no config file 'ssd_bccd'. Did you mean 'configs/ssd_bccd.yaml'\?"):
+        load_experiment(["ssd_bccd"], [])
+
+
+def test_what_may_be_null_is_named_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"\"train.cache\": It must be one of 'memory', 'disk', null, but is ram"):
+        load_experiment(["configs/quickstart.yaml"], ["--train.cache", "ram"])
+    with pytest.raises(ConfigError, match=r"\"train.patience\": It must be one of a whole number, null, but is x"):
+        load_experiment(["configs/quickstart.yaml"], ["--train.patience", "x"])

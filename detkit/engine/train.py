@@ -161,6 +161,11 @@ def _fabric(options: TrainOptions, precision: Any) -> Fabric:
     try:
         return Fabric(accelerator=options.device, devices=options.devices, precision=precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "'train.device' cuda cannot be used: torch finds no GPU (`nvidia-smi` lists those of the machine). Set "
+                "it to auto or cpu."
+            ) from None
         raise ConfigError(
             f"'train.device' {options.device} with 'train.devices' {options.devices} cannot be used: "
             f"{' '.join(str(error).split())}"
