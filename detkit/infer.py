@@ -51,16 +51,32 @@ def infer(
         DataError: there is no picture, or one is broken and `skip_broken` is false.
         ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     files = [] if is_video(source) else find_images(source)
-    task = predictor.task
-    choices = task.complete(options)
+    choices = predictor.task.complete(options)
     check_options({**options, "batch": batch})
     check_output(output)
     limits = _limits(predictor, options, batch)
+    common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
+    common |= {"choices": choices, "limits": limits}
     if is_video(source):
-        common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
-        return infer_video(predictor, source, output, **common, choices=choices, limits=limits)
+        return infer_video(predictor, source, output, **common)
+    return _infer_pictures(predictor, files, output, skip_broken=skip_broken, **common)
+
+
+def _infer_pictures(
+    predictor: Predictor,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    batch: int,
+    skip_broken: bool,
+    save_images: bool,
+    save_json: bool,
+    choices: Mapping[str, Any],
+    limits: Mapping[str, Any],
+) -> int:
+    """As `infer`, of files; `choices` are all options of the model's task, `limits` those that `predict_all` takes."""
+    console, task = Console(highlight=False, soft_wrap=True, markup=False), predictor.task
     names = unique_names(files)
     ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []
