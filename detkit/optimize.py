@@ -138,7 +138,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
 
 MATRIX_UNITS = ("tensor cores", "AMX")
 """What makes bf16 so much faster than float32 that `auto` takes it, although a box in ten then moves by a pixel or its
-score by some hundredths. AVX512-BF16, about twice as fast as float32, is left for the user to choose."""
+score by some hundredths. AVX512-BF16, 1.3 to 2.3 times as fast as float32, is left for the user to choose."""
 
 
 def bf16_instructions(device: torch.device) -> str:
