@@ -308,7 +308,6 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     path = resolve_checkpoint(checkpoint)  # before anything heavy
 
     import torch
-    from rich.console import Console
 
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
@@ -318,6 +317,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
     from detkit.tasks.base import task_of, write_json
+    from detkit.terminal import Console
 
     model = load_model(path)
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
@@ -327,7 +327,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
         check_classes(model.classes, dataset.classes, str(path))
     dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")
     options = experiment.train
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console()
     model = to_device(model, options.device).eval().to(memory_format=torch.channels_last)
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()

@@ -25,6 +25,19 @@ class CheckpointError(DetkitError):
     """A file of weights is missing, broken, or belongs to another model or another list of classes."""
 
 
+class WriteError(DetkitError):
+    """A file or folder cannot be written: the disk is full, the path is wrong, or permission is missing."""
+
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters but tab and newline, and bytes of a file name that are not UTF-8."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control character written as an escape ("\\x1b"), so that it can be sent to a terminal."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def plain_types(message: str) -> str:
     """A message of jsonargparse with the types that it names in words: "must be one of 'a', 'b', but is c"."""
     names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from detkit.data.image import find_images, read_image
@@ -21,6 +20,7 @@ from detkit.limits import check_options, check_output
 from detkit.overlap import Behind, ahead
 from detkit.predict import Predictor
 from detkit.tasks.base import write_json
+from detkit.terminal import Console
 from detkit.types import Meta
 
 READ_AHEAD, WRITE_BEHIND = 4, 1
@@ -76,7 +76,7 @@ def _infer_pictures(
     limits: Mapping[str, Any],
 ) -> int:
     """As `infer`, of files; `choices` are all options of the model's task, `limits` those that `predict_all` takes."""
-    console, task = Console(highlight=False, soft_wrap=True, markup=False), predictor.task
+    console, task = Console(), predictor.task
     names = unique_names(files)
     ids = image_ids(list(names.values()))
     results: list[dict[str, Any]] = []

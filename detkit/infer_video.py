@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.errors import DetkitError
 from detkit.overlap import Behind, items_ahead
 from detkit.predict import Predictor
+from detkit.terminal import Console
 from detkit.types import Meta
 
 READ_AHEAD, WRITE_BEHIND = 2, 1
@@ -53,7 +53,7 @@ def infer_video(
     Raises:
         DataError: there is no such film, or none of its frames can be read.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console()
     task, stem = predictor.task, Path(source).stem
     film = output / f"{stem}.mp4"
     with (

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim import LBFGS, Adam, Optimizer
@@ -25,6 +24,7 @@ from detkit.heads.style import Style
 from detkit.predict import to_device
 from detkit.predictions import Rendering
 from detkit.registry import heads
+from detkit.terminal import Console
 
 Losses = dict[str, float]
 FINAL_LR = 0.1
@@ -75,7 +75,7 @@ def transfer(options: StyleOptions, output: Path) -> list[Losses]:
     check_range("infer", 1, steps=options.steps, every=options.every)
     head = build_head(options)
     content = read_content(options).to(next(head.parameters()).device)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console()
     console.print(
         f"content {options.content}, {content.shape[3]} x {content.shape[2]} pixels\nstyle   {options.style}\n"
         f"output  {output}"

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detkit.errors import printable
+
 if TYPE_CHECKING:
     import supervision
 
@@ -36,6 +38,11 @@ class ClassList:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.raw_ids):
             raise ValueError(f"{len(self.names)} class names but {len(self.raw_ids)} raw ids")
+        for name in self.names:
+            if name != printable(name) or not name.strip() or "\n" in name:
+                raise ValueError(
+                    f"the class name {name!r} is empty, or holds control characters or bytes that are not UTF-8"
+                )
         for what, values in (("name", self.names), ("raw id", self.raw_ids)):
             if len(set(values)) != len(values):
                 twice = next(value for value in values if values.count(value) > 1)

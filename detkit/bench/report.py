@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import BenchOptions, usable_cores
 from detkit.errors import DetkitError, counted
+from detkit.terminal import Console
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "numpy", "numba", "lsnms", "powerboxes", "supervision")
@@ -111,8 +111,8 @@ def write_report(
 
 def console() -> Console:
     """Where tables go; wide enough that no number is broken in two, whatever the width of the window."""
-    plain = Console(highlight=False, soft_wrap=True, markup=False)
-    return Console(highlight=False, soft_wrap=True, markup=False, width=max(plain.width, 120))
+    plain = Console()
+    return Console(width=max(plain.width, 120))
 
 
 def conditions(machine: dict[str, Any], options: BenchOptions) -> str:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
@@ -15,6 +14,7 @@ from detkit.data.splits import Split, open_split
 from detkit.data.transforms import Fit, map_boxes
 from detkit.errors import DataError
 from detkit.registry import datasets, option_names
+from detkit.terminal import Console
 from detkit.types import IGNORED_PIXEL
 
 
@@ -34,7 +34,7 @@ def check(data: dict[str, Any], needs: frozenset[str] = frozenset()) -> int:
         DataError: a split cannot be opened at all.
         ConfigError: `data` has an unknown option.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console()
     problems = 0
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any
 
 from lightning_fabric import Fabric
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from detkit.config import Experiment, InputOptions
@@ -19,6 +18,7 @@ from detkit.model import Model
 from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import usable_processors
 from detkit.tasks.base import task_of
+from detkit.terminal import Console
 
 
 class TrainingConsole:
@@ -34,7 +34,7 @@ class TrainingConsole:
         fabric: Fabric,
     ) -> None:
         self.folder, self.options = folder, experiment.train
-        self.console = Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True, markup=False)
+        self.console = Console(quiet=not fabric.is_global_zero)
         self.active = fabric.is_global_zero
         self._figures = task_of(model.head).figures(model.head)
         self.progress = Progress(

@@ -12,7 +12,6 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from detkit.config import Experiment, TrainOptions
@@ -40,6 +39,7 @@ from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
 from detkit.tasks.base import task_of
+from detkit.terminal import Console
 from detkit.types import Batch
 
 
@@ -188,7 +188,7 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
     task.check_data(train_set, str(data.get("train", "train")))
     task.check_data(val_set, str(data.get("val", "val")))
     quiet = not fabric.is_global_zero
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+    console = Console(quiet=quiet)
     if experiment.train.reduced_decoding and proposals is None:
         train_set, line = with_reduced_decoding(train_set, experiment.input, experiment.augment)
         if line:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from detkit.errors import ConfigError
 from detkit.proposals.cache import ProposalCache, default_folder
 from detkit.proposals.sources import ProposalSource
 from detkit.registry import option_names, proposal_sources
+from detkit.terminal import Console
 from detkit.types import Sample
 
 CACHE_KEY = "cache"
@@ -98,7 +98,7 @@ def with_proposals(
     folder = options.get(CACHE_KEY)
     source = build_source(options, split)
     proposed = ProposalDataset(dataset, source, default_folder() if folder is None else Path(folder).expanduser())
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+    console = Console(quiet=quiet)
     console.print(f"proposals  {title}: {proposed.prepare(console)}")
     return proposed
 

@@ -1,0 +1,340 @@
+"""Reading and writing files: the only module that parses JSON and YAML, and the only one that writes.
+
+Every reader answers a damaged or hostile file with one error that names it. Every writer replaces a file whole or not
+at all. A new format that goes through these functions cannot forget either.
+"""
+
+import errno
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from detkit.errors import DataError, DetkitError, WriteError, printable
+
+YAML_LENGTH = 10_000_000
+"""Characters that a YAML file may have: PyYAML needs about a second for each megabyte."""
+EXPANDED_LENGTH = 20_000_000
+"""Characters that a YAML file may have with its aliases expanded: nine lines of aliases can stand for a billion."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+REMEDIES = {
+    errno.ENOSPC: "Free some space on that disk, or write elsewhere.",
+    errno.EDQUOT: "Free some space of your quota, or write elsewhere.",
+    errno.EACCES: "Change its permissions, or write elsewhere.",
+    errno.EPERM: "Change its permissions, or write elsewhere.",
+    errno.EROFS: "Write to another disk.",
+    errno.ENOENT: "Its folder does not exist, or was removed in the meantime.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+}
+
+
+def read_text(path: str | Path, kind: str, error: type[DetkitError] = DataError) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        kind: what the file is, for messages: "config", "annotation file".
+        error: the class of the error raised.
+
+    Raises:
+        DetkitError: of the class `error`, if the file is missing, unreadable, not a file or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(
+            f"The {kind} '{path}' is not UTF-8 text (byte {reason.start} is 0x{reason.object[reason.start]:02x}). Save "
+            f"it as UTF-8."
+        ) from None
+    except OSError as reason:
+        raise error(f"The {kind} '{path}' cannot be read: {reason.strerror}. Check the path.") from None
+    except ValueError as reason:  # a path that holds NUL
+        raise error(f"The {kind} {str(path)!r} cannot be read: {reason}. Check the path.") from None
+
+
+def read_json(path: str | Path, kind: str, error: type[DetkitError] = DataError) -> Any:
+    """The content of a JSON file; the arguments and errors are those of `read_text` and `parse_json`."""
+    return parse_json(read_text(path, kind, error), f"{kind} '{path}'", error)
+
+
+def parse_json(text: str, where: str, error: type[DetkitError] = DataError) -> Any:
+    """The content of JSON text.
+
+    NaN and Infinity, which JSON does not have, are refused, as is text that cannot be encoded (half of a surrogate
+    pair). A number such as 1e999 is still read as infinity: a reader checks the numbers that it uses.
+
+    Args:
+        text: the JSON text.
+        where: the file or the part of one, for messages: "annotation file 'x.json'".
+        error: the class of the error raised.
+
+    Raises:
+        DetkitError: of the class `error`, if the text is not JSON, or is nested too deeply to be read.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number in JSON")
+
+    try:
+        content = json.loads(text, parse_constant=refuse)
+        if ESCAPED_SURROGATE.search(text) is not None:
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except RecursionError:
+        raise error(f"The {where} is nested too deeply to be read. Write it anew.") from None
+    except UnicodeEncodeError:
+        raise error(f"The {where} holds text with half of a surrogate pair, which is not valid. Correct it.") from None
+    except ValueError as reason:
+        raise error(f"The {where} is not valid JSON: {_one_line(reason)}. Correct it, or write it anew.") from None
+
+
+def read_yaml(path: str | Path, kind: str, error: type[DetkitError] = DataError, as_text: bool = False) -> Any:
+    """The content of a YAML file; the arguments and errors are those of `read_text` and `parse_yaml`."""
+    return parse_yaml(read_text(path, kind, error), f"{kind} '{path}'", error, as_text)
+
+
+def parse_yaml(text: str, where: str, error: type[DetkitError] = DataError, as_text: bool = False) -> Any:
+    """The content of YAML text: dicts, lists, text, numbers, true, false and null, never an object of Python's.
+
+    A key that is given twice is an error, 1e-3 is a number, and a date is text.
+
+    Args:
+        text: the YAML text.
+        where: the file or the part of one, for messages: "config 'x.yaml'".
+        error: the class of the error raised.
+        as_text: return every scalar as the text that was written, so that the class names `yes`, `1` and `null` stay
+            those. A scalar that is left empty becomes "".
+
+    Raises:
+        DetkitError: of the class `error`, if the text is not YAML, is longer than YAML_LENGTH, is nested too deeply, or
+            has more than YAML_NODES nodes once its aliases are expanded.
+    """
+    if len(text) > YAML_LENGTH:
+        raise error(f"The {where} has {len(text):,} characters, more than the {YAML_LENGTH:,} that are read as YAML.")
+    loader = None
+    try:
+        loader = (_TextLoader if as_text else _Loader)(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise error(f"The {where} is nested too deeply to be read. Write it anew.") from None
+    # The constructors of PyYAML raise any of these for scalars such as 0b, 12:a or !!int "".
+    except (yaml.YAMLError, ValueError, TypeError, IndexError, KeyError, AttributeError) as reason:
+        raise error(f"The {where} is not valid YAML: {printable(_one_line(reason))}. Correct it.") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "wb", durable: bool = True, **options: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing that takes the place of `path` when the block ends, and only if it ends without an error.
+
+    The content goes to a temporary file in the same folder, is flushed to the disk, and is renamed. Somebody who reads
+    `path`, or finds it after a power cut, has the old content or the new one, never a part. A path that is not a
+    regular file, such as /dev/stdout, is written to directly.
+
+    Args:
+        path: the file to write; its folder must exist.
+        mode: "wb", or "w" for UTF-8 text.
+        durable: wait for the disk (fsync). False for results of which many are written and which can be made again.
+        options: further arguments of `open`, such as newline.
+
+    Raises:
+        WriteError: the file cannot be written; an earlier file is left as it was.
+    """
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    try:
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with target.open(mode, **options) as file:
+                yield file
+            return
+        temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            with temporary.open(mode, **options) as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            _sync_folder(target.parent)
+    except OSError as reason:
+        raise write_error(path, reason) from reason
+    except UnicodeEncodeError as reason:
+        raise WriteError(f"{_named(path)} cannot be written: {reason.reason}. Correct that name or text.") from None
+    except ValueError as reason:
+        if "\0" not in str(path):
+            raise
+        raise WriteError(f"{_named(path)} cannot be written: {reason}. Give another name.") from None
+
+
+def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> None:
+    """Write a file whole or not at all, as `replacing`; its folder is made if need be.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    make_folder(Path(path).parent)
+    with replacing(path, durable=durable) as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, content: str, durable: bool = True) -> None:
+    """Write UTF-8 text, as `write_bytes`."""
+    try:
+        encoded = content.encode()
+    except UnicodeEncodeError as reason:
+        raise WriteError(f"{_named(path)} cannot be written as UTF-8: {reason.reason}. Correct that text.") from None
+    write_bytes(path, encoded, durable)
+
+
+def write_json(path: str | Path, content: Any, durable: bool = True) -> None:
+    """Write JSON, as `write_bytes`. NaN and infinite numbers, which JSON does not have, are a ValueError."""
+    write_text(path, json.dumps(content, allow_nan=False), durable)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and those above it if need be.
+
+    Raises:
+        WriteError: the folder cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as reason:
+        raise write_error(path, reason) from reason
+    return Path(path)
+
+
+def claim_folder(path: str | Path) -> Path:
+    """Make a new folder `path`, or `path` with the first free number behind it: run, run2, run3 ...
+
+    Two processes that ask for the same folder at the same time get two folders.
+
+    Raises:
+        WriteError: no folder can be made there.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    number = 1
+    while True:
+        folder = path if number == 1 else path.with_name(f"{path.name}{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+        except (OSError, ValueError) as reason:
+            raise write_error(folder, reason) from reason
+
+
+def write_error(path: str | Path, reason: OSError | ValueError) -> WriteError:
+    """The error that says why `path` cannot be written, and what to do."""
+    code = getattr(reason, "errno", None) or 0
+    text = getattr(reason, "strerror", None) or str(reason)
+    remedy = REMEDIES.get(code, "Check the path, the free space and the permissions.")
+    return WriteError(f"{_named(path)} cannot be written: {text}. {remedy}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only; refuses a key that is given twice, where PyYAML lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                problem = f"the key '{key_node.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _as_written(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+# PyYAML reads 1e-3 as text, because YAML 1.1 wants 1.0e-3; every user means the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_written)
+
+
+class _TextLoader(_Loader):
+    """Every scalar is the text that was written."""
+
+
+for _kind in ("bool", "int", "float", "null", "timestamp"):
+    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_written)
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Refuse a document that contains itself, that is too long with its aliases expanded, or whose text is not valid.
+
+    Raises:
+        yaml.YAMLError: what is wrong.
+    """
+    lengths: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def length(node: yaml.Node) -> int:
+        key = id(node)
+        if key in open_nodes:
+            raise yaml.YAMLError("an alias stands for a value that contains the alias itself")
+        if key not in lengths:
+            open_nodes.add(key)
+            if isinstance(node, yaml.MappingNode):
+                total = sum(length(name) + length(value) for name, value in node.value)
+            elif isinstance(node, yaml.SequenceNode):
+                total = sum(length(item) for item in node.value)
+            else:
+                total = len(node.value)
+                if LONE_SURROGATE.search(node.value) is not None:
+                    raise yaml.YAMLError("it holds text with half of a surrogate pair")
+            open_nodes.discard(key)
+            lengths[key] = total + 1
+        return lengths[key]
+
+    if length(root) > EXPANDED_LENGTH:
+        raise yaml.YAMLError(f"it has more than {EXPANDED_LENGTH:,} characters once its aliases are expanded")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in a folder durable, where the file system can (network file systems and Windows may not)."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _one_line(reason: Exception) -> str:
+    return " ".join(str(reason).split())
+
+
+def _named(path: str | Path) -> str:
+    return f"'{printable(str(path))}'"
