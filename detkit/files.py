@@ -59,21 +59,23 @@ def read_text(path: str | Path, kind: str, error: type[DetkitError] = DataError)
         raise error(f"The {kind} {str(path)!r} cannot be read: {reason}. Check the path.") from None
 
 
-def read_json(path: str | Path, kind: str, error: type[DetkitError] = DataError) -> Any:
+def read_json(path: str | Path, kind: str, error: type[DetkitError] = DataError, allow_nan: bool = False) -> Any:
     """The content of a JSON file; the arguments and errors are those of `read_text` and `parse_json`."""
-    return parse_json(read_text(path, kind, error), f"{kind} '{path}'", error)
+    return parse_json(read_text(path, kind, error), f"{kind} '{path}'", error, allow_nan)
 
 
-def parse_json(text: str, where: str, error: type[DetkitError] = DataError) -> Any:
+def parse_json(text: str, where: str, error: type[DetkitError] = DataError, allow_nan: bool = False) -> Any:
     """The content of JSON text.
 
-    NaN and Infinity, which JSON does not have, are refused, as is text that cannot be encoded (half of a surrogate
-    pair). A number such as 1e999 is still read as infinity: a reader checks the numbers that it uses.
+    Text that cannot be encoded (half of a surrogate pair) is refused. A number such as 1e999 is read as infinity: a
+    reader checks the numbers that it uses.
 
     Args:
         text: the JSON text.
         where: the file or the part of one, for messages: "annotation file 'x.json'".
         error: the class of the error raised.
+        allow_nan: read NaN and Infinity, which JSON does not have, instead of refusing the text: for readers that name
+            the entry with such a number.
 
     Raises:
         DetkitError: of the class `error`, if the text is not JSON, or is nested too deeply to be read.
@@ -83,7 +85,7 @@ def parse_json(text: str, where: str, error: type[DetkitError] = DataError) -> A
         raise ValueError(f"{constant} is not a number in JSON")
 
     try:
-        content = json.loads(text, parse_constant=refuse)
+        content = json.loads(text, parse_constant=None if allow_nan else refuse)
         if ESCAPED_SURROGATE.search(text) is not None:
             json.dumps(content, ensure_ascii=False).encode()
         return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,36 +19,40 @@ from detkit.data.dataset import (
     checked_classes,
     fixed_classes,
     missing_split,
-    number,
     unknown_class,
 )
+from detkit.data.json_values import finite, finite_list, identifier, short, whole
 from detkit.data.keypoints import keypoint_names, parse_keypoints
 from detkit.data.layouts import other_layout
 from detkit.data.masks import rle_from_coco
 from detkit.data.points import flip_pairs_of
 from detkit.data.semantic import names_with_background, with_background
 from detkit.errors import DataError
+from detkit.files import read_json
 from detkit.registry import datasets
 from detkit.types import ClassList
+
+LARGEST_AREA = 1e10
+"""Square pixels: the largest object that COCO's figures count; no image is larger."""
 
 
 @datasets.register("coco")
 class Coco(FileDataset):
-    """A data set in COCO's layout: a JSON file of images, categories and annotations, and a folder of pictures.
+    """A data set in COCO's layout: a JSON file of images, categories and annotations, and a folder of images.
 
     Category ids, sorted, become the labels 0..C-1 and stay as raw ids; meta.image_id is the image's id. Crowd regions
     carry Target.crowd. An image without annotations is kept as background. An annotation without an area has
-    that of its box.
+    that of its box. An image without file_name is found by its coco_url, as in LVIS.
 
     Args:
         root: the folder that `annotations` and `images` start from.
         split: put in place of {split} in these two.
-        broken: what to do with broken boxes and pictures.
+        broken: what to do with broken boxes and images.
         class_names: the classes in the order of their labels; by default all categories by id.
         masks: read segmentations.
         semantic: make semantic maps of segmentations: the smaller objects over the larger ones, crowd regions not
             counted, and "background" for all else, which becomes the first class unless it is a category already.
-        points: read keypoints. Points whose names differ in left and right change places where a picture is mirrored.
+        points: read keypoints. Points whose names differ in left and right change places where an image is mirrored.
         annotations: the JSON file.
         images: the folder that file_name starts from.
 
@@ -87,7 +90,7 @@ class Coco(FileDataset):
         image_folder = folder / images.replace("{split}", split)
         if not image_folder.is_dir():
             raise DataError(
-                f"The folder of pictures '{image_folder}' does not exist. Set data.images to the folder, below "
+                f"The folder of images '{image_folder}' does not exist. Set data.images to the folder, below "
                 f"data.root, that the file names in '{self._json}' start from; '{{split}}' in it becomes '{split}'."
             )
         content = _load(self._json)
@@ -107,48 +110,52 @@ class Coco(FileDataset):
             self.add(picture, size, self._annotations(by_image[picture.image_id], picture, size))
         self.finish()
 
-    def _declared(self, categories: list[dict[str, Any]]) -> ClassList:
-        try:
-            pairs = sorted((int(category["id"]), str(category["name"])) for category in categories)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"The file '{self._json}' has a category without a usable 'id' and 'name' ({error!r}). "
-                f'Write each as {{"id": 1, "name": "person"}}.'
-            ) from error
+    def _declared(self, categories: list[Any]) -> ClassList:
+        pairs = []
+        for position, category in enumerate(categories):
+            try:
+                if not isinstance(category["name"], str):
+                    raise ValueError(f"'name' must be text, but it is {short(category['name'])}")
+                pairs.append((whole(category["id"], "'id'"), category["name"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{self._json}, categories[{position}]: the category has no usable 'id' and 'name' "
+                    f'({_reason(error, category)}). Write each as {{"id": 1, "name": "person"}}.'
+                ) from None
+        pairs.sort()
         ids, names = tuple(raw_id for raw_id, _ in pairs), tuple(name for _, name in pairs)
         return checked_classes(lambda: ClassList(names, ids), str(self._json))
 
-    def _pictures(self, images: list[dict[str, Any]], folder: Path) -> list[Picture]:
+    def _pictures(self, images: list[Any], folder: Path) -> list[Picture]:
         pictures = []
         for position, image in enumerate(images):
             where = f"{self._json}, images[{position}]"
             try:
-                name, image_id = image["file_name"], image["id"]
-                if not isinstance(image_id, int | str) or not isinstance(name, str):
-                    raise TypeError("'id' must be a whole number or a text, and 'file_name' a text")
-                size = (int(image.get("height") or 0), int(image.get("width") or 0))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                self.problems.add(
-                    "malformed image entry", where, f"it needs 'id' and 'file_name' ({error!r})", LEFT_OUT_IMAGE
-                )
+                image_id, path = identifier(image["id"], "'id'"), _path(image, folder)
+                size = (_side(image, "height"), _side(image, "width"))
+            except (KeyError, TypeError, ValueError) as error:
+                message = f"it needs a valid 'id' and 'file_name' ({_reason(error, image)})"
+                self.problems.add("malformed image entry", where, message, LEFT_OUT_IMAGE)
                 continue
-            where = f"{where} (id {image_id}, '{name}')"
-            pictures.append(Picture(image_id, folder / name, where, None if 0 in size else size))
+            where = f"{where} (id {short(image_id)}, '{path.name}')"
+            pictures.append(Picture(image_id, path, where, None if 0 in size else size))
         return pictures
 
-    def _by_image(self, annotations: list[dict[str, Any]], image_ids: set[int | str]) -> dict[int | str, list[Any]]:
+    def _by_image(self, annotations: list[Any], image_ids: set[int | str]) -> dict[int | str, list[Any]]:
         """The annotations of each image, as (where, entry)."""
         by_image: dict[int | str, list[Any]] = defaultdict(list)
         for position, entry in enumerate(annotations):
             where = f"{self._json}, annotations[{position}]"
-            if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
-                self.problems.add("malformed annotation", where, "it has no 'image_id'", LEFT_OUT_BOX)
+            try:
+                image_id = identifier(entry["image_id"], "'image_id'")
+            except (KeyError, TypeError, ValueError) as error:
+                self.problems.add("malformed annotation", where, _reason(error, entry), LEFT_OUT_BOX)
                 continue
-            where = f"{where} (id {entry.get('id')})"
-            if entry["image_id"] in image_ids:
-                by_image[entry["image_id"]].append((where, entry))
+            where = f"{where} (id {short(entry.get('id'))})"
+            if image_id in image_ids:
+                by_image[image_id].append((where, entry))
             else:
-                message = f"there is no image with its image_id {entry['image_id']!r}"
+                message = f"there is no image with its image_id {short(image_id)}"
                 self.problems.add("unknown image", where, message, LEFT_OUT_BOX)
         return by_image
 
@@ -158,11 +165,12 @@ class Coco(FileDataset):
         labels = {raw_id: label for label, raw_id in enumerate(self.classes.raw_ids)}
         for where, entry in entries:
             where = f"{where} of '{picture.path.name}'"
-            raw_id = entry.get("category_id")
-            if not isinstance(raw_id, int):
-                message = f"'category_id' must be a whole number, but it is {raw_id!r}"
-                self.problems.add("malformed annotation", where, message, LEFT_OUT_BOX)
-            elif raw_id in labels:
+            try:
+                raw_id = whole(entry.get("category_id"), "'category_id'")
+            except ValueError as error:
+                self.problems.add("malformed annotation", where, str(error), LEFT_OUT_BOX)
+                continue
+            if raw_id in labels:
                 annotation = self._annotation(entry, labels[raw_id], where, size)
                 if annotation is not None:
                     yield annotation
@@ -170,17 +178,13 @@ class Coco(FileDataset):
                 message = unknown_class(self._declared_names[raw_id], self.classes)
                 self.problems.add("unknown class", where, message, LEFT_OUT_BOX)
             else:
-                message = f"there is no category with its category_id {raw_id!r}; there are: {self.classes}"
+                message = f"there is no category with its category_id {short(raw_id)}; there are: {self.classes}"
                 self.problems.add("unknown category", where, message, LEFT_OUT_BOX)
 
     def _annotation(self, entry: dict[str, Any], label: int, where: str, size: tuple[int, int]) -> Annotation | None:
         try:
-            box = entry.get("bbox")
-            if not isinstance(box, list) or len(box) != 4:
-                raise ValueError(f"'bbox' must be [x, y, width, height], but it is {box!r}")
-            x, y, width, height = (number(value) for value in box)
-            area = None if entry.get("area") is None else number(entry["area"])
-            crowd = bool(entry.get("iscrowd", 0))
+            x, y, width, height = finite_list(entry.get("bbox"), 4, "'bbox' must be [x, y, width, height]")
+            area, crowd = _area(entry.get("area")), _flag(entry.get("iscrowd"))
         except ValueError as error:
             self.problems.add("malformed annotation", where, str(error), LEFT_OUT_BOX)
             return None
@@ -188,7 +192,7 @@ class Coco(FileDataset):
         if self.fields & {"masks", "semantic"}:
             try:
                 mask = rle_from_coco(entry.get("segmentation"), size)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 self.problems.add("malformed mask", where, str(error), LEFT_OUT_BOX)
                 return None
         points = None
@@ -207,15 +211,7 @@ class Coco(FileDataset):
 
 def _load(path: Path) -> dict[str, list[Any]]:
     """The three lists of a COCO file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: the JSON cannot be parsed, column {error.colno}: {error.msg}. Mend the file, or "
-            f"export it again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"The file '{path}' is not UTF-8 text ({error}). Export it again as JSON.") from error
+    content = read_json(path, "COCO annotation file", allow_nan=True)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
@@ -223,6 +219,61 @@ def _load(path: Path) -> dict[str, list[Any]]:
                 f"images, annotations and categories."
             )
     return content
+
+
+def _path(image: dict[str, Any], folder: Path) -> Path:
+    """The file of an entry of 'images'.
+
+    Raises:
+        KeyError, ValueError: the entry does not give it.
+    """
+    name = image.get("file_name")
+    if name is None and isinstance(url := image.get("coco_url"), str):
+        # As in LVIS: .../train2017/000000391895.jpg, where an image of the split val may be one of COCO's train2017.
+        name = "/".join(url.split("/")[-2:])
+        if "\0" in name or not (folder / name).is_file():
+            name = name.rpartition("/")[2]
+    if name is None:
+        raise KeyError("file_name")
+    if not isinstance(name, str) or not name.strip("/. ") or "\0" in name:
+        raise ValueError(f"'file_name' must be the path of a file, but it is {short(name)}")
+    return folder / name
+
+
+def _side(image: dict[str, Any], key: str) -> int:
+    """The height or width of an entry of 'images'; 0 where the file does not give it."""
+    value = 0 if image.get(key) is None else whole(image[key], f"'{key}'")
+    if value < 0:
+        raise ValueError(f"'{key}' must be above 0, but it is {short(value)}")
+    return value
+
+
+def _area(value: object) -> float | None:
+    if value is None:
+        return None
+    try:
+        area = finite(value)
+    except ValueError as error:
+        raise ValueError(f"'area' must be square pixels, but {error}") from None
+    if not 0 <= area <= LARGEST_AREA:
+        raise ValueError(f"'area' must be in 0..{LARGEST_AREA:g} square pixels, but it is {area:g}")
+    return area
+
+
+def _flag(value: object) -> bool:
+    """COCO's iscrowd, which some programs write as true or false."""
+    if value is None:
+        return False
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise ValueError(f"'iscrowd' must be 0 or 1, but it is {short(value)}")
+    return bool(value)
+
+
+def _reason(error: Exception, entry: object) -> str:
+    """Why an entry cannot be used."""
+    if not isinstance(entry, dict):
+        return f"it must be an object with keys and values, but it is {short(entry)}"
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _splits(folder: Path, annotations: str) -> list[str]:

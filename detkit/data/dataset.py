@@ -353,7 +353,8 @@ class FileDataset(Dataset):
                     LEFT_OUT_IMAGE,
                 )
             elif isinstance(result, DataError):
-                kind = "unreadable image" if picture.path.is_file() else "missing image"
+                # os.path, since Path.is_file raises for a name that is too long.
+                kind = "unreadable image" if os.path.isfile(picture.path) else "missing image"
                 self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
             elif self._size_agrees(picture, result):
                 usable.append((picture, result))

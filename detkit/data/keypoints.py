@@ -4,20 +4,26 @@ from typing import Any
 
 import numpy as np
 
-from detkit.data.dataset import number
+from detkit.data.json_values import finite_list, short
 from detkit.errors import DataError
 
 OVERSHOOT = 2.0
-"""Pixels by which a point may lie outside of its picture: a rounding error."""
+"""Pixels by which a point may lie outside of its image: a rounding error."""
 
 
 def keypoint_names(categories: list[dict[str, Any]], where: str) -> tuple[str, ...]:
     """The names of the points, the same in every category that has points.
 
     Raises:
-        DataError: no category has points, or they differ.
+        DataError: no category has points, or they differ, or are not a list of text.
     """
-    found = {tuple(str(name) for name in category["keypoints"]) for category in categories if category.get("keypoints")}
+    lists = [category["keypoints"] for category in categories if category.get("keypoints")]
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f"'keypoints' of a category in '{where}' must be a list of names, but it is {short(names)}."
+            )
+    found = set(map(tuple, lists))
     if not found:
         raise DataError(
             f"The head needs points, but no category in '{where}' has 'keypoints', the list of their names. Use a file "
@@ -38,7 +44,7 @@ def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) ->
 
     Args:
         entry: the annotation.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
 
     Raises:
         ValueError: they are not three finite numbers for each point.
@@ -46,15 +52,11 @@ def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) ->
     values = entry.get("keypoints")
     if values is None:
         return np.zeros((count, 3), dtype=np.float32), 0
-    if not isinstance(values, list) or len(values) != 3 * count:
-        shown = len(values) if isinstance(values, list) else repr(values)
-        raise ValueError(f"'keypoints' must be x, y, v of each of {count} points, {3 * count} numbers, but are {shown}")
-    points = np.array([number(value) for value in values], dtype=np.float32).reshape(count, 3)
-    if not np.isfinite(points).all():
-        raise ValueError("'keypoints' has a number that is not finite")
+    form = f"'keypoints' must be x, y, v of each of {count} points, {3 * count} numbers"
+    points = np.array(finite_list(values, 3 * count, form)).reshape(count, 3)
     annotated = points[:, 2] > 0
     height, width = size
     inside = ((points[:, :2] >= -OVERSHOOT) & (points[:, :2] <= [width + OVERSHOOT, height + OVERSHOOT])).all(1)
     points[:, :2] = points[:, :2].clip(0, [width, height])
     points[:, 2] = annotated & inside
-    return points, int((annotated & ~inside).sum())
+    return points.astype(np.float32), int((annotated & ~inside).sum())

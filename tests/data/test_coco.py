@@ -108,10 +108,34 @@ def test_polygon_area_and_tight_box():
         ([], "must be a list of polygons or"),
         ([[1, 2, 3, 4]], r"at least three points .* but one is \[1, 2, 3, 4\]"),
         ([[1, 2, 3, 4, 5, 6, 7]], "at least three points"),
-        ([[1, 2, 3, 4, 5, float("nan")]], "nan, which is not a finite number"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "nan is not a finite number"),
+        ([[1, 2, 3, 4, 5, "6"]], "'6' is not a finite number"),
+        ([[1, 2, 3, 4, 5, True]], "True is not a finite number"),
+        ([[1, 2, 3, 4, 5, 10**400]], "0 is not a finite number"),
+        ([[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]], r"\[1, 2\] is not a finite number"),
+        ([1, 2, 3, 4, 5, 6], "one is 1, not such a list"),
+        ([TRIANGLE, None], "one is None, not such a list"),
+        ([[1e9, 1, 2, 2, 3, 1]], "1e\\+09, which is too far away"),
+        ([[-1.1e6, 1, 2, 2, 3, 1]], "-1.1e\\+06, which is too far away"),
+        ([[0, 0, 79, 59] * 2000], r"outline of a polygon is \d+ pixels long, more than the image has"),
+        ("abc", "must be a list of polygons or"),
+        ({"size": [60, 80]}, "must be a list of polygons or"),
+        ({"size": 60, "counts": [4800]}, r"for the size 60, the image is \[60, 80\]"),
         ({"size": [80, 60], "counts": [4800]}, r"for the size \[80, 60\], the image is \[60, 80\]"),
         ({"size": [60, 80], "counts": [4000]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": "zzzzz"}, "RLE"),
+        ({"size": [60, 80], "counts": [-10, 4810]}, "add up to the 4800 pixels"),
+        ({"size": [60, 80], "counts": [True, 4799]}, "add up to the 4800 pixels"),
+        ({"size": [60, 80], "counts": ["4800"]}, "add up to the 4800 pixels"),
+        ({"size": [60, 80], "counts": [10**400]}, "add up to the 4800 pixels"),
+        ({"size": [60, 80], "counts": []}, "add up to the 4800 pixels"),
+        ({"size": [60, 80], "counts": "zzzzz"}, "text of compressed ones, not 'zzzzz'"),
+        ({"size": [60, 80], "counts": "é1"}, "text of compressed ones, not 'é1'"),
+        ({"size": [60, 80], "counts": ""}, "text of compressed ones, not ''"),
+        ({"size": [60, 80], "counts": "P"}, "text of compressed ones, not 'P'"),
+        ({"size": [60, 80], "counts": "oooooooooo0"}, "text of compressed ones"),
+        ({"size": [60, 80], "counts": "0"}, "compressed run lengths '0' are not of this size"),
+        ({"size": [60, 80], "counts": "531"}, "compressed run lengths '531' are not of this size"),
+        ({"size": [60, 80], "counts": "O"}, "compressed run lengths 'O' are not of this size"),
         ({"size": [60, 80], "counts": 5}, "'counts' must be"),
     ],
 )
@@ -139,14 +163,29 @@ def test_malformed_json_names_its_line(tmp_path):
     root = write(tmp_path, [])
     path = tmp_path / "annotations/instances_train.json"
     path.write_text('{"images": [],\n "annotations": [}\n')
-    with pytest.raises(
-        DataError, match=r"instances_train\.json:2: the JSON cannot be parsed, column 18.*Mend the file"
-    ):
+    with pytest.raises(DataError, match=r"instances_train\.json' is not valid JSON: .*line 2 column 18.*write it anew"):
         Coco(root, "train")
-    for content in ("[]", "{}", '{"images": [], "annotations": {}}'):
+    for content in ("[]", "{}", "5", "null", '{"images": [], "annotations": {}}', '{"images": 5}'):
         path.write_text(content)
         with pytest.raises(DataError, match=r"has no list '(images|annotations)'.*not a COCO annotation file"):
             Coco(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"images": [' + b"9" * 5000 + b"]}", "not valid JSON"),
+        (b'{"images": ["\xff"]}', "not UTF-8"),
+        (b'{"images": ["\\ud800"]}', "surrogate"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_a_hostile_file_is_one_error(tmp_path, content, message):
+    root = write(tmp_path, [])
+    (tmp_path / "annotations/instances_train.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"instances_train\.json' .*{message}"):
+        Coco(root, "train")
 
 
 def test_no_images_is_an_error(tmp_path):
@@ -159,7 +198,16 @@ def test_no_images_is_an_error(tmp_path):
     [
         ([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "class name 'cat' stands twice"),
         ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "raw id 1 stands twice"),
-        ([{"id": 1}], "a category without a usable 'id' and 'name'"),
+        ([{"id": 1}], r"categories\[0\]: the category has no usable 'id' and 'name' \(it has no 'name'\)"),
+        ([{"id": 1, "name": "a"}, {"name": "b"}], r"categories\[1\]: .*it has no 'id'"),
+        ([{"id": "1", "name": "cat"}], "'id' must be a whole number, but it is '1'"),
+        ([{"id": True, "name": "cat"}], "'id' must be a whole number, but it is True"),
+        ([{"id": 1.5, "name": "cat"}], "'id' must be a whole number, but it is 1.5"),
+        ([{"id": float("inf"), "name": "cat"}], "'id' must be a whole number, but it is inf"),
+        ([{"id": None, "name": "cat"}], "'id' must be a whole number, but it is None"),
+        ([{"id": 1, "name": 7}], "'name' must be text, but it is 7"),
+        ([{"id": 1, "name": ""}], "class name '' is empty"),
+        (["cat"], "must be an object with keys and values, but it is 'cat'"),
     ],
 )
 def test_unusable_categories(tmp_path, categories, message):
@@ -173,13 +221,43 @@ def test_unusable_categories(tmp_path, categories, message):
         ({"category_id": 4}, "unknown category", r"category_id 4; there are: 0: dog \(raw id 3\)"),
         ({"category_id": [4]}, "malformed annotation", r"'category_id' must be a whole number, but it is \[4\]"),
         ({"image_id": 6}, "unknown image", "no image with its image_id 6"),
-        ({"image_id": None}, "malformed annotation", "no 'image_id'"),
+        ({"category_id": 3.7}, "malformed annotation", "'category_id' must be a whole number, but it is 3.7"),
+        ({"category_id": "3"}, "malformed annotation", "'category_id' must be a whole number, but it is '3'"),
+        ({"category_id": True}, "malformed annotation", "'category_id' must be a whole number, but it is True"),
+        ({"category_id": float("nan")}, "malformed annotation", "must be a whole number, but it is nan"),
+        ({"category_id": 10**400}, "unknown category", "there is no category with its category_id 1000"),
+        ({"image_id": None}, "malformed annotation", "'image_id' must be a whole number or text, but it is None"),
+        ({"image_id": 5.5}, "malformed annotation", "must be a whole number or text, but it is 5.5"),
+        ({"image_id": True}, "malformed annotation", "must be a whole number or text, but it is True"),
+        ({"image_id": [5]}, "malformed annotation", r"must be a whole number or text, but it is \[5\]"),
+        ({"image_id": "5"}, "unknown image", "no image with its image_id '5'"),
         ({"bbox": [1, 2, 3]}, "malformed annotation", r"must be \[x, y, width, height\], but it is \[1, 2, 3\]"),
         ({"bbox": None}, "malformed annotation", r"must be \[x, y, width, height\]"),
-        ({"bbox": [1, 2, 3, "x"]}, "malformed annotation", "'x' is not a number"),
-        ({"bbox": [1, 2, float("nan"), 4]}, "not a number", "not a finite number"),
+        ({"bbox": [1, 2, 3, 4, 5]}, "malformed annotation", "which has 5 values"),
+        ({"bbox": {"x": 1}}, "malformed annotation", "but it is {'x': 1}"),
+        ({"bbox": [1, 2, 3, "x"]}, "malformed annotation", "'x' is not a finite number"),
+        ({"bbox": [1, 2, 3, "4"]}, "malformed annotation", "'4' is not a finite number"),
+        ({"bbox": [1, 2, 3, None]}, "malformed annotation", "None is not a finite number"),
+        ({"bbox": [1, 2, 3, True]}, "malformed annotation", "True is not a finite number"),
+        ({"bbox": [1, 2, 3, [4]]}, "malformed annotation", r"\[4\] is not a finite number"),
+        ({"bbox": [1, 2, 3, 10**400]}, "malformed annotation", "0 is not a finite number"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "malformed annotation", "nan is not a finite number"),
+        ({"bbox": [float("-inf"), 2, 3, 4]}, "malformed annotation", "-inf is not a finite number"),
+        ({"bbox": [1e308, 2, 1e308, 4]}, "not a number", "not a finite number"),
         ({"bbox": [1, 2, 0, 4]}, "empty box", "width 0 and height 4"),
-        ({"area": "big"}, "malformed annotation", "'big' is not a number"),
+        ({"area": "big"}, "malformed annotation", "'area' must be square pixels, but 'big' is not a finite number"),
+        ({"area": "12"}, "malformed annotation", "'12' is not a finite number"),
+        ({"area": -1}, "malformed annotation", r"'area' must be in 0\.\.1e\+10 square pixels, but it is -1"),
+        ({"area": float("nan")}, "malformed annotation", "nan is not a finite number"),
+        ({"area": float("inf")}, "malformed annotation", "inf is not a finite number"),
+        ({"area": 1e11}, "malformed annotation", "but it is 1e\\+11"),
+        ({"area": True}, "malformed annotation", "True is not a finite number"),
+        ({"area": [1]}, "malformed annotation", r"\[1\] is not a finite number"),
+        ({"iscrowd": "0"}, "malformed annotation", "'iscrowd' must be 0 or 1, but it is '0'"),
+        ({"iscrowd": 2}, "malformed annotation", "'iscrowd' must be 0 or 1, but it is 2"),
+        ({"iscrowd": -1}, "malformed annotation", "must be 0 or 1, but it is -1"),
+        ({"iscrowd": []}, "malformed annotation", r"must be 0 or 1, but it is \[\]"),
+        ({"iscrowd": float("nan")}, "malformed annotation", "must be 0 or 1, but it is nan"),
     ],
 )
 def test_broken_annotations_under_each_policy(tmp_path, changes, kind, message):
@@ -192,6 +270,40 @@ def test_broken_annotations_under_each_policy(tmp_path, changes, kind, message):
         data = Coco(root, "train", broken=policy)
         assert len(data.target(0)) == 1
         assert [(p.kind, p.action) for p in data.problems.found] == [(kind, "left out the box")]
+
+
+def test_entries_that_are_no_objects_are_named(tmp_path):
+    root = write(tmp_path, [annotation(), None, [1], {}])
+    with pytest.raises(DataError, match=r"3 x malformed annotation.*annotations\[1\]: it must be an object .* is None"):
+        Coco(root, "train")
+    data = Coco(root, "train", broken="skip")
+    assert [problem.message for problem in data.problems.found][1:] == [
+        "it must be an object with keys and values, but it is [1]",
+        "it has no 'image_id'",
+    ]
+    assert len(data.target(0)) == 1
+
+
+def test_numbers_that_json_writes_in_two_ways_are_the_same(tmp_path):
+    entries = [annotation(image_id=5.0, category_id=3.0, iscrowd=True), annotation(iscrowd=None), annotation(area=0)]
+    images = [{"id": 5.0, "file_name": "a.jpg", "height": 60.0, "width": 80}]
+    target = (data := Coco(write(tmp_path, entries, images), "train")).target(0)
+    assert (target.labels.tolist(), target.crowd.tolist()) == ([0, 0, 0], [True, False, False])
+    assert target.area.tolist() == [450.5, 450.5, 0]
+    assert data.image_id(0) == 5
+    assert type(data.image_id(0)) is int
+
+
+@pytest.mark.parametrize("key", ["id", "bbox", "area", "image_id", "iscrowd", "category_id", "segmentation"])
+def test_deeply_nested_values_are_named_like_others(tmp_path, key):
+    root = write(tmp_path, [annotation(segmentation=[TRIANGLE]) | {key: "deep"}])
+    path = tmp_path / "annotations/instances_train.json"
+    path.write_text(path.read_text().replace('"deep"', "[" * 900 + "]" * 900))
+    if key == "id":  # nobody reads it but for messages
+        assert len(Coco(root, "train", masks=True)) == 1
+        return
+    with pytest.raises(DataError, match=r"1 x malformed (annotation|mask)"):
+        Coco(root, "train", masks=True)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +322,70 @@ def test_broken_images_under_each_policy(tmp_path):
     content = json.loads((tmp_path / "annotations/instances_train.json").read_text())
     content["images"] += [{"id": 4, "file_name": "none.jpg"}, {"id": 5}]
     (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"4 problems .*images\[5\]: it needs 'id' and 'file_name'"):
+    with pytest.raises(
+        DataError, match=r"4 problems .*images\[5\]: it needs a valid 'id' and 'file_name' \(it has no 'file_name'\)"
+    ):
         Coco(root, "train")
     data = Coco(root, "train", broken="skip")
     assert [data[i].meta.image_id for i in range(len(data))] == [1, 3]
     assert sorted(problem.kind for problem in data.problems.found) == [
         "duplicate image", "malformed image entry", "missing image", "unreadable image",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": 1.5}, "'id' must be a whole number or text, but it is 1.5"),
+        ({"id": None}, "'id' must be a whole number or text, but it is None"),
+        ({"id": True}, "'id' must be a whole number or text, but it is True"),
+        ({"file_name": None}, "it has no 'file_name'"),
+        ({"file_name": ""}, "'file_name' must be the path of a file, but it is ''"),
+        ({"file_name": 7}, "'file_name' must be the path of a file, but it is 7"),
+        ({"file_name": "a\0b"}, "'file_name' must be the path of a file"),
+        ({"width": -80}, "'width' must be above 0, but it is -80"),
+        ({"width": "80"}, "'width' must be a whole number, but it is '80'"),
+        ({"height": 60.5}, "'height' must be a whole number, but it is 60.5"),
+        ({"height": float("inf")}, "'height' must be a whole number, but it is inf"),
+        ({"height": [60]}, r"'height' must be a whole number, but it is \[60\]"),
+    ],
+)
+def test_malformed_image_entries(tmp_path, changes, message):
+    root = write(tmp_path, [])
+    path = tmp_path / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 6, "file_name": "b.jpg", "height": 60, "width": 80} | changes)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"1 x malformed image entry.*images\[1\]: .*{message}"):
+        Coco(root, "train")
+    assert len(Coco(root, "train", broken="skip")) == 1
+
+
+@pytest.mark.parametrize("name", ["none.jpg", "../a.jpg", "x" * 300 + ".jpg"])
+def test_missing_images_are_named(tmp_path, name):
+    root = write(tmp_path, [], [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}], picture=False)
+    Image.new("RGB", (80, 60)).save(tmp_path / "train/a.jpg")
+    with pytest.raises(DataError, match=r"1 x missing image.*images\[1\] \(id 6, "):
+        Coco(root, "train")
+
+
+@pytest.mark.parametrize("size", [{}, {"height": None, "width": None}, {"height": 0, "width": 0}])
+def test_an_image_entry_may_lack_its_size(tmp_path, size):
+    images = [{"id": 5, "file_name": "a.jpg"} | size]
+    assert Coco(write(tmp_path, [annotation()], images), "train").size(0) == (60, 80)
+
+
+@pytest.mark.parametrize(("images", "stored"), [("train", "1.jpg"), (".", "train/1.jpg"), ("train", "train/1.jpg")])
+def test_images_of_lvis_are_found_by_their_url(tmp_path, images, stored):
+    root = write(tmp_path, [annotation()])
+    path = tmp_path / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    content["images"] = [{"id": 5, "coco_url": "http://images.cocodataset.org/train/1.jpg", "height": 60, "width": 80}]
+    path.write_text(json.dumps(content))
+    target = tmp_path / images / stored
+    target.parent.mkdir(exist_ok=True)
+    (tmp_path / "train/ä 1.jpg").rename(target)
+    assert Coco(root, "train", images=images).source(0) == str(target)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
