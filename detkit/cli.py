@@ -28,11 +28,12 @@ def train(arguments: list[str]) -> None:
     if experiment is None:
         return
     from detkit.engine.train import train as run
+    from detkit.terminal import Console
 
     folder = run(experiment, resume)
     if folder is None:
         return
-    print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
+    Console().print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
     _evaluate(str(folder.best), [])
 
 
@@ -61,28 +62,31 @@ def infer(arguments: list[str]) -> None:
 
     from detkit.limits import check_options, check_output, check_source
     from detkit.runs import resolve_checkpoint
+    from detkit.terminal import Console
 
     # A mistake that can be told without the model shall not cost the time to import torch and to load it.
     checkpoint = resolve_checkpoint(options.checkpoint)
     check_options(vars(options))
     check_source(options.source)
-    check_output(Path(options.output or "runs/infer"))
+    output = Path(options.output or "runs/infer/run")
+    check_output(output, options.source)
 
     from detkit.engine.memory import keep_freed_memory
 
     with _no_garbage_collection():
         from detkit.infer import infer as run
-        from detkit.infer import numbered_folder
         from detkit.predict import load
 
         predictor = load(checkpoint, options.device, options.proposals, options.precision, options.compile)
     if predictor.device.type == "cpu":
         keep_freed_memory()
-    print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
-    print(f"runs on    {predictor.network.choices}")
+    console = Console()
+    console.print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
+    console.print(f"runs on    {predictor.network.choices}")
     if options.compile:
-        print("compiling  before the first picture: minutes for a large network, seconds where it was kept before")
-    output = Path(options.output) if options.output else numbered_folder(Path("runs/infer") / "run")
+        console.print(
+            "compiling  before the first picture: minutes for a large network, seconds where it was kept before"
+        )
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
     run(predictor, options.source, output, **common, **_of_the_task(options))
 
@@ -280,14 +284,13 @@ def _transfer_style(config: str, arguments: list[str]) -> None:
     from pathlib import Path
 
     from detkit.cli_options import parse_options, with_config
-    from detkit.infer import numbered_folder
     from detkit.style_transfer import StyleOptions, transfer
 
     title = f"infer {config}"
     options = parse_options(StyleOptions, title, with_config(StyleOptions, config, arguments), positional=False)
     if options is None:
         return
-    transfer(options, Path(options.output) if options.output else numbered_folder(Path("runs/style") / "run"))
+    transfer(options, Path(options.output or "runs/style/run"))
 
 
 def _evaluate(checkpoint: str, arguments: list[str]) -> None:
@@ -303,9 +306,14 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
                 f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
                 f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', 'device', *EVAL_KEYS})}"
             )
+    from pathlib import Path
+
+    from detkit.limits import check_results_file
     from detkit.runs import resolve_checkpoint
 
     path = resolve_checkpoint(checkpoint)  # before anything heavy
+    if save_json is not None:
+        check_results_file(Path(save_json))
 
     import torch
 

@@ -11,14 +11,17 @@ import colorsys
 import importlib.util
 import logging
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from detkit.errors import DetkitError
+from detkit.files import write_bytes
 from detkit.types import Detections, Target
 
 if TYPE_CHECKING:
@@ -150,17 +153,23 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
     check_image(image)
     path = Path(path)
-    if path.suffix.lower() not in Image.registered_extensions():
+    format_name = Image.registered_extensions().get(path.suffix.lower())
+    if format_name not in Image.SAVE:
         raise DetkitError(
-            f"The picture can't be written to {path}: the suffix '{path.suffix}' names no image format. "
+            f"The image cannot be written to {path}: the suffix '{path.suffix}' names no image format. "
             f"Use .jpg, .png, .webp, .bmp or .tiff."
         )
+    encoded = BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Quality and subsampling are JPEG's: its defaults smear thin coloured lines. Other formats ignore them.
-        Image.fromarray(image).save(path, quality=95, subsampling=0)
-    except OSError as error:
-        raise DetkitError(f"The picture can't be written to {path}: {error.strerror or error}.") from error
+        Image.fromarray(image).save(encoded, format=format_name, quality=95, subsampling=0)
+    # Pillow raises any of these for sides that a format does not have, such as 65,500 pixels for JPEG.
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        height, width = image.shape[:2]
+        raise DetkitError(
+            f"The image of {width} x {height} pixels cannot be written to '{path}' as {format_name}: {error}. Use .png."
+        ) from error
+    write_bytes(path, encoded.getvalue(), durable=False)
 
 
 def _annotate(

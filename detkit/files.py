@@ -5,6 +5,7 @@ at all. A new format that goes through these functions cannot forget either.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ EXPANDED_LENGTH = 20_000_000
 """Characters that a YAML file may have with its aliases expanded: nine lines of aliases can stand for a billion."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+LONGEST_NAME = 200
+"""Bytes of a name made by `safe_name`; file systems allow 255, and an ending may follow."""
 REMEDIES = {
     errno.ENOSPC: "Free some space on that disk, or write elsewhere.",
     errno.EDQUOT: "Free some space of your quota, or write elsewhere.",
@@ -247,6 +250,27 @@ def claim_folder(path: str | Path) -> Path:
             number += 1
         except (OSError, ValueError) as reason:
             raise write_error(folder, reason) from reason
+
+
+def safe_name(text: str) -> str:
+    """A name for a file or folder that stands for any text, such as the name of a class.
+
+    Letters, digits, spaces and harmless punctuation stay; everything else, and a dot or space at either end, becomes
+    %XX as in an address. Two texts of up to LONGEST_NAME bytes never get the same name, and none leads to another
+    folder. A longer text is cut off and ends in a part of its SHA-256.
+    """
+    last = len(text) - 1
+    name = "".join(
+        letter
+        if letter.isalnum() or letter in "-_+()[],=&@'!" or (letter in " ." and 0 < index < last)
+        else "".join(f"%{byte:02X}" for byte in letter.encode(errors="surrogatepass"))
+        for index, letter in enumerate(text)
+    )
+    encoded = name.encode()
+    if len(encoded) > LONGEST_NAME:
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+        name = f"{encoded[: LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
+    return name
 
 
 def write_error(path: str | Path, reason: OSError | ValueError) -> WriteError:

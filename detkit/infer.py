@@ -1,10 +1,12 @@
 """What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
 
+import itertools
+import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,18 @@ from rich.progress import track
 from detkit.data.image import find_images, read_image
 from detkit.data.video import is_video
 from detkit.draw import write_image
-from detkit.errors import DataError, counted
+from detkit.errors import DataError, counted, printable
+from detkit.files import write_json
 from detkit.gallery import Gallery
 from detkit.infer_video import infer_video
-from detkit.limits import check_options, check_output
+from detkit.limits import check_options, check_output, claimed_output, source_folder
 from detkit.overlap import Behind, ahead
 from detkit.predict import Predictor
-from detkit.tasks.base import write_json
 from detkit.terminal import Console
 from detkit.types import Meta
 
+JPEG_SIDE = 65_500
+"""Pixels of a side that a JPEG can have; a larger image is written as PNG."""
 READ_AHEAD, WRITE_BEHIND = 4, 1
 """Pictures that wait to be predicted and to be drawn and written, beyond a batch of each."""
 
@@ -54,13 +58,14 @@ def infer(
     files = [] if is_video(source) else find_images(source)
     choices = predictor.task.complete(options)
     check_options({**options, "batch": batch})
-    check_output(output)
+    check_output(output, source)
     limits = _limits(predictor, options, batch)
     common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
     common |= {"choices": choices, "limits": limits}
-    if is_video(source):
-        return infer_video(predictor, source, output, **common)
-    return _infer_pictures(predictor, files, output, skip_broken=skip_broken, **common)
+    with claimed_output(output) as folder:
+        if is_video(source):
+            return infer_video(predictor, source, folder, **common)
+        return _infer_pictures(predictor, files, folder, root=source_folder(source), skip_broken=skip_broken, **common)
 
 
 def _infer_pictures(
@@ -68,6 +73,7 @@ def _infer_pictures(
     files: Sequence[Path],
     output: Path,
     *,
+    root: Path,
     batch: int,
     skip_broken: bool,
     save_images: bool,
@@ -77,19 +83,18 @@ def _infer_pictures(
 ) -> int:
     """As `infer`, of files; `choices` are all options of the model's task, `limits` those that `predict_all` takes."""
     console, task = Console(), predictor.task
-    names = unique_names(files)
-    ids = image_ids(list(names.values()))
+    names = result_names(files, root)
+    ids = image_ids(names)
     results: list[dict[str, Any]] = []
     broken: list[DataError] = []
     pictures = ahead(_read, files, batch + READ_AHEAD)
 
     def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
         if save_images:
-            write_image(output / "pictures" / f"{name}.jpg", task.draw(image, found))
+            suffix = ".jpg" if max(image.shape) <= JPEG_SIDE else ".png"
+            write_image(output / "pictures" / f"{name}{suffix}", task.draw(image, found))
         task.write(output, name, image, found, meta, choices)
 
-    if save_json and (output / "predictions.json").exists():
-        console.print(f"{output} has results of before: files of the same name are replaced, others stay")
     # Of the first batch much of the time is for what is done once: loading, compiling.
     started, timed = 0.0, 0
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
@@ -100,7 +105,7 @@ def _infer_pictures(
                 found_all = predictor.predict_all([image for _, image in whole], batch_size=batch, **limits)
                 for (file, image), found in zip(whole, found_all):
                     name = names[file]
-                    meta = Meta(ids[name], str(file), (image.shape[0], image.shape[1]))
+                    meta = Meta(ids[file], str(file), (image.shape[0], image.shape[1]))
                     results += task.records(found, meta, predictor.model.classes)
                     console.print(f"{file}: {task.describe(found)}")
                     behind.submit(write, name, image, found, meta)
@@ -158,34 +163,40 @@ def _sort_out(
     return whole, errors
 
 
-def unique_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name without suffix for each file: its stem where that is unique, else with its folder and suffix."""
-    stems = Counter(file.stem for file in files)
+def result_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """A name for the results of each image: its stem where that is unique, else its path relative to `root`.
+
+    shots/a.png gives "a"; cam1/0001.png and cam2/0001.png give "cam1/0001" and "cam2/0001"; a.jpg and a.png give
+    "a.jpg" and "a.png". Bytes that are not UTF-8 and control characters become escapes.
+    """
+    paths = {file: _relative(file, root) for file in files}
+    stems = Counter(path.stem for path in paths.values())
+    whole = Counter(path.with_suffix("") for path in paths.values())
     names: dict[Path, str] = {}
     taken: set[str] = set()
-    numbers: dict[str, int] = defaultdict(lambda: 1)
-    for file in files:
-        name = file.stem if stems[file.stem] == 1 else "_".join([*file.parent.parts[-1:], file.name]).replace(".", "_")
-        unique = name
-        while unique in taken:
-            numbers[name] += 1
-            unique = f"{name}_{numbers[name]}"
-        taken.add(unique)
-        names[file] = unique
+    for file, path in paths.items():
+        short = path.with_suffix("") if whole[path.with_suffix("")] == 1 else path
+        wanted = path.stem if stems[path.stem] == 1 else short.as_posix()
+        name = wanted = printable(os.fsencode(wanted).decode(errors="backslashreplace"))
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{wanted}_{number}"
+        taken.add(name)
+        names[file] = name
     return names
 
 
-def image_ids(names: Sequence[str]) -> dict[str, int | str]:
-    """COCO's image_id of each name: the number that the file is named by (000000000139), where no other file has the
-    same number; else the name."""
-    numbers = Counter(int(name) for name in names if name.isdecimal())
-    return {name: int(name) if name.isdecimal() and numbers[int(name)] == 1 else name for name in names}
+def _relative(file: Path, root: Path) -> Path:
+    path = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
+    return path if ".." not in path.parts else Path(file.name)
 
 
-def numbered_folder(path: Path) -> Path:
-    """`path`, or `path`2, `path`3 ... where it exists already."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}{number}")
-    return candidate
+def image_ids(names: Mapping[Path, str]) -> dict[Path, int | str]:
+    """COCO's image_id of each image: the number that its file is named by (000000000139.jpg), where no other file has
+    the same number; else the name of its results."""
+    stems = {file: PurePosixPath(name).name.split(".")[0] for file, name in names.items()}
+    numbers = Counter(int(stem) for stem in stems.values() if stem.isdecimal())
+    return {
+        file: int(stem) if stem.isdecimal() and numbers[int(stem)] == 1 else names[file] for file, stem in stems.items()
+    }

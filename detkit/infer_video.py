@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from detkit.data.video import VideoReader, VideoWriter
-from detkit.errors import DetkitError
+from detkit.files import make_folder, replacing
 from detkit.overlap import Behind, items_ahead
 from detkit.predict import Predictor
 from detkit.terminal import Console
@@ -93,20 +93,19 @@ class _Records:
 
     def __enter__(self) -> "_Records":
         if self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("w", encoding="utf-8")
-            except OSError as error:
-                raise DetkitError(f"The results can't be written to {self.path}: {error.strerror}.") from error
+            make_folder(self.path.parent)
+            self._replacing = replacing(self.path, "w")
+            self._file = self._replacing.__enter__()
             self._file.write("[")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Finish the list, also after an error: what was written until then is whole."""
         if self.path is not None:
             self._file.write("]")
-            self._file.close()
+            self._replacing.__exit__(None, None, None)
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         for record in records:

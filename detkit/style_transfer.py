@@ -20,7 +20,9 @@ from torch.optim import LBFGS, Adam, Optimizer
 from detkit.data.image import read_image, resized
 from detkit.draw import write_image
 from detkit.errors import ConfigError, DetkitError, check_range
+from detkit.files import replacing
 from detkit.heads.style import Style
+from detkit.limits import check_output, claimed_output
 from detkit.predict import to_device
 from detkit.predictions import Rendering
 from detkit.registry import heads
@@ -73,7 +75,13 @@ def transfer(options: StyleOptions, output: Path) -> list[Losses]:
         DetkitError: a loss is no longer a number.
     """
     check_range("infer", 1, steps=options.steps, every=options.every)
+    check_output(output)
     head = build_head(options)
+    with claimed_output(output) as folder:
+        return _transfer(options, head, folder)
+
+
+def _transfer(options: StyleOptions, head: Style, output: Path) -> list[Losses]:
     content = read_content(options).to(next(head.parameters()).device)
     console = Console()
     console.print(
@@ -176,7 +184,7 @@ def _write(path: Path, picture: Tensor) -> None:
 
 
 def _write_losses(path: Path, history: list[Losses]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", *history[0]])
         writer.writeheader()
         writer.writerows({"step": step, **losses} for step, losses in enumerate(history))

@@ -15,6 +15,7 @@ from detkit.data.dataset import Dataset
 from detkit.data.transforms import undo
 from detkit.draw import compare, draw_detections, draw_targets, write_image
 from detkit.errors import ConfigError, DataError, nearest
+from detkit.files import safe_name, write_text
 from detkit.heads.base import Head
 from detkit.limits import check_options
 from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
@@ -142,8 +143,7 @@ def _write_text(path: Path, found: Detections, size: tuple[int, int], with_score
     for (x, y, w, h), score, label in zip(centres, found.scores.tolist(), found.labels.tolist()):
         line = f"{label} {x / width:.6f} {y / height:.6f} {w / width:.6f} {h / height:.6f}"
         lines.append(f"{line} {score:.6f}" if with_score else line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines), durable=False)
 
 
 def _write_crops(folder: Path, name: str, image: np.ndarray, found: Detections) -> None:
@@ -153,4 +153,4 @@ def _write_crops(folder: Path, name: str, image: np.ndarray, found: Detections) 
         left, top = int(box[0]), int(box[1])
         right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
         crop = image[min(top, height - 1) : bottom, min(left, width - 1) : right]
-        write_image(folder / str(class_name).replace("/", "_") / f"{name}_{number}.jpg", crop)
+        write_image(folder / safe_name(str(class_name)) / f"{name}_{number}.jpg", crop)
