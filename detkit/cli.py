@@ -106,14 +106,15 @@ def check(arguments: list[str]) -> None:
     from detkit.data.check import check as run
     from detkit.data.check import propose_anchors
     from detkit.registry import heads
+    from detkit.tasks.base import task_of
 
     outcome = {"fail": "stops at them", "skip": "goes on without them", "repair": "goes on with what was repaired"}
     files = experiment.data.get("data", experiment.data)  # of crops, where the files are named
     policy = str(files.get("broken", "fail"))
     if policy not in outcome:
         raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
-    needs: frozenset[str] = heads.get(str(experiment.head.get("name"))).needs  # type: ignore[attr-defined]
-    problems = run(experiment.data, needs)
+    head: Any = heads.get(str(experiment.head.get("name")))
+    problems = run(experiment.data, head.needs, head.open_set, task_of(head).check_data)
     if anchors is not None:
         propose_anchors(experiment.data, experiment.input, int(anchors))
     if problems:

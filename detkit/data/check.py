@@ -1,5 +1,7 @@
 """`detkit check`: read a data set from end to end, and say what is in it and what is broken."""
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,39 +12,56 @@ from rich.table import Table
 from detkit.boxes.anchors import kmeans_priors
 from detkit.config import InputOptions
 from detkit.data.dataset import Dataset
-from detkit.data.splits import Split, open_split
+from detkit.data.splits import Split, check_names, check_splits, open_split
 from detkit.data.transforms import Fit, map_boxes
 from detkit.errors import DataError
 from detkit.registry import datasets, option_names
 from detkit.terminal import Console
-from detkit.types import IGNORED_PIXEL
+from detkit.types import IGNORED_PIXEL, Target
 
 
-def check(data: dict[str, Any], needs: frozenset[str] = frozenset()) -> int:
-    """Print every problem of both splits, and the counts of pictures and objects, or of pixels.
+def check(
+    data: dict[str, Any],
+    needs: frozenset[str] = frozenset(),
+    open_set: bool = False,
+    check_data: Callable[[Dataset, str], None] = lambda dataset, split: None,
+) -> int:
+    """Print every problem of both splits, and the counts of images and objects, or of pixels.
 
-    The data are read with `broken: repair`, which looks for everything and decodes every picture; nothing on disk
-    is changed.
+    The data are opened and compared as training does it, but with `broken: repair`, which looks for everything and
+    decodes every image; nothing on disk is changed.
 
     Args:
-        needs: the fields of Target that the head reads; of these "semantic" changes the classes and what is counted.
+        data: the experiment's `data`.
+        needs: the fields of Target that the head reads.
+        open_set: the splits may have different classes.
+        check_data: what else the task demands of a split, given the data set and its name.
 
     Returns:
-        The number of problems.
+        The number of problems, without those that no policy makes fatal.
 
     Raises:
-        DataError: a split cannot be opened at all.
+        DataError: training would refuse the data whatever its policy.
         ConfigError: `data` has an unknown option.
     """
     console = Console()
+    check_names(data)
     problems = 0
+    opened = []
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        dataset = _open_repaired(data, split, needs & {"semantic"})
+        dataset = _open_repaired(data, split, needs)
         for problem in dataset.problems.found:
-            console.print(f"{problem.kind}: {problem.where}: {problem.message} -> repair: {problem.action}")
-        problems += len(dataset.problems.found)
+            policy = "" if problem.harmless else "repair: "
+            console.print(f"{problem.kind}: {problem.where}: {problem.message} -> {policy}{problem.action}")
+        problems += sum(not problem.harmless for problem in dataset.problems.found)
         console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
+        for line in dataset.problems.counts():
+            console.print(line)
+        opened.append(dataset)
+    for split, dataset in zip(splits, opened):
+        check_data(dataset, str(data.get(split, split)))
+    check_splits(opened[0], opened[1], data, open_set)
     return problems
 
 
@@ -91,7 +110,7 @@ def _repaired(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
-    """Objects by class, and how large they are; pixels by class where there are semantic maps; pictures by class where
+    """Objects by class, and how large they are; pixels by class where there are semantic maps; images by class where
     there are no objects."""
     if "semantic" in dataset.fields:
         return _pixels_by_class(dataset, title, console)
@@ -100,15 +119,20 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
     counts = [0] * len(dataset.classes)
     sides: list[list[float]] = [[] for _ in counts]
     empty = 0
+    totals: Counter[str] = Counter()
     for index in track(
         range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True
     ):
         target = dataset.target(index)
         empty += not len(target)
+        totals.update(_totals(target))
         for box, label in zip(target.boxes.tolist(), target.labels.tolist()):
             counts[label] += 1
             sides[label].append(((box[2] - box[0]) * (box[3] - box[1])) ** 0.5)
-    table = Table(title=f"{title}: {len(dataset)} pictures, {empty} of them without objects, {sum(counts)} objects")
+    of_these = "".join(f", {count} {what}" for what, count in totals.items() if count)
+    table = Table(
+        title=f"{title}: {len(dataset)} images, {empty} of them without objects, {sum(counts)} objects{of_these}"
+    )
     table.add_column("class")
     for header in ("raw id", "objects", "smallest", "median", "largest"):
         table.add_column(header, justify="right")
@@ -119,6 +143,18 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
         )
         table.add_row(escape(name), str(raw_id), str(count), *figures)
     return table
+
+
+def _totals(target: Target) -> dict[str, int]:
+    """Counts of the objects of an image that are special in some way."""
+    totals = {"crowd regions": int(target.crowd.sum()), "difficult": int(target.difficult.sum())}
+    if target.masks is not None:
+        totals["masks"] = len(target.masks)
+        totals["masks without pixels"] = int((~target.masks.flatten(1).any(1)).sum())
+    if target.visible is not None:
+        totals["with points"] = int(target.visible.any(1).sum())
+        totals["visible points"] = int(target.visible.sum())
+    return totals
 
 
 def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
@@ -133,9 +169,9 @@ def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
         pictures += counts > 0
     total = max(1, int(pixels.sum()))
     ignored = 100 * int(pixels[IGNORED_PIXEL]) / total
-    table = Table(title=f"{title}: {len(dataset)} pictures, {ignored:.1f} % of their pixels not counted")
+    table = Table(title=f"{title}: {len(dataset)} images, {ignored:.1f} % of their pixels not counted")
     table.add_column("class")
-    for header in ("raw id", "pictures", "share of pixels"):
+    for header in ("raw id", "images", "share of pixels"):
         table.add_column(header, justify="right")
     for name, raw_id, count, seen in zip(
         dataset.classes.names, dataset.classes.raw_ids, pixels.tolist(), pictures.tolist()
@@ -150,10 +186,10 @@ def _pictures_by_class(dataset: Dataset, title: str) -> Table:
         labels = dataset.target(index).image_labels
         for label in labels.tolist() if labels is not None else ():
             counts[label] += 1
-    table = Table(title=f"{title}: {len(dataset)} pictures")
+    table = Table(title=f"{title}: {len(dataset)} images")
     table.add_column("class")
     table.add_column("raw id", justify="right")
-    table.add_column("pictures", justify="right")
+    table.add_column("images", justify="right")
     for name, raw_id, count in zip(dataset.classes.names, dataset.classes.raw_ids, counts):
         table.add_row(escape(name), str(raw_id), str(count))
     return table

@@ -206,7 +206,8 @@ class Coco(FileDataset):
                 message = f"{outside} of its points lie outside the image"
                 self.problems.add("point outside the image", where, message, "taken as not visible")
         box = (x, y, x + width, y + height)
-        return Annotation(box, label, where, crowd=crowd, area=area, mask=mask, points=points)
+        unread = (entry.get("segmentation"), entry.get("keypoints"))
+        return Annotation(box, label, where, crowd=crowd, area=area, mask=mask, points=points, unread=unread)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detkit.data.dataset import Dataset, Problems
+from detkit.data.dataset import Dataset
 from detkit.errors import ConfigError, DataError
 from detkit.registry import datasets, option_names
 from detkit.types import Meta, Sample, Target
@@ -60,8 +60,8 @@ class Crops(Dataset):
         if asked:
             self.fields |= {"boxes", "labels", "points"} & self.dataset.fields
         inner = self.dataset.problems
-        self.problems = Problems(
-            f"The crops of {inner.source}", inner.policy, list(inner.found), inner.rounded, inner.unlabelled
+        self.problems = replace(
+            inner, source=f"The crops of {inner.source}", found=list(inner.found), remarks=inner.remarks.copy()
         )
         self._crops = [crop for picture in range(len(self.dataset)) for crop in self._cut(picture, margin)]
         if not self._crops:
@@ -108,6 +108,9 @@ class Crops(Dataset):
     def image_id(self, index: int) -> str:
         crop = self._crops[index]
         return self._id(crop, self.dataset.image_id(crop.picture))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.dataset.fingerprint() | {"images": len(self), "objects": len(self)}
 
     def __getstate__(self) -> Mapping[str, Any]:
         # A worker process needs no picture to start with.

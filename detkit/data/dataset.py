@@ -6,27 +6,30 @@ wrong is therefore known before training starts, is either fatal or counted, and
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
 from detkit.data import masks as mask_coding
-from detkit.data.image import check_image, read_image
+from detkit.data.duplicates import identical
+from detkit.data.image import check_image, exchanges_sides, read_image
 from detkit.data.semantic import BACKGROUND, painted
 from detkit.errors import DataError, counted, nearest
+from detkit.files import read_text
 from detkit.types import ClassList, Meta, Sample, Target
 
 Broken = Literal["fail", "skip", "repair"]
-"""What to do with broken data: stop, leave it out, or mend what can be mended and leave out the rest."""
+"""The policy for broken data: stop, leave it out, or repair what can be repaired and leave out the rest."""
 
 Box = tuple[float, float, float, float]
 
@@ -36,6 +39,7 @@ OF_DETECTION = frozenset({"boxes", "labels", "image_labels"})
 LEFT_OUT_BOX = "left out the box"
 LEFT_OUT_IMAGE = "left out the image"
 FATAL = "fatal"
+OUTSIDE = "box outside the image"
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Problem:
         where: file, line or id, and image.
         message: what is wrong there.
         action: what was done about it; "fatal" where the policy is to fail.
+        harmless: no policy makes it fatal.
     """
 
     kind: str
     where: str
     message: str
     action: str
+    harmless: bool = False
 
 
 @dataclass
@@ -66,6 +72,8 @@ class Problems:
         rounded: boxes that overshot the edge of their image by a rounding error and were clipped. Normal in the
             field, so counted only.
         unlabelled: YOLO images without a label file, which that format reads as images without objects.
+        remarks: all else that is normal in the field and is only counted: "rotated box: replaced by the upright box
+            around it", and how often.
     """
 
     source: str
@@ -73,6 +81,7 @@ class Problems:
     found: list[Problem] = field(default_factory=list)
     rounded: int = 0
     unlabelled: int = 0
+    remarks: Counter[str] = field(default_factory=Counter)
 
     def add(self, kind: str, where: str, message: str, action: str) -> None:
         """Record a problem; under the policy "fail" the action becomes "fatal"."""
@@ -80,7 +89,7 @@ class Problems:
 
     def add_harmless(self, kind: str, where: str, message: str, action: str) -> None:
         """Record a problem that no policy makes fatal."""
-        self.found.append(Problem(kind, where, message, action))
+        self.found.append(Problem(kind, where, message, action, harmless=True))
 
     def raise_if_fatal(self) -> None:
         """Stop if there are fatal problems.
@@ -95,24 +104,40 @@ class Problems:
         first = fatal[0]
         raise DataError(
             f"{self.source} has {counted(len(fatal), 'problem')} ({counts}). "
-            f"The first: {first.where}: {first.message}. Mend the files, or set data.broken to 'repair' (mends what "
-            f"can be mended, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists them all."
+            f"The first: {first.where}: {first.message}. Fix the files, or set data.broken to 'repair' (repairs what "
+            f"can be repaired, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists them "
+            f"all."
         )
+
+    def nothing_left(self) -> DataError:
+        """The error for a split without an image that can be used: every kind of problem, its count and first place."""
+        if not self.found:
+            return DataError(f"{self.source} has no images. Give a split that lists some.")
+        return DataError(f"{self.source} has no image left. Fix the files: {'; '.join(self._groups())}.")
 
     def summary(self) -> str:
         """A report for people: "no problems", or the count of each kind and action with its first place."""
-        lines = []
-        groups = Counter((problem.kind, problem.action) for problem in self.found)
-        for (kind, action), count in groups.most_common():
-            first = next(p for p in self.found if (p.kind, p.action) == (kind, action))
-            lines.append(f"  {count} x {kind}: {action} (first: {first.where}: {first.message})")
-        if self.rounded:
-            lines.append(f"  {self.rounded} x box over the edge by a rounding error: clipped")
-        if self.unlabelled:
-            lines.append(f"  {self.unlabelled} x image without a label file: taken as an image without objects")
         count = len(self.found)
         head = f"{counted(count, 'problem')} (broken: {self.policy})" if count else "no problems"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *(f"  {line}" for line in [*self._groups(), *self.counts()])])
+
+    def counts(self) -> list[str]:
+        """A line for each thing that is normal and only counted."""
+        counts = {
+            "box over the edge by a rounding error: clipped": self.rounded,
+            "image without a label file: taken as an image without objects": self.unlabelled,
+            **self.remarks,
+        }
+        return [f"{count} x {remark}" for remark, count in counts.items() if count]
+
+    def _groups(self) -> list[str]:
+        groups: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.found:
+            groups.setdefault((problem.kind, problem.action), []).append(problem)
+        return [
+            f"{len(group)} x {kind}: {action} (first: {group[0].where}: {group[0].message})"
+            for (kind, action), group in sorted(groups.items(), key=lambda item: -len(item[1]))
+        ]
 
 
 class Dataset(ABC):
@@ -161,6 +186,18 @@ class Dataset(ABC):
         """The file of the image `index`, or whatever names it in a message."""
         return self[index].meta.source
 
+    def fingerprint(self) -> dict[str, Any]:
+        """A summary of the content without reading any pixels, for a resumed run to compare.
+
+        Two data sets with the same images, sizes, classes and boxes in the same order have equal fingerprints, wherever
+        their files lie. `fingerprint_change` puts a difference into words.
+
+        Returns:
+            Plain values, ready for JSON: images and objects (their numbers; None for objects where they are not
+            known), classes (the names) and digest (a hash; empty where the content is generated).
+        """
+        return {"images": len(self), "objects": None, "classes": list(self.classes.names), "digest": ""}
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -175,6 +212,9 @@ class Annotation:
         area: square pixels; None takes the area of the box.
         mask: run lengths of the size of the image; None where neither masks nor semantic maps are read.
         points: (K, 3) float32 x and y in pixels, and whether the point is annotated; None where points are not read.
+        rotation: degrees, clockwise, by which the box is turned about its centre (CVAT); `rotation_of` reads them. The
+            upright box around the rotated one is taken, and counted.
+        unread: what else the file has of the object, so that two that differ in it are not taken for the same one.
     """
 
     box: Box
@@ -185,6 +225,8 @@ class Annotation:
     area: float | None = None
     mask: mask_coding.Rle | None = None
     points: np.ndarray | None = None
+    rotation: float = 0.0
+    unread: Any = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +248,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """One image and its mended truth, packed small: a data set may have a hundred thousand, in every worker."""
+    """One image and its checked objects, packed small: a data set may have a hundred thousand, in every worker."""
 
     image_id: int | str
     path: str
@@ -322,6 +364,15 @@ class FileDataset(Dataset):
     def source(self, index: int) -> str:
         return self._records[index].path
 
+    def fingerprint(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for record in self._records:
+            digest.update(repr((record.image_id, record.size, len(record.labels))).encode("utf-8", "surrogatepass"))
+            for values in (record.boxes, record.labels, record.crowd, record.difficult):
+                digest.update(values.tobytes())
+        objects = sum(len(record.labels) for record in self._records)
+        return super().fingerprint() | {"objects": objects, "digest": digest.hexdigest()}
+
     def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
         """The pictures that can be used, each with its true (height, width); problems are recorded.
 
@@ -331,7 +382,7 @@ class FileDataset(Dataset):
         if not pictures:
             # Where all annotations are broken, that is what the user must hear of.
             self.problems.raise_if_fatal()
-            raise DataError(f"{self.problems.source} has no images. Give a split that lists some.")
+            raise self.problems.nothing_left()
         decode = self.problems.policy != "fail"
 
         def check(picture: Picture) -> tuple[int, int] | DataError:
@@ -343,45 +394,64 @@ class FileDataset(Dataset):
         with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
             results = list(pool.map(check, pictures))
         usable = []
-        seen: set[int | str] = set()
+        ids: set[int | str] = set()
+        files: dict[str, int | str] = {}
         for picture, result in zip(pictures, results):
-            if picture.image_id in seen:
-                self.problems.add(
-                    "duplicate image",
-                    picture.where,
-                    f"the image {picture.image_id!r} stands here twice",
-                    LEFT_OUT_IMAGE,
-                )
+            file = os.path.abspath(picture.path)
+            if picture.image_id in ids:
+                message = f"the image {picture.image_id!r} stands here twice"
+                self.problems.add("duplicate image", picture.where, message, LEFT_OUT_IMAGE)
+            elif file in files:
+                message = f"its file '{picture.path}' is that of the image {files[file]!r} already"
+                self.problems.add("duplicate image", picture.where, message, LEFT_OUT_IMAGE)
             elif isinstance(result, DataError):
                 # os.path, since Path.is_file raises for a name that is too long.
                 kind = "unreadable image" if os.path.isfile(picture.path) else "missing image"
                 self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
             elif self._size_agrees(picture, result):
                 usable.append((picture, result))
-            seen.add(picture.image_id)
+            ids.add(picture.image_id)
+            files.setdefault(file, picture.image_id)
+        for first, *others in identical([picture.path for picture, _ in usable]):
+            message = f"it has the same content as '{usable[first][0].path}'"
+            for other in others:
+                self.problems.add_harmless("copy of an image", usable[other][0].where, message, "kept: it counts twice")
         return usable
 
     def _size_agrees(self, picture: Picture, size: tuple[int, int]) -> bool:
         """Whether the image can be used, given the size that its annotations claim."""
         if picture.size is None or picture.size == size:
             return True
-        claim = f"the annotations say {_by(picture.size)}, the picture '{picture.path.name}' is {_by(size)}"
+        claim = _size_claim(picture, size)
+        repair = self.problems.policy == "repair"
         if picture.size == size[::-1]:
-            # Nothing tells whether the boxes, too, are those of the picture before its rotation.
-            claim += "; that is its size before its Exif rotation, so that its boxes may lie in the unrotated picture"
+            # Nothing tells whether the boxes, too, are those of the image before its rotation. Where it has none, the
+            # boxes decide, in `add`.
+            if repair and not exchanges_sides(picture.path):
+                return True
             self.problems.add("size mismatch", picture.where, claim, LEFT_OUT_IMAGE)
             return False
-        repair = self.problems.policy == "repair"
         action = "repaired: the size of the picture holds" if repair else LEFT_OUT_IMAGE
         self.problems.add("size mismatch", picture.where, claim, action)
         return repair
 
     def add(self, picture: Picture, size: tuple[int, int], annotations: Iterable[Annotation]) -> None:
-        """Take in an image, with those of its objects that are sound or can be mended."""
+        """Take in an image, with those of its objects that are sound or can be repaired, each once.
+
+        An image whose claimed width and height are exchanged is only taken in if its boxes fit the image as it is.
+        """
+        given = [self._upright(annotation, size) for annotation in annotations]
+        if picture.size not in (None, size) and picture.size == size[::-1]:
+            checks = (check_box(item.box, size, self._first_pixel) for item in given)
+            fits = all(check.kind != OUTSIDE for check in checks)
+            action = "repaired: the size of the image holds, which all boxes fit" if fits else LEFT_OUT_IMAGE
+            self.problems.add("size mismatch", picture.where, _size_claim(picture, size), action)
+            if not fits:
+                return
         kept: list[Annotation] = []
         boxes: list[Box] = []
-        for annotation in annotations:
-            box = self._mended(annotation, size)
+        for annotation in self._distinct(given):
+            box = self._repaired(annotation, size)
             if box is not None:
                 kept.append(annotation)
                 boxes.append(box)
@@ -403,7 +473,30 @@ class FileDataset(Dataset):
             )
         )
 
-    def _mended(self, annotation: Annotation, size: tuple[int, int]) -> Box | None:
+    def _upright(self, annotation: Annotation, size: tuple[int, int]) -> Annotation:
+        """The annotation with the upright box around its rotated one."""
+        if annotation.rotation % 180 == 0:
+            return annotation
+        self.problems.remarks["rotated box: replaced by the upright box around it"] += 1
+        return replace(annotation, box=upright(annotation.box, annotation.rotation, self._first_pixel))
+
+    def _distinct(self, annotations: Iterable[Annotation]) -> Iterator[Annotation]:
+        """The annotations without those that repeat an earlier one of the image in everything."""
+        seen: dict[Any, list[Annotation]] = {}
+        for item in annotations:
+            points = None if item.points is None else item.points.tobytes()
+            mask = None if item.mask is None else item.mask["counts"]
+            alike = seen.setdefault(
+                (item.box, item.label, item.crowd, item.difficult, item.area, item.rotation, mask, points), []
+            )
+            if first := next((other for other in alike if other.unread == item.unread), None):
+                message = f"the object is the same as the one at {first.where}"
+                self.problems.add_harmless("duplicate object", item.where, message, LEFT_OUT_BOX)
+            else:
+                alike.append(item)
+                yield item
+
+    def _repaired(self, annotation: Annotation, size: tuple[int, int]) -> Box | None:
         """The box as 0-based pixels within the image, or None where it is left out."""
         check = check_box(annotation.box, size, self._first_pixel)
         self.problems.rounded += check.rounded
@@ -422,7 +515,7 @@ class FileDataset(Dataset):
         """
         self.problems.raise_if_fatal()
         if not self._records:
-            raise DataError(f"{self.problems.source} has no image left, mend the files: {self.problems.summary()}")
+            raise self.problems.nothing_left()
 
 
 @dataclass(frozen=True)
@@ -473,7 +566,7 @@ def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck
     )
     message = f"{shown} reaches outside the image, which is {_by(size)}"
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        return BoxCheck(None, "box outside the image", message.replace("reaches", "lies"))
+        return BoxCheck(None, OUTSIDE, message.replace("reaches", "lies"))
     if inverted:
         return BoxCheck(
             clipped,
@@ -482,8 +575,46 @@ def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck
             "swapped the corners" + (" and clipped" if outside else ""),
         )
     if outside:
-        return BoxCheck(clipped, "box outside the image", message, "clipped to the image")
+        return BoxCheck(clipped, OUTSIDE, message, "clipped to the image")
     return BoxCheck(clipped, rounded=clipped != edges)
+
+
+def upright(box: Box, degrees: float, first_pixel: int = 0) -> Box:
+    """The smallest upright box around a box that is turned about its centre.
+
+    Args:
+        box: xyxy pixels before the rotation, as the file has them.
+        degrees: of the rotation; either direction gives the same box.
+        first_pixel: as in `check_box`.
+    """
+    left, top, right, bottom = box[0] - first_pixel, box[1] - first_pixel, box[2], box[3]
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    across = ((right - left) * cosine + (bottom - top) * sine) / 2
+    down = ((right - left) * sine + (bottom - top) * cosine) / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return x - across + first_pixel, y - down + first_pixel, x + across, y + down
+
+
+def rotation_of(value: object) -> float:
+    """The degrees of a rotation attribute, as CVAT writes it in XML and in the "attributes" of COCO.
+
+    Raises:
+        ValueError: it is not a finite number; the message says so.
+    """
+    degrees = number(value)
+    if not math.isfinite(degrees):
+        raise ValueError(f"the rotation {value!r} is not a finite number of degrees")
+    return degrees
+
+
+def fingerprint_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How two fingerprints of `Dataset.fingerprint` differ, as a part of a sentence; empty where they are equal."""
+    changes = [f"{now[key]} {key} instead of {before[key]}" for key in ("images", "objects") if before[key] != now[key]]
+    if list(before["classes"]) != list(now["classes"]):
+        changes.append(f"the classes {', '.join(now['classes'])} instead of {', '.join(before['classes'])}")
+    if not changes and before["digest"] != now["digest"]:
+        changes.append("other images, sizes, boxes or labels, or another order of the images")
+    return " and ".join(changes)
 
 
 def check_root(root: str, layout: str) -> Path:
@@ -502,12 +633,9 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a list of images that are not blank, stripped, each with its number.
 
     Raises:
-        DataError: the file is not UTF-8 text.
+        DataError: the file cannot be read, or is not UTF-8 text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"The list of images '{path}' is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    lines = read_text(path, "list of images").splitlines()
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -555,17 +683,38 @@ def number(value: object) -> float:
     Raises:
         ValueError: it is none; the message says so.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a number")
+    # Python alone reads 1_000 as a number; elsewhere an underscore or a digit of another script is a mistake.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | str)
+        or (isinstance(value, str) and ("_" in value or not value.isascii()))
+    ):
+        raise ValueError(f"{_short(value)} is not a number")
     try:
         return float(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a number") from None
+        raise ValueError(f"{_short(value)} is not a number") from None
 
 
 def as_box(values: Sequence[float]) -> Box:
     """Four numbers as a box."""
     return cast(Box, tuple(values))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _size_claim(picture: Picture, size: tuple[int, int]) -> str:
+    """The message for an image whose size is not what its annotations claim."""
+    assert picture.size is not None
+    claim = f"the annotations say {_by(picture.size)}, the image '{picture.path.name}' is {_by(size)}"
+    if picture.size != size[::-1]:
+        return claim
+    if exchanges_sides(picture.path):
+        return f"{claim}; that is its size before its Exif rotation, so that its boxes may lie in the unrotated image"
+    return f"{claim}; width and height are exchanged"
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -92,6 +92,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
             raise _undecodable(path, error) from error
 
 
+def exchanges_sides(path: str | Path) -> bool:
+    """Whether the Exif rotation of an image exchanges its width and height.
+
+    Raises:
+        DataError: as `image_size`.
+    """
+    with _open(path) as image:
+        return _orientation(image) in _SIDEWAYS
+
+
 def is_jpeg(path: str | Path) -> bool:
     """Whether a file starts as a JPEG does, whatever its name.
 

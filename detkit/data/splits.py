@@ -3,30 +3,33 @@
 from typing import Any, Literal
 
 from detkit.data.dataset import Dataset
-from detkit.errors import ConfigError, DataError
+from detkit.data.duplicates import identical
+from detkit.errors import ConfigError, DataError, counted
 from detkit.registry import datasets, option_names
 
 Split = Literal["train", "val"]
+OF_SPLITS = ("train", "val", "allow_leaks")
+"""Keys of an experiment's `data` that are not options of its format."""
 
 
 def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dataset:
     """The data set of one split.
 
     Args:
-        data: `name` of a format, its options, and optionally what the splits `train` and `val` are called there.
+        data: `name` of a format, its options, and those of OF_SPLITS: what the splits are called there.
         needs: the fields of Target that the head reads.
 
     Raises:
         ConfigError: an option is unknown.
         DataError: the data are broken, or lack a field that the head needs.
     """
-    options = {key: value for key, value in data.items() if key not in ("train", "val")}
+    options = {key: value for key, value in data.items() if key not in OF_SPLITS}
     injected: dict[str, Any] = {"split": str(data.get(split, split))}
     if "name" in options:
         # What costs time or memory to read is read only for a head that needs it.
         known = option_names(datasets.get(options["name"]))
         injected |= {name: name in needs for name in ("masks", "points", "semantic") if name in known}
-    dataset: Dataset = datasets.build(options, "data", ("train", "val"), **injected)
+    dataset: Dataset = datasets.build(options, "data", OF_SPLITS, **injected)
     # Proposals are not the data set's: detkit.proposals adds them.
     if missing := needs - dataset.fields - {"proposals"}:
         raise DataError(
@@ -44,16 +47,54 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
 
 
 def open_train_and_val(data: dict[str, Any], needs: frozenset[str], open_set: bool = False) -> tuple[Dataset, Dataset]:
-    """Both splits; they must agree on the classes, but for a head of an open set."""
-    if data.get("train", "train") == data.get("val", "val"):
-        raise ConfigError(
-            f"'data.train' and 'data.val' both name the split '{data.get('train', 'train')}': scores on pictures that "
-            "were trained on say nothing. Give different splits."
-        )
+    """Both splits; see `check_splits` for what they must agree on."""
+    check_names(data)
     train, val = open_split(data, "train", needs), open_split(data, "val", needs)
+    check_splits(train, val, data, open_set)
+    return train, val
+
+
+def check_names(data: dict[str, Any]) -> None:
+    """Refuse one split for training and validation, unless `data.allow_leaks` is true.
+
+    Raises:
+        ConfigError: the names are the same, or `data.allow_leaks` is neither true nor false.
+    """
+    if not isinstance(data.get("allow_leaks", False), bool):
+        raise ConfigError(f"'data.allow_leaks' must be true or false, but is {data['allow_leaks']!r}.")
+    if data.get("train", "train") == data.get("val", "val") and not data.get("allow_leaks"):
+        raise ConfigError(
+            f"'data.train' and 'data.val' both name the split '{data.get('train', 'train')}': scores on images that "
+            "were trained on say nothing. Give different splits, or set data.allow_leaks to true if you mean it."
+        )
+
+
+def check_splits(train: Dataset, val: Dataset, data: dict[str, Any], open_set: bool = False) -> None:
+    """Refuse splits with different classes, but for a head of an open set, and splits that share images.
+
+    Raises:
+        DataError: saying which classes or images.
+    """
     if train.classes != val.classes and not open_set:
         raise DataError(
             f"The splits disagree on the classes: training has {train.classes}; validation has {val.classes}. "
             "Name them once with data.class_names."
         )
-    return train, val
+    if data.get("allow_leaks"):
+        return
+    of_train = _files(train)
+    border, paths = len(of_train), [*of_train, *_files(val)]
+    if leaks := identical(paths, border):
+        count = sum(position >= border for group in leaks for position in group)
+        raise DataError(
+            f"{counted(count, 'image')} of the validation split {'is' if count == 1 else 'are'} in the training split "
+            f"too, so that the scores would be too good: '{paths[leaks[0][-1]]}' has the same content as "
+            f"'{paths[leaks[0][0]]}', for example. Remove them from one of the splits, or set data.allow_leaks to true."
+        )
+
+
+def _files(dataset: Dataset) -> list[str]:
+    """The files of the images, of crops those that they are cut from."""
+    while isinstance(inner := getattr(dataset, "dataset", None), Dataset):
+        dataset = inner
+    return [dataset.source(index) for index in range(len(dataset))]

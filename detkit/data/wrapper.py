@@ -36,6 +36,9 @@ class DatasetWrapper(Dataset):
     def source(self, index: int) -> str:
         return self.dataset.source(index)
 
+    def fingerprint(self) -> dict[str, Any]:
+        return self.dataset.fingerprint()
+
     def __getattr__(self, name: str) -> Any:
         # Only asked for what this class has not; a copy under construction has nothing to look into yet.
         if name.startswith("__") or "dataset" not in self.__dict__:

@@ -119,7 +119,7 @@ def test_malformed_xml_names_its_line(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)], "b": [obj("dog", 1, 1, 9, 9)]})
     (tmp_path / "Annotations/a.xml").write_text("<annotation>\n<object>\n</annotation>")
     with pytest.raises(
-        DataError, match=r"1 problem \(1 x malformed XML\).*a\.xml:3: .*mismatched tag.*Mend the files, or set"
+        DataError, match=r"1 problem \(1 x malformed XML\).*a\.xml:3: .*mismatched tag.*Fix the files, or set"
     ):
         Voc(root, "train")
     data = Voc(root, "train", broken="repair")
@@ -138,7 +138,7 @@ def test_malformed_xml_names_its_line(tmp_path):
 )
 def test_malformed_objects_name_file_and_line(tmp_path, element, message):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9), element]})
-    with pytest.raises(DataError, match=rf"a\.xml:6 \(object 2, '.*'\): {message}\. Mend"):
+    with pytest.raises(DataError, match=rf"a\.xml:6 \(object 2, '.*'\): {message}\. Fix"):
         Voc(root, "train")
     data = Voc(root, "train", broken="skip")
     assert len(data.target(0)) == 1
@@ -213,7 +213,10 @@ def test_damage_in_the_middle_is_found_before_training_unless_the_policy_is_to_f
 def test_no_image_left_is_an_error(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]})
     (tmp_path / "JPEGImages/a.jpg").unlink()
-    with pytest.raises(DataError, match=r"has no image left, mend the files: 1 problem .*\n.*1 x missing image"):
+    with pytest.raises(
+        DataError,
+        match=r"has no image left\. Fix the files: 1 x missing image: .* \(first: .*a\.xml: .*does not exist",
+    ):
         Voc(root, "train", broken="skip")
 
 
@@ -229,9 +232,7 @@ def test_a_missing_annotation_and_a_repeated_id(tmp_path):
 
 def test_sizes_that_disagree(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 200, 50)], "b": []}, declared=(100, 200))
-    with pytest.raises(
-        DataError, match=r"a\.xml: the annotations say 200 x 100 pixels, the picture 'a\.jpg' is 80 x 60"
-    ):
+    with pytest.raises(DataError, match=r"a\.xml: the annotations say 200 x 100 pixels, the image 'a\.jpg' is 80 x 60"):
         Voc(root, "train")
     with pytest.raises(DataError, match="no image left"):
         Voc(root, "train", broken="skip")
