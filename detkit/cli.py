@@ -322,10 +322,11 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.data.splits import open_split
     from detkit.engine.evaluate import evaluate as run
     from detkit.engine.memory import keep_freed_memory
+    from detkit.files import write_json
     from detkit.model import check_classes, load_model
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
-    from detkit.tasks.base import task_of, write_json
+    from detkit.tasks.base import task_of
     from detkit.terminal import Console
 
     model = load_model(path)

@@ -21,7 +21,7 @@ from detkit.data.dataset import (
     missing_split,
     unknown_class,
 )
-from detkit.data.json_values import finite, finite_list, identifier, short, whole
+from detkit.data.json_values import finite, finite_list, identifier, reason_of, short, whole
 from detkit.data.keypoints import keypoint_names, parse_keypoints
 from detkit.data.layouts import other_layout
 from detkit.data.masks import rle_from_coco
@@ -120,7 +120,7 @@ class Coco(FileDataset):
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
                     f"{self._json}, categories[{position}]: the category has no usable 'id' and 'name' "
-                    f'({_reason(error, category)}). Write each as {{"id": 1, "name": "person"}}.'
+                    f'({reason_of(error, category)}). Write each as {{"id": 1, "name": "person"}}.'
                 ) from None
         pairs.sort()
         ids, names = tuple(raw_id for raw_id, _ in pairs), tuple(name for _, name in pairs)
@@ -134,7 +134,7 @@ class Coco(FileDataset):
                 image_id, path = identifier(image["id"], "'id'"), _path(image, folder)
                 size = (_side(image, "height"), _side(image, "width"))
             except (KeyError, TypeError, ValueError) as error:
-                message = f"it needs a valid 'id' and 'file_name' ({_reason(error, image)})"
+                message = f"it needs a valid 'id' and 'file_name' ({reason_of(error, image)})"
                 self.problems.add("malformed image entry", where, message, LEFT_OUT_IMAGE)
                 continue
             where = f"{where} (id {short(image_id)}, '{path.name}')"
@@ -149,7 +149,7 @@ class Coco(FileDataset):
             try:
                 image_id = identifier(entry["image_id"], "'image_id'")
             except (KeyError, TypeError, ValueError) as error:
-                self.problems.add("malformed annotation", where, _reason(error, entry), LEFT_OUT_BOX)
+                self.problems.add("malformed annotation", where, reason_of(error, entry), LEFT_OUT_BOX)
                 continue
             where = f"{where} (id {short(entry.get('id'))})"
             if image_id in image_ids:
@@ -268,13 +268,6 @@ def _flag(value: object) -> bool:
     if not isinstance(value, int | float) or value not in (0, 1):
         raise ValueError(f"'iscrowd' must be 0 or 1, but it is {short(value)}")
     return bool(value)
-
-
-def _reason(error: Exception, entry: object) -> str:
-    """Why an entry cannot be used."""
-    if not isinstance(entry, dict):
-        return f"it must be an object with keys and values, but it is {short(entry)}"
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _splits(folder: Path, annotations: str) -> list[str]:

@@ -67,6 +67,13 @@ def finite_list(value: object, length: int, form: str) -> list[float]:
         raise ValueError(f"{form}, but {error}") from None
 
 
+def reason_of(error: Exception, entry: object) -> str:
+    """Why an entry, which should be an object, cannot be used: what looking into it raised, in words."""
+    if not isinstance(entry, dict):
+        return f"it must be an object with keys and values, but it is {short(entry)}"
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def short(value: object) -> str:
     """A value for a message, shortened however long or deeply nested it is."""
     return _SHORT.repr(value)

@@ -15,18 +15,16 @@ Three kinds of truth do not count as objects to find:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from detkit.data import masks as mask_coding
-from detkit.errors import DataError, DetkitError
+from detkit.errors import DataError
 from detkit.metrics.voc import voc_average_precisions
 from detkit.types import ClassList, Detections, Meta, Target
 
@@ -359,24 +357,6 @@ def _result_records(
     for record, mask in zip(records, masks or []):
         record["segmentation"] = mask
     return records
-
-
-def write_coco_results(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write the records of many images as one COCO result file, which pycocotools' loadRes reads.
-
-    Args:
-        path: a JSON file; its folder is made, and a file that is there is replaced.
-        records: of `coco_results`, image after image.
-
-    Raises:
-        DetkitError: the file can't be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(records)), encoding="utf-8")
-    except OSError as error:
-        raise DetkitError(f"The COCO results can't be written to {path}: {error.strerror}.") from error
 
 
 def _run_lengths(objects: Detections | Target) -> list[mask_coding.Rle] | None:

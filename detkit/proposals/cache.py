@@ -1,15 +1,15 @@
-"""Proposals on disk, found by the pixels of their picture: a picture is segmented once, not in every run."""
+"""Proposals on disk, found by the pixels of their image: an image is segmented once, not in every run."""
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detkit.errors import ConfigError
+from detkit.errors import WriteError
+from detkit.files import write_bytes
 from detkit.proposals.sources import ProposalSource
 
 DIGEST_SIZE = 16
@@ -24,7 +24,7 @@ def default_folder() -> Path:
 class ProposalCache:
     """A source whose proposals are kept in files.
 
-    The file's name is a hash of the decoded pixels, so a picture that is moved, renamed or saved again without loss is
+    The file's name is a hash of the decoded pixels, so an image that is moved, renamed or saved again without loss is
     still found, and one that is changed is not. Files are written all at once, so several runs may share a folder.
 
     Args:
@@ -32,28 +32,24 @@ class ProposalCache:
         folder: of the cache; each `source.key` has a folder of its own in it.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        WriteError: the folder cannot be written to.
     """
 
     def __init__(self, source: ProposalSource, folder: Path) -> None:
         self.source = source
         self.folder = folder / hashlib.blake2b(source.key.encode(), digest_size=8).hexdigest()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # For people: nothing reads it.
-            (self.folder / "source.txt").write_text(f"{source.key}\n", encoding="utf-8")
-        except OSError as error:
-            raise self._unwritable(error) from None
+        # For people: nothing reads it.
+        self._write("source.txt", f"{source.key}\n".encode())
 
     def get(self, image: np.ndarray, image_id: int | str) -> tuple[Tensor, str]:
-        """The proposals of a picture, and how they were come by.
+        """The proposals of an image, and where they came from.
 
         Returns:
             (P, 4) float32 as the source gave them, and "cached", "computed", or "broken" where the file was there but
             damaged, and was made anew.
 
         Raises:
-            ConfigError: a file cannot be written.
+            WriteError: a file cannot be written.
         """
         path = self.path(image)
         outcome = "computed"
@@ -64,24 +60,22 @@ class ProposalCache:
         except (OSError, ValueError):
             outcome = "broken"
         proposals = self.source(image, image_id)
-        try:
-            _write(path, proposals)
-        except OSError as error:
-            raise self._unwritable(error) from None
+        data = proposals.numpy().astype("<f4").tobytes()
+        self._write(path, _digest(data) + data)
         return proposals, outcome
 
     def path(self, image: np.ndarray) -> Path:
-        """Where the proposals of a picture lie, or would."""
+        """The file of the proposals of an image."""
         digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=DIGEST_SIZE)
         digest.update(np.ascontiguousarray(image).data)
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.boxes"
 
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(
-            f"Proposals cannot be kept in '{self.folder}': {error.strerror}. Give a folder with space that may be "
-            "written to as proposals.cache."
-        )
+    def _write(self, path: str | Path, content: bytes) -> None:
+        try:
+            write_bytes(self.folder / path, content, durable=False)
+        except WriteError as error:
+            raise WriteError(f"{error} The folder of the cache is proposals.cache.") from None
 
 
 def _read(path: Path) -> Tensor:
@@ -96,20 +90,6 @@ def _read(path: Path) -> Tensor:
     if digest != _digest(data):
         raise ValueError("the boxes are not those that were written")
     return torch.from_numpy(np.frombuffer(bytearray(data), dtype="<f4").reshape(-1, 4))
-
-
-def _write(path: Path, proposals: Tensor) -> None:
-    """Write a hash of the boxes, then the boxes, all at once or not at all."""
-    data = proposals.numpy().astype("<f4").tobytes()
-    path.parent.mkdir(exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_digest(data) + data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _digest(data: bytes) -> bytes:

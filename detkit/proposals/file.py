@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from detkit.boxes.convert import clip
 from detkit.data.dataset import Dataset
+from detkit.data.json_values import identifier, reason_of, short, whole
 from detkit.errors import ConfigError, DataError, counted
+from detkit.files import read_json
 from detkit.proposals.sources import ProposalSource
 from detkit.registry import proposal_sources
 
@@ -24,16 +25,16 @@ ImageId = int | str
 @proposal_sources.register("file")
 class FileProposals(ProposalSource):
     """Proposals from a file for each split: COCO results,
-    `[{"image_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]`, or with the pictures that they are for,
-    `{"images": [{"id": 1, "height": 480, "width": 640}, ...], "proposals": [as above]}`. In the second form a picture
+    `[{"image_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]`, or with the images that they are for,
+    `{"images": [{"id": 1, "height": 480, "width": 640}, ...], "proposals": [as above]}`. In the second form an image
     may have no proposals.
 
-    Boxes are cut to their picture; those that lie outside it are left out, and counted in the report.
+    Boxes are cut to their image; those that lie outside it are left out, and counted in the report.
 
     Args:
         path: the file; {split} in it becomes the split's name in the data.
         split: that name.
-        count: at most so many of each picture, the best; by default all.
+        count: at most so many of each image, the best; by default all.
 
     Raises:
         ConfigError: `count` is less than 1.
@@ -59,11 +60,11 @@ class FileProposals(ProposalSource):
 
     def __call__(self, image: np.ndarray, image_id: ImageId) -> Tensor:
         if image_id not in self._boxes:
-            raise DataError(f"The file of proposals '{self.path}' has none for the picture {image_id!r}.")
+            raise DataError(f"The file of proposals '{self.path}' has none for the image {image_id!r}.")
         return self._inside(image_id, (image.shape[0], image.shape[1]))
 
     def check(self, dataset: Dataset) -> str:
-        """Compare the pictures of the file with those of the data set; see ProposalSource.check."""
+        """Compare the images of the file with those of the data set; see ProposalSource.check."""
         sizes = {dataset.image_id(index): dataset.size(index) for index in range(len(dataset))}
         example = f"The data set has ids such as {next(iter(sizes))!r}."
         unknown = [image_id for image_id in self._boxes if image_id not in sizes]
@@ -90,7 +91,7 @@ class FileProposals(ProposalSource):
             what = what.format(are="is" if one else "are", have="has" if one else "have")
             raise DataError(
                 f"The file of proposals '{self.path}' does not fit the data set: {len(image_ids)} "
-                f"picture{'' if one else 's'} {what} (the first: {image_ids[0]!r}). {advice} Give the file that was "
+                f"image{'' if one else 's'} {what} (the first: {image_ids[0]!r}). {advice} Give the file that was "
                 "made from this split as proposals.path."
             )
 
@@ -106,22 +107,22 @@ class FileProposals(ProposalSource):
             used += len(inside)
             without += not len(inside)
         return (
-            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} a picture, "
-            f"{counted(without, 'picture')} without; {cut:,} cut to their picture, {outside:,} left out because they "
+            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} an image, "
+            f"{counted(without, 'image')} without; {cut:,} cut to their image, {outside:,} left out because they "
             "lie outside it"
         )
 
     def _inside(self, image_id: ImageId, size: tuple[int, int]) -> Tensor:
-        """The best proposals of a picture, cut to it."""
+        """The best proposals of an image, cut to it."""
         boxes = clip(torch.from_numpy(self._boxes[image_id]), size)
         return boxes[_has_area(boxes)][: self._count]
 
     def _add_empty(self, listed: Collection[ImageId]) -> None:
-        """Give listed pictures that have no proposals an empty list of them."""
+        """Give listed images that have no proposals an empty list of them."""
         unlisted = [image_id for image_id in self._boxes if image_id not in listed]
         if unlisted:
             raise DataError(
-                f"The file of proposals '{self.path}' has proposals for {len(unlisted)} of its pictures that its list "
+                f"The file of proposals '{self.path}' has proposals for {len(unlisted)} of its images that its list "
                 f"'images' lacks (the first: {unlisted[0]!r}). Add them to the list."
             )
         for image_id in listed:
@@ -131,14 +132,17 @@ class FileProposals(ProposalSource):
         sizes: dict[ImageId, tuple[int, int]] = {}
         for position, image in enumerate(images):
             try:
-                image_id, size = _image_id(image["id"]), (int(image["height"]), int(image["width"]))
+                image_id = identifier(image["id"], "'id'")
+                size = (whole(image["height"], "'height'"), whole(image["width"], "'width'"))
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{self.path}: images[{position}] is malformed ({error!r}). It needs an 'id', a 'height' and a "
-                    "'width'."
+                    f"{self.path}: images[{position}] is malformed ({reason_of(error, image)}). It needs an 'id', a "
+                    "'height' and a 'width'."
                 ) from None
             if image_id in sizes:
-                raise DataError(f"{self.path}: images[{position}] has the id {image_id!r} of another one before it.")
+                raise DataError(
+                    f"{self.path}: images[{position}] has the id {short(image_id)} of another one before it."
+                )
             sizes[image_id] = size
         return sizes
 
@@ -148,13 +152,15 @@ class FileProposals(ProposalSource):
         numbers = np.empty((len(entries), 5))
         for position, entry in enumerate(entries):
             try:
-                image_ids.append(_image_id(entry["image_id"]))
-                x, y, width, height = entry["bbox"]
-                numbers[position] = x, y, width, height, entry["score"]
-            except (KeyError, TypeError, ValueError) as error:
+                image_ids.append(identifier(entry["image_id"], "'image_id'"))
+                row = (*entry["bbox"], entry["score"])
+                if len(row) != 5 or not {*map(type, row)} <= {int, float}:
+                    raise ValueError(f"'bbox' and 'score' are {short(entry['bbox'])} and {short(entry['score'])}")
+                numbers[position] = row
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise DataError(
-                    f"{self.path}: the proposal number {position} is malformed ({error!r}). It needs an 'image_id', a "
-                    "'bbox' of [x, y, width, height] and a 'score'."
+                    f"{self.path}: the proposal number {position} is malformed ({reason_of(error, entry)}). It needs "
+                    "an 'image_id', a 'bbox' of [x, y, width, height] and a 'score'."
                 ) from None
         # What is finite as float64 may be infinite as float32.
         with np.errstate(over="ignore"):
@@ -172,8 +178,8 @@ class FileProposals(ProposalSource):
             *box, score = numbers[first].tolist()
             raise DataError(
                 f"The file of proposals '{self.path}' has boxes that cannot be used: {problems}. The first is number "
-                f"{first}, of the picture {image_ids[first]!r}: bbox {box}, score {score}. Boxes are "
-                "[x, y, width, height] with width and height above 0; mend the program that wrote them."
+                f"{first}, of the image {image_ids[first]!r}: bbox {box}, score {score}. Boxes are "
+                "[x, y, width, height] with width and height above 0; fix the program that wrote them."
             )
 
 
@@ -183,14 +189,7 @@ def _load(path: Path) -> list[Any] | dict[str, list[Any]]:
         raise DataError(
             f"There is no file of proposals '{path}'. Set proposals.path; '{{split}}' in it becomes the split's name."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: the JSON cannot be parsed, column {error.colno}: {error.msg}."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"The file '{path}' is not UTF-8 text ({error}). Export it again as JSON.") from None
+    content = read_json(path, "file of proposals", allow_nan=True)
     lists = isinstance(content, dict) and all(isinstance(content.get(key), list) for key in ("images", "proposals"))
     if not isinstance(content, list) and not lists:
         raise DataError(
@@ -198,12 +197,6 @@ def _load(path: Path) -> list[Any] | dict[str, list[Any]]:
             "'proposals'."
         )
     return content
-
-
-def _image_id(value: Any) -> ImageId:
-    if not isinstance(value, int | str):
-        raise TypeError("an image's id must be a whole number or a text")
-    return value
 
 
 def _by_image(image_ids: list[ImageId], boxes: np.ndarray, scores: np.ndarray) -> Iterator[tuple[ImageId, np.ndarray]]:

@@ -3,7 +3,6 @@
 A head names its task, and a task is a class registered in detkit.registry.tasks, in a file of its own in this package.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from detkit.data.dataset import Dataset
 from detkit.draw import side_by_side
-from detkit.errors import ConfigError, DetkitError, nearest
+from detkit.errors import ConfigError, nearest
 from detkit.heads.base import Head
 from detkit.predictions import Prediction
 from detkit.registry import tasks
@@ -177,17 +176,3 @@ def task_of(head: Head | type[Head]) -> Task[Any]:
     """The task of a head."""
     task: Task[Any] = tasks.build({"name": head.task}, "head")
     return task
-
-
-def write_json(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write the records of many images as one file; its folder is made, and a file that is there is replaced.
-
-    Raises:
-        DetkitError: the file can't be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(records)), encoding="utf-8")
-    except OSError as error:
-        raise DetkitError(f"The results can't be written to {path}: {error.strerror}.") from error

@@ -14,12 +14,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from detkit.errors import DataError, DetkitError
+from detkit.errors import DataError
+from detkit.files import write_json
 from detkit.metrics.detection import (
     DetectionEvaluator,
     DetectionScores,
     coco_results,
-    write_coco_results,
 )
 from detkit.types import ClassList, Detections, Meta, Target
 
@@ -352,7 +352,7 @@ def test_the_result_file_scores_as_the_evaluator(tmp_path: Path) -> None:
     case = random_case(8)
     detections, targets, metas, classes = case
     path = tmp_path / "made" / "results.json"
-    write_coco_results(
+    write_json(
         path, [record for found, meta in zip(detections, metas) for record in coco_results(found, meta, classes)]
     )
     records = json.loads(path.read_text())
@@ -368,9 +368,3 @@ def test_result_records_carry_raw_ids_and_pixels() -> None:
     ]
     with pytest.raises(ValueError, match=r"a\.jpg have labels 1 to 1, but there are 1 classes"):
         coco_results(found, meta_of("a"), ClassList.from_names(["cat"]))
-
-
-def test_a_result_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DetkitError, match=r"file/results\.json: "):
-        write_coco_results(tmp_path / "file" / "results.json", [])

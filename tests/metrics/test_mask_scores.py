@@ -16,7 +16,8 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from detkit.data.coco import Coco
-from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results, write_coco_results
+from detkit.files import write_json
+from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
 from detkit.types import ClassList, Detections, Meta, Target
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -111,7 +112,7 @@ def annotation_file(case: Case) -> dict:
 def reference(content: dict, case: Case, tmp_path: Path) -> COCOeval:
     """pycocotools on the result file that detkit writes, without its boxes."""
     records = [record for found, _, meta, _ in each(case) for record in coco_results(found, meta, case[3])]
-    write_coco_results(tmp_path / "results.json", [{k: v for k, v in r.items() if k != "bbox"} for r in records])
+    write_json(tmp_path / "results.json", [{k: v for k, v in r.items() if k != "bbox"} for r in records])
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = content

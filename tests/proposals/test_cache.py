@@ -1,5 +1,6 @@
 """The cache of proposals: found by pixels and options, whole or not there."""
 
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,7 @@ import pytest
 import torch
 from toys import Grid, grid
 
-from detkit.errors import ConfigError
-from detkit.proposals import cache as cache_module
+from detkit.errors import WriteError
 from detkit.proposals.cache import ProposalCache, default_folder
 
 
@@ -78,11 +78,11 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: object) -> None:
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ProposalCache(Grid(), tmp_path)
 
-    def interrupted(source: str, target: Path) -> None:
-        assert Path(source).stat().st_size > 0
+    def interrupted(source: Path, target: Path) -> None:
+        assert source.stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_module.os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.get(picture(), "a")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["source.txt"]
@@ -102,13 +102,19 @@ def test_threads_may_ask_for_the_same_picture_at_once(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be kept in .*file.*Give a folder .*proposals\.cache"):
+    with pytest.raises(WriteError, match=r"file/.*cannot be written: Not a directory.*proposals\.cache"):
         ProposalCache(Grid(), tmp_path / "file")
     cache = ProposalCache(Grid(), tmp_path / "cache")
-    for path in sorted((tmp_path / "cache").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    with pytest.raises(ConfigError, match="No such file or directory"):
+    folder = cache.path(picture()).parent
+    folder.write_text("")
+    with pytest.raises(WriteError, match=r"cannot be written: .*proposals\.cache"):
         cache.get(picture(), "a")
+
+
+def test_a_folder_that_was_removed_in_the_meantime_is_made_again(tmp_path: Path) -> None:
+    cache = ProposalCache(Grid(), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert [cache.get(picture(), "a")[1] for _ in range(2)] == ["computed", "cached"]
 
 
 def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

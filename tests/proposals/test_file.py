@@ -77,7 +77,7 @@ def test_the_best_come_first_and_equal_ones_in_the_order_of_the_file(path: Path,
     line = source.check(DATA)
     assert line.startswith("5 proposals from")
     assert line.endswith(
-        "mean 2 a picture, 0 pictures without; 0 cut to their picture, 0 left out because they lie outside it"
+        "mean 2 an image, 0 images without; 0 cut to their image, 0 left out because they lie outside it"
     )
     assert proposals(source, 0) == [[5.5, 6, 15.5, 16], [0, 0, 60, 40], [1, 2, 4, 6], [20, 20, 25, 25]]
     assert proposals(source, 1) == [[0, 0, 30, 30]]
@@ -109,7 +109,7 @@ def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
     source = FileProposals(write(path, entries), "val")
     line = source.check(DATA)
     assert "2 proposals from" in line
-    assert "1 picture without; 2 cut to their picture, 3 left out because they lie outside it" in line
+    assert "1 image without; 2 cut to their image, 3 left out because they lie outside it" in line
     assert proposals(source, 0) == [[0, 0, 15, 15], [50, 30, 60, 40]]
     assert proposals(source, 1) == []
     best = FileProposals(write(path, entries), "val", count=1)
@@ -122,24 +122,24 @@ def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
 
 def test_a_listed_picture_may_have_none(path: Path) -> None:
     source = FileProposals(write(path, {"images": IMAGES, "proposals": GOOD[:1]}), "val")
-    assert "1 picture without" in source.check(DATA)
+    assert "1 image without" in source.check(DATA)
     assert proposals(source, 1) == []
     nothing = FileProposals(write(path, {"images": IMAGES, "proposals": []}), "val")
-    assert "2 pictures without" in nothing.check(DATA)
+    assert "2 images without" in nothing.check(DATA)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([*GOOD, box(8, [0, 0, 1, 1]), box(9, [0, 0, 1, 1])], r"2 pictures of the file are not in .* first: 8"),
-        ([*GOOD, box("7", [0, 0, 1, 1])], r"1 picture of the file is not in .* first: '7'\).* ids such as 7"),
-        (GOOD[:1], r"1 picture of the data set is not in the file .*first: 'b'.*'images'"),
-        ([], "2 pictures of the data set are not in the file"),
-        ({"images": IMAGES[:1], "proposals": GOOD[:1]}, r"1 picture of the data set is not in the file .*'b'"),
+        ([*GOOD, box(8, [0, 0, 1, 1]), box(9, [0, 0, 1, 1])], r"2 images of the file are not in .* first: 8"),
+        ([*GOOD, box("7", [0, 0, 1, 1])], r"1 image of the file is not in .* first: '7'\).* ids such as 7"),
+        (GOOD[:1], r"1 image of the data set is not in the file .*first: 'b'.*'images'"),
+        ([], "2 images of the data set are not in the file"),
+        ({"images": IMAGES[:1], "proposals": GOOD[:1]}, r"1 image of the data set is not in the file .*'b'"),
         ({"images": [*IMAGES, {"id": 9, "height": 1, "width": 1}], "proposals": GOOD}, r"of the file is not in .*: 9"),
         (
             {"images": [{"id": 7, "height": 60, "width": 40}, IMAGES[1]], "proposals": GOOD},
-            r"1 picture has another size .* first: 7\)\. The first is \(60, 40\) in the file, \(40, 60\) in the data",
+            r"1 image has another size .* first: 7\)\. The first is \(60, 40\) in the file, \(40, 60\) in the data",
         ),
     ],
 )
@@ -157,20 +157,34 @@ def test_a_file_of_other_pictures_is_refused(path: Path, content: Any, message: 
         ([*GOOD, box(7, [0, 0, 0, 5]), box(7, [0, 0, 5, -1])], r"2 with no width or height\. The first is number 5"),
         (
             [*GOOD, box(7, [float("nan"), 0, 5, 5]), box(7, [1, 1, 0, 1])],
-            r"1 with a number that is not finite, 1 with no width.*number 5, of the picture 7: bbox \[nan",
+            r"1 with a number that is not finite, 1 with no width.*number 5, of the image 7: bbox \[nan",
         ),
         ([box(7, [1e300, 0, 1, 1])], "not finite"),
         ([box(7, [0, 0, 5, 5], float("inf"))], r"not finite.*score inf"),
-        ([box(7, [0, 0, None, 5])], "not finite|malformed"),
-        ([GOOD[0], {"image_id": 7, "bbox": [1, 2, 3, 4]}], r"number 1 is malformed \(KeyError\('score'\)\)"),
+        ([box(7, [0, 0, None, 5])], r"number 0 is malformed \('bbox' and 'score' are \[0, 0, None, 5\] and"),
+        ([box(7, [0, 0, True, 5])], r"number 0 is malformed \('bbox' and 'score' are \[0, 0, True, 5\] and"),
+        ([box(7, [0, 0, "5", 5])], "number 0 is malformed"),
+        ([box(7, [0, 0, 10**400, 5])], "number 0 is malformed"),
+        ([box(7, [0, 0, 5, 5], "0.5")], r"number 0 is malformed .* and '0\.5'\)"),
+        ([GOOD[0], {"image_id": 7, "bbox": [1, 2, 3, 4]}], r"number 1 is malformed \(it has no 'score'\)"),
         ([box(7, [1, 2, 3])], "number 0 is malformed"),
-        ([box(None, [1, 2, 3, 4])], r"number 0 is malformed .*image's id"),
-        ([3], "number 0 is malformed"),
+        ([box(7, [1, 2, 3, 4, 5])], "number 0 is malformed"),
+        ([box(7, 5)], "number 0 is malformed"),
+        ([box(None, [1, 2, 3, 4])], r"number 0 is malformed .*'image_id' must be a whole number or text"),
+        ([box(7.5, [1, 2, 3, 4])], r"number 0 is malformed .* but it is 7\.5"),
+        ([box(True, [1, 2, 3, 4])], "number 0 is malformed .* but it is True"),
+        ([3], "number 0 is malformed .* must be an object with keys and values, but it is 3"),
         ({"images": IMAGES}, "holds no proposals"),
         ("text", "holds no proposals"),
-        ({"images": [{"id": 7}], "proposals": []}, r"images\[0\] is malformed .*'height'"),
+        ({"images": [{"id": 7}], "proposals": []}, r"images\[0\] is malformed \(it has no 'height'\)"),
+        (
+            {"images": [IMAGES[0] | {"height": "40"}], "proposals": []},
+            "'height' must be a whole number, but it is '40'",
+        ),
+        ({"images": [IMAGES[0] | {"width": float("inf")}], "proposals": []}, "'width' must be a whole number"),
+        ({"images": [7], "proposals": []}, r"images\[0\] is malformed .* object with keys and values"),
         ({"images": [IMAGES[0], IMAGES[0]], "proposals": []}, r"images\[1\] has the id 7 of another one"),
-        ({"images": IMAGES[1:], "proposals": GOOD}, r"1 of its pictures that its list 'images' lacks \(the first: 7\)"),
+        ({"images": IMAGES[1:], "proposals": GOOD}, r"1 of its images that its list 'images' lacks \(the first: 7\)"),
     ],
 )
 def test_what_cannot_be_used_is_refused(path: Path, content: Any, message: str) -> None:
@@ -184,10 +198,16 @@ def test_files_that_are_none_are_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file of proposals '.*proposals_train\.json'.*proposals\.path"):
         FileProposals(write(path, GOOD), "train")
     (tmp_path / "proposals_val.json").write_text('[{"image_id": 1,\n}]')
-    with pytest.raises(DataError, match=r"proposals_val\.json:2: the JSON cannot be parsed"):
+    with pytest.raises(DataError, match=r"proposals_val\.json' is not valid JSON: .* line 2"):
         FileProposals(str(path), "val")
     (tmp_path / "proposals_val.json").write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match="is not UTF-8"):
+        FileProposals(str(path), "val")
+    (tmp_path / "proposals_val.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(DataError, match=r"proposals_val\.json' is nested too deeply"):
+        FileProposals(str(path), "val")
+    (tmp_path / "proposals_val.json").write_bytes(b"[" + b"1" * 5000 + b"]")
+    with pytest.raises(DataError, match=r"proposals_val\.json' is not valid JSON"):
         FileProposals(str(path), "val")
     with pytest.raises(ConfigError, match=r"'proposals\.count' must be at least 1"):
         FileProposals(write(path, GOOD), "val", count=0)
@@ -195,5 +215,5 @@ def test_files_that_are_none_are_named(path: Path, tmp_path: Path) -> None:
 
 def test_a_picture_that_was_not_checked_is_refused(path: Path) -> None:
     source = FileProposals(write(path, GOOD), "val")
-    with pytest.raises(DataError, match="has none for the picture 99"):
+    with pytest.raises(DataError, match="has none for the image 99"):
         source(np.zeros((5, 5, 3), np.uint8), 99)
