@@ -39,6 +39,9 @@ FIRST_COLORS = (
 BACKGROUND = 32
 """The grey, 0..255, of captions and of the padding in a sheet."""
 MASK_OPACITY = 0.45
+MOVED_LABELS = 100
+"""Up to this number of objects, labels are moved apart from each other; it takes time that grows with the square of the
+number. Beyond it a label stays at its box, where there is no room to move it to anyway."""
 
 
 def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: bool = True) -> np.ndarray:
@@ -215,7 +218,7 @@ def _annotate(
         font_path=font_path,
         font_size=size,
         text_padding=max(1, size // 6),
-        smart_position=True,
+        smart_position=len(texts) <= MOVED_LABELS,
     )
     scene = annotator.annotate(scene, chosen(order), labels=[texts[index] for index in order])
     picture: np.ndarray = cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)

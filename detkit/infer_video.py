@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from detkit.predict import Predictor
 from detkit.terminal import Console
 from detkit.types import Meta
 
+Frame = tuple[np.ndarray, Fraction]
+"""The pixels and the time in seconds."""
 READ_AHEAD, WRITE_BEHIND = 2, 1
 """Frames that wait to be predicted and to be written, beyond a batch of each. Those of a large film have 25 MB."""
 
@@ -58,25 +61,27 @@ def infer_video(
     film = output / f"{stem}.mp4"
     with (
         VideoReader(source) as reader,
-        VideoWriter(film, reader.rate) as writer,
+        VideoWriter(film, reader.rate, reader.aspect) as writer,
         _Records(output / "predictions.json" if save_json else None) as records,
         _bar(console) as bar,
     ):
         shown = bar.add_task("predicting", total=reader.expected or None)
 
-        def write(number: int, image: np.ndarray, found: Any) -> None:
+        def write(number: int, time: Fraction, image: np.ndarray, found: Any) -> None:
             meta = Meta(number, f"{source}, frame {number}", (image.shape[0], image.shape[1]))
             if save_images:
-                writer.write(task.draw(image, found))
+                writer.aspect = reader.aspect  # known once the first frame has been read
+                writer.write(task.draw(image, found), time)
             task.write(output, f"{stem}_{number:06d}", image, found, meta, choices)
             records.add(task.records(found, meta, predictor.model.classes))
             bar.update(shown, completed=number + 1)
 
         number = 0
-        with closing(items_ahead(reader, batch + READ_AHEAD)) as images, Behind(batch + WRITE_BEHIND) as behind:
+        with closing(items_ahead(reader.timed(), batch + READ_AHEAD)) as images, Behind(batch + WRITE_BEHIND) as behind:
             for frames in _chunks(images, batch):
-                for image, found in zip(frames, predictor.predict_all(frames, batch_size=batch, **limits)):
-                    behind.submit(write, number, image, found)
+                found_all = predictor.predict_all([image for image, _ in frames], batch_size=batch, **limits)
+                for (image, time), found in zip(frames, found_all):
+                    behind.submit(write, number, time, image, found)
                     number += 1
     if reader.problem:
         console.print(reader.problem)
@@ -114,7 +119,7 @@ class _Records:
             self.count += 1
 
 
-def _chunks(frames: Iterator[np.ndarray], count: int) -> Iterator[list[np.ndarray]]:
+def _chunks(frames: Iterator[Frame], count: int) -> Iterator[list[Frame]]:
     while chunk := list(islice(frames, count)):
         yield chunk
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,3 +274,22 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         grid([], 2)
     with pytest.raises(ValueError, match="at least one column"):
         grid([blank()], 0)
+
+
+def test_many_labels_stay_at_their_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving labels apart takes time that grows with the square of their number."""
+    import supervision
+
+    moved = []
+    original = supervision.RichLabelAnnotator.__init__
+
+    def record(self: Any, *arguments: Any, **options: Any) -> None:
+        moved.append(options["smart_position"])
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(supervision.RichLabelAnnotator, "__init__", record)
+    for count in (100, 101):
+        boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0]]).repeat(count, 1)
+        found = Detections(boxes, torch.full((count,), 0.5), torch.zeros(count, dtype=torch.int64))
+        draw_detections(np.zeros((60, 60, 3), dtype=np.uint8), found)
+    assert moved == [True, False]

@@ -73,19 +73,19 @@ def test_only_some_frames_are_in_memory(
 ) -> None:
     read, written, held = 0, 0, []
 
-    def frames(self: VideoReader) -> Iterator[np.ndarray]:
+    def frames(self: VideoReader) -> Iterator[tuple[np.ndarray, Fraction]]:
         nonlocal read
-        for _ in range(60):
+        for number in range(60):
             read += 1
-            yield np.zeros((32, 32, 3), dtype=np.uint8)
+            yield np.zeros((32, 32, 3), dtype=np.uint8), number / RATE
 
-    def write(self: VideoWriter, image: np.ndarray) -> None:
+    def write(self: VideoWriter, image: np.ndarray, shown_at: Fraction) -> None:
         nonlocal written
         time.sleep(0.005)  # so that all before it waits for it
         held.append(read - written)
         written += 1
 
-    monkeypatch.setattr(VideoReader, "__iter__", frames)
+    monkeypatch.setattr(VideoReader, "timed", frames)
     monkeypatch.setattr(VideoWriter, "write", write)
     infer(predictor, str(film), tmp_path / "out", batch=batch, max_det=1)
     assert written == 60
@@ -136,14 +136,14 @@ def test_what_was_written_before_an_error_of_the_writer_is_whole(
 def test_what_was_read_before_an_error_of_the_reader_is_whole(
     predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames = VideoReader.__iter__
+    frames = VideoReader.timed
 
-    def cut(self: VideoReader) -> Iterator[np.ndarray]:
+    def cut(self: VideoReader) -> Iterator[tuple[np.ndarray, Fraction]]:
         if self.path != film:
             return frames(self)
         return (frame if number < 5 else self.no_such for number, frame in enumerate(frames(self)))
 
-    monkeypatch.setattr(VideoReader, "__iter__", cut)
+    monkeypatch.setattr(VideoReader, "timed", cut)
     with pytest.raises(AttributeError, match="no_such"):
         infer(predictor, str(film), tmp_path / "out", conf=0.0)
     whole(tmp_path / "out", frames=5)
@@ -160,3 +160,14 @@ def test_damage_is_reported(
     output = capsys.readouterr().out
     assert f"{film} is broken" in output
     assert json.loads((tmp_path / "out/predictions.json").read_text()) is not None
+
+
+def test_times_and_pixel_aspect_are_those_of_the_source(predictor: Predictor, tmp_path: Path) -> None:
+    times = [Fraction(n, 90) for n in (0, 3, 4, 40, 41, 130)]
+    with VideoWriter(tmp_path / "in.mp4", Fraction(25), Fraction(4, 3)) as writer:
+        for time_shown in times:
+            writer.write(np.full((32, 48, 3), 99, dtype=np.uint8), time_shown)
+    infer(predictor, str(tmp_path / "in.mp4"), tmp_path / "out", batch=2)
+    with VideoReader(tmp_path / "out" / "in.mp4") as reader:
+        assert [time_shown for _, time_shown in reader.timed()] == times
+        assert reader.aspect == Fraction(4, 3)

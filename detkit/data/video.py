@@ -1,4 +1,4 @@
-"""Films, frame by frame: read as (H, W, 3) uint8 RGB in the rotation in which they are shown, written as H.264."""
+"""Videos, frame by frame: read as (H, W, 3) uint8 RGB in the orientation in which they are shown, written as H.264."""
 
 from __future__ import annotations
 
@@ -10,57 +10,66 @@ from typing import Any
 
 import numpy as np
 
-from detkit.errors import DataError, DetkitError
+from detkit.errors import DataError, WriteError
+from detkit.files import make_folder, write_error
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
-"""Files with these endings, in either case, count as films."""
+"""Files with these endings, in either case, count as videos."""
+TIME_BASE = Fraction(1, 90_000)
+"""The unit in which the times of written frames are rounded, as in MPEG."""
+BT709, VIDEO_RANGE = 1, 1
+"""The codes of H.273 for the colours that every player takes HD video to have."""
 
 
 def is_video(source: str | Path) -> bool:
-    """Whether `source` names a film and not a picture, by its ending alone."""
+    """Whether `source` names a video and not an image, by its ending alone."""
     return Path(source).suffix.lower() in VIDEO_SUFFIXES
 
 
 class VideoReader:
-    """The frames of a film, one after the other; at no time more than a few of them are in memory.
+    """The frames of a video, one after the other; at no time more than a few of them are in memory.
 
-    What cannot be decoded is passed over and counted, since films are often cut off, and the rest of them is good.
+    Parts that cannot be decoded are skipped and counted, since videos are often cut off, and the rest of them is good.
 
     Attributes:
-        rate: frames a second; of a film with a variable rate the mean.
-        expected: how many frames the file says it has; 0 where it does not say.
+        rate: frames per second; of a video with a variable rate the mean.
+        aspect: width of a pixel divided by its height, as the upright frames have it.
+        expected: how many frames the file says are shown; 0 where it does not say.
         read: how many have been read so far.
         broken: how many parts of the file could not be decoded so far.
 
     Args:
-        path: a film of any format that FFmpeg reads.
+        path: a video of any format that FFmpeg reads.
 
     Raises:
-        DataError: the file is missing, empty, no film, or so broken that it cannot be opened.
+        DataError: the file is missing, empty, not a video, or so broken that it cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
         import av
 
         self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"The video '{path}' does not exist. Give the path of a file that does.")
         try:
-            self._container = av.open(str(path))
+            exists = self.path.is_file()
+        except (OSError, ValueError):
+            exists = False
+        if not exists:
+            raise DataError(f"The video {str(path)!r} does not exist. Give the path of a file that does.")
+        try:
+            self._container = av.open(str(path), metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise DataError(
-                f"The video '{path}' cannot be opened ({error.strerror}): it is no video, or was cut off before its "
-                "index was written. Get a whole copy of the file."
+                f"The video '{path}' cannot be opened ({error.strerror}): it is not a video, or was cut off before "
+                "its index was written. Get a whole copy of the file."
             ) from error
         if not self._container.streams.video:
             self._container.close()
-            raise DataError(
-                f"The file '{path}' has no pictures, only {self._container.format.long_name}. Give a video."
-            )
+            raise DataError(f"The file '{path}' has no images, only {self._container.format.long_name}. Give a video.")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.rate: Fraction = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
-        self.expected = int(self._stream.frames)
+        self.aspect: Fraction = self._stream.sample_aspect_ratio or Fraction(1)
+        self.expected = _shown_frames(self._stream)
         self.read = self.broken = 0
 
     def __enter__(self) -> VideoReader:
@@ -72,11 +81,32 @@ class VideoReader:
         self._container.close()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Each frame, (H, W, 3) uint8 RGB.
+        """Each frame, (H, W, 3) uint8 RGB; the errors are those of `timed`."""
+        return (image for image, _ in self.timed())
+
+    def timed(self) -> Iterator[tuple[np.ndarray, Fraction]]:
+        """Each frame, (H, W, 3) uint8 RGB, with the time in seconds at which it is shown, counted from the first.
 
         Raises:
-            DataError: there is not one that can be decoded.
+            DataError: not a single frame can be decoded.
         """
+        first: Fraction | None = None
+        latest = Fraction(-1)
+        for frame in self._frames():
+            image, turned = _upright(frame)
+            if turned and not self.read:
+                self.aspect = 1 / self.aspect
+            time = self.read / self.rate if frame.pts is None else frame.pts * frame.time_base
+            first = time if first is None else first
+            # A damaged file may repeat a time, or go back; a frame is shown after the one before it.
+            latest = time - first if time - first > latest else latest + TIME_BASE
+            self.read += 1
+            yield image, latest
+        if not self.read:
+            raise DataError(f"The video '{self.path}' has no frame that can be decoded. Get a whole copy of the file.")
+
+    def _frames(self) -> Iterator[Any]:
+        """Each frame that can be decoded; the parts that cannot are counted."""
         import av
 
         packets = self._container.demux(self._stream)
@@ -87,21 +117,15 @@ class VideoReader:
                 self.broken += 1  # the file ends in the middle of something
                 packet = None
             if packet is None:
-                break
+                return
             try:
-                frames = packet.decode()
+                yield from packet.decode()
             except av.error.FFmpegError:
                 self.broken += 1
-                continue
-            for frame in frames:
-                self.read += 1
-                yield _upright(frame)
-        if not self.read:
-            raise DataError(f"The video '{self.path}' has no frame that can be decoded. Get a whole copy of the file.")
 
     @property
     def problem(self) -> str:
-        """What of the film could not be read, for a report at the end; empty where all is well."""
+        """What could not be read of the video, for a report at the end; empty where all is well."""
         missing = self.expected - self.read
         parts = [f"{self.broken} parts cannot be decoded"] if self.broken else []
         parts += [f"{missing} of {self.expected} frames are missing"] if missing > 0 else []
@@ -109,19 +133,21 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes frames of one size to an H.264 film (.mp4), in which each is shown for the same time.
+    """Writes frames of one size to an H.264 video (.mp4), in the colours of BT.709, and says so in the file.
 
-    H.264 wants even sides: of an odd one the last row or column is repeated.
+    H.264 needs even sides: of an odd one the last row or column is repeated.
 
     Args:
         path: its folder is made, and a file that is there is replaced.
-        rate: frames a second.
+        rate: frames per second, for frames that are written without a time.
+        aspect: width of a pixel divided by its height.
     """
 
-    def __init__(self, path: Path, rate: Fraction) -> None:
-        self.path, self.rate = path, rate
+    def __init__(self, path: Path, rate: Fraction, aspect: Fraction = Fraction(1)) -> None:
+        self.path, self.rate, self.aspect = path, rate, aspect
         self._container: Any = None
         self._shape: tuple[int, ...] = ()
+        self._count = 0
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -130,16 +156,24 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish the file, also after an error: what was written until then can be watched."""
-        if self._container is not None:
-            self._container.mux(self._stream.encode())
-            self._container.close()
+        if self._container is None:
+            return
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        self._file.close()
+        if error is None:  # else an error of the file is the one that ended the writing
+            self._file.check()
 
-    def write(self, image: np.ndarray) -> None:
-        """Add (H, W, 3) uint8 RGB.
+    def write(self, image: np.ndarray, time: Fraction | None = None) -> None:
+        """Add a frame.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            time: the second at which it is shown, after that of the frame before; None for the next at `rate`.
 
         Raises:
             DataError: it has another size than the frames before it.
-            DetkitError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         import av
 
@@ -151,29 +185,93 @@ class VideoWriter:
                 f"{image.shape[1]} x {image.shape[0]} pixels, which a video cannot. Cut the source where they do."
             )
         even = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
-        try:
-            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
-            self._container.mux(self._stream.encode(frame))
-        except av.error.FFmpegError as error:
-            raise DetkitError(f"The video can't be written to {self.path}: {error.strerror}.") from error
+        frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", dst_colorspace=BT709)
+        frame.colorspace, frame.color_range = BT709, VIDEO_RANGE
+        frame.time_base = TIME_BASE
+        frame.pts = round((self._count / self.rate if time is None else time) / TIME_BASE)
+        self._count += 1
+        self._container.mux(self._stream.encode(frame))
+        self._file.check()
 
     def _open(self, shape: tuple[int, ...]) -> None:
         import av
 
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = av.open(str(self.path), "w")
-            # Near to what the eye can tell from the original, at a size that can be sent. Of photographs that is the
-            # quality and the size of x264's default preset at 20, in less than half its time.
-            options = {"crf": "18", "preset": "veryfast"}
-            self._stream = self._container.add_stream("libx264", rate=self.rate, options=options)
-        except (OSError, ValueError) as error:
-            raise DetkitError(f"The video can't be written to {self.path}: {error}.") from error
+        self._file = _OutputFile(self.path)
+        self._container = av.open(self._file, "w", format="mp4")
+        # Close to what the eye can tell from the original, at a size that can be sent. Of photographs that is the
+        # quality and the size of x264's default preset at 20, in less than half its time.
+        options = {"crf": "18", "preset": "veryfast"}
+        self._stream = self._container.add_stream("libx264", rate=self.rate, options=options)
         self._shape = shape
         self._stream.height, self._stream.width = (side + side % 2 for side in shape[:2])
         self._stream.pix_fmt = "yuv420p"
+        codec = self._stream.codec_context
+        codec.time_base = TIME_BASE
+        codec.sample_aspect_ratio = self.aspect
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = VIDEO_RANGE
 
 
-def _upright(frame: Any) -> np.ndarray:
+class _OutputFile:
+    """A file that FFmpeg writes to, which keeps its errors for `check`: after a write that failed on a full disk, FFmpeg's
+    muxer ends the process with a segmentation fault."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: WriteError | None = None
+        make_folder(path.parent)
+        try:
+            self._file = path.open("wb", buffering=0)
+        except (OSError, ValueError) as error:
+            raise write_error(path, error) from error
+
+    def write(self, content: bytes) -> int:
+        if self.error is None:
+            try:
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                self.error = write_error(self.path, error)
+        return len(content)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence) if self._file.seekable() else 0
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def check(self) -> None:
+        """Raise the error of an earlier write."""
+        if self.error is not None:
+            raise self.error
+
+
+def _shown_frames(stream: Any) -> int:
+    """How many frames of a stream are shown: an edit list, which trims a video without cutting it, hides some."""
+    frames = int(stream.frames)
+    if stream.duration is None or stream.average_rate is None:
+        return frames
+    return min(frames, round(stream.duration * stream.time_base * stream.average_rate))
+
+
+def _upright(frame: Any) -> tuple[np.ndarray, bool]:
+    """The frame (H, W, 3) as its display matrix says to show it, turned and mirrored; also whether its sides have
+    changed places.
+
+    The matrix [[a, b], [c, d]] (ISO/IEC 14496-12, 6.2.2) sends the pixel (x, y) to (a x + c y, b x + d y).
+    """
+    from av.sidedata.sidedata import Type
+
     image: np.ndarray = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90))) if frame.rotation else image
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return image, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32)
+    turned = abs(b) > abs(a)
+    if turned:
+        image, a, d = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]), bool(turned)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from detkit.data.video import VideoReader, VideoWriter, is_video
-from detkit.errors import DataError
+from detkit.errors import DataError, WriteError
 
 RATE = Fraction(30000, 1001)
 
@@ -146,7 +146,7 @@ def test_a_sound_has_no_pictures(tmp_path: Path) -> None:
         file.setsampwidth(2)
         file.setframerate(8000)
         file.writeframes(bytes(1600))
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         VideoReader(path)
 
 
@@ -163,3 +163,118 @@ def test_endings_tell_films_from_pictures() -> None:
     assert is_video(Path("c.webm"))
     assert not is_video("shots/*.jpg")
     assert not is_video("frames.mp4.png")
+
+
+def replace_box(path: Path, box: bytes, change: object) -> None:
+    """Rewrite the content of the first `box` of an MP4 file, its size kept."""
+    content = bytearray(path.read_bytes())
+    start = content.index(box) + len(box)
+    end = start - 8 + int.from_bytes(content[start - 8 : start - 4], "big")
+    content[start:end] = change(bytes(content[start:end]))  # type: ignore[operator]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("shown", [1, 20, 39])
+def test_frames_hidden_by_an_edit_list_are_not_missing(tmp_path: Path, shown: int) -> None:
+    path = write(tmp_path / "a.mp4", frames(60))
+    # Version, number of edits, then the duration of the edit in milliseconds.
+    duration = round(1000 * shown / RATE).to_bytes(4, "big")
+    replace_box(path, b"elst", lambda edit: edit[:8] + duration + edit[12:])
+    with VideoReader(path) as reader:
+        found = list(reader)
+    assert 0 < len(found) < 60
+    assert abs(reader.expected - len(found)) <= 1
+    assert "missing" not in reader.problem or reader.expected - len(found) == 1
+
+
+def test_colours_are_written_as_bt709_and_read_by_their_tags(tmp_path: Path) -> None:
+    import av
+
+    color = (200, 40, 60)
+    path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), color, dtype=np.uint8)] * 3)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+        # Y of BT.709 in 16..235, computed from the standard.
+        luma = 16 + 219 * (0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2]) / 255
+        assert abs(frame.to_ndarray()[10, 10] - luma) <= 2
+    with VideoReader(path) as reader:
+        assert np.abs(next(iter(reader)).astype(int) - color).max() <= 3
+
+
+@pytest.mark.parametrize("space", [1, 5])
+def test_the_matrix_of_the_source_is_used(tmp_path: Path, space: int) -> None:
+    import av
+
+    color, path = (200, 40, 60), tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace = space
+        frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), color, dtype=np.uint8), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=space)
+        frame.colorspace, frame.pts = space, 0
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with VideoReader(path) as reader:
+        read = list(reader)
+    again = write(tmp_path / "b.mp4", read)
+    with VideoReader(again) as reader:
+        assert np.abs(next(iter(reader)).astype(int) - color).max() <= 5
+
+
+ONE, ZERO, MINUS = (1 << 16).to_bytes(4, "big"), bytes(4), (-(1 << 16)).to_bytes(4, "big", signed=True)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((MINUS, ZERO, ZERO, ONE), lambda image: image[:, ::-1]),
+        ((ONE, ZERO, ZERO, MINUS), lambda image: image[::-1]),
+        ((ZERO, ONE, ONE, ZERO), lambda image: image.swapaxes(0, 1)),
+        ((ZERO, MINUS, MINUS, ZERO), lambda image: image[::-1, ::-1].swapaxes(0, 1)),
+        ((ZERO, ONE, MINUS, ZERO), lambda image: np.rot90(image, -1)),
+    ],
+)
+def test_a_mirrored_video_is_read_as_it_is_shown(tmp_path: Path, matrix: tuple[bytes, ...], expected: object) -> None:
+    with VideoWriter(tmp_path / "a.mp4", RATE, Fraction(2)) as writer:
+        for image in frames(3):
+            writer.write(image)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        plain = list(reader)
+        assert reader.aspect == 2
+    a, b, c, d = matrix
+    last = (1 << 30).to_bytes(4, "big")
+    replace_box(tmp_path / "a.mp4", b"tkhd", lambda box: box[:40] + a + b + ZERO + c + d + ZERO * 3 + last + box[76:])
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        found = list(reader)
+        assert reader.aspect == (Fraction(1, 2) if a == ZERO else 2)
+    for image, upright in zip(plain, found, strict=True):
+        np.testing.assert_array_equal(upright, expected(image))  # type: ignore[operator]
+
+
+def test_metadata_that_are_not_utf8_do_not_matter(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "XXXXXXXX"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frames(1)[0], format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"XXXXXXXX", b"\xff\xfe\xe9\x80XXXX"))
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b.mp4", "x" * 300 + ".mp4", "missing.mp4", "."])
+def test_a_path_without_a_video_is_one_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        VideoReader(tmp_path / name)
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").symlink_to("/dev/full")
+    noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    with pytest.raises(WriteError, match=r"a\.mp4' cannot be written: No space left on device"):
+        write(tmp_path / "a.mp4", [noise] * 50)
