@@ -1,6 +1,5 @@
 """The command line: `detkit train | eval | infer | check | models | bench`; each imports what it needs when it runs."""
 
-import argparse
 import atexit
 import gc
 import os
@@ -284,11 +283,12 @@ def _of_the_task(options: Any) -> dict[str, Any]:
 def _transfer_style(config: str, arguments: list[str]) -> None:
     from pathlib import Path
 
-    from detkit.cli_options import parse_options, with_config
+    from detkit.cli_options import config_values, parse_options
     from detkit.style_transfer import StyleOptions, transfer
 
     title = f"infer {config}"
-    options = parse_options(StyleOptions, title, with_config(StyleOptions, config, arguments), positional=False)
+    values = {} if _wants_help(arguments) else config_values(StyleOptions, config)
+    options = parse_options(StyleOptions, title, arguments, positional=False, values=values)
     if options is None:
         return
     transfer(options, Path(options.output or "runs/style/run"))
@@ -386,12 +386,12 @@ def _wants_help(arguments: list[str]) -> bool:
 
 
 def _experiment_help(command: str, extra: str) -> None:
-    from detkit.config import make_parser
+    from detkit.config import Experiment
+    from detkit.schema import print_options
 
     print(f"usage: detkit {command} CONFIG.yaml [CONFIG2.yaml ...] [--KEY VALUE ...]\n{extra}\n")
-    parser = make_parser()
-    parser.usage = argparse.SUPPRESS
-    parser.print_help()
+    print("--config CONFIG is a YAML file too; of several, later ones win. --print_config shows the outcome.\n")
+    print(print_options(Experiment), end="")
 
 
 def _experiment(configs: list[str], overrides: list[str], command: str) -> Any:

@@ -1,10 +1,10 @@
 """Options of the commands that take no config file, and how they are read."""
 
-import argparse
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from detkit.errors import ConfigError, DetkitError, plain_types
+from detkit.errors import ConfigError, DetkitError
 
 Options = TypeVar("Options")
 
@@ -60,85 +60,78 @@ class InferOptions:
     threshold: float | None = None
 
 
-def with_config(schema: type[Any], config: str, arguments: list[str]) -> list[str]:
-    """The values of a YAML file as arguments, then those of the command line; `--head.width 16` goes into `head`.
+def config_values(schema: type[Any], config: str) -> dict[str, Any]:
+    """The values of a YAML file for `parse_options`.
 
     Raises:
         ConfigError: the file is missing or malformed, or has a key that `schema` does not.
     """
-    import dataclasses
-    import json
-
-    import yaml
-
     from detkit.config import read_yaml
     from detkit.errors import nearest
+    from detkit.schema import option_names
 
     values = read_yaml(config)
-    names = {field.name for field in dataclasses.fields(schema)}
     for key in values:
-        if key not in names:
+        if key not in option_names(schema):
             raise ConfigError(
                 f"'{key}' in {config} is not for detkit infer, which takes a config for style transfer alone, else the "
-                f"folder of a run. {nearest(key, names)}"
+                f"folder of a run. {nearest(str(key), option_names(schema))}"
             )
-    rest: list[str] = []
-    given = iter(arguments)
-    for argument in given:
-        key, equals, value = argument[2:].partition("=")
-        *parents, last = key.split(".")
-        if not argument.startswith("--") or not parents or parents[0] not in names:
-            rest.append(argument)
-            continue
-        inner = values
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"'--{key}' sets an option of '{parent}', which has none in {config}.")
-        inner[last] = yaml.safe_load(value if equals else next(given, ""))
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    return [*(f"--{key}={text}" for key, text in texts.items()), *rest]
+    return values
 
 
-def parse_options(schema: type[Options], command: str, arguments: list[str], positional: bool = True) -> Options | None:
-    """`arguments` as `schema`, or None after --help. If `positional`, the first field may be given without its name."""
-    import dataclasses
+def parse_options(
+    schema: type[Options],
+    command: str,
+    arguments: list[str],
+    positional: bool = True,
+    values: dict[str, Any] | None = None,
+) -> Options | None:
+    """`arguments` as `schema`, or None after --help.
 
-    from jsonargparse import ArgumentError, ArgumentParser
+    Args:
+        schema: a dataclass.
+        command: the command, for messages.
+        arguments: those of the command line; `--head.width 16` goes into the mapping `head`.
+        positional: the first field may be given without its name.
+        values: fields that are set already; arguments win.
 
+    Raises:
+        DetkitError: an option is unknown or missing, or has a value of the wrong type.
+    """
     from detkit.errors import nearest
+    from detkit.schema import build, from_text, given_options, option_names, option_type, plain, print_options, put
+    from detkit.schema import required_names as required
 
-    fields: Any = dataclasses.fields(schema)  # type: ignore[arg-type]
-    parser = ArgumentParser(prog=f"detkit {command}", exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(schema)
+    first = next(iter(inspect.signature(schema).parameters))
+    names = option_names(schema)
     if "-h" in arguments or "--help" in arguments:
-        first = f"{fields[0].name.upper()} " if positional else ""
-        print(f"usage: detkit {command} {first}[--OPTION VALUE ...]\n")
-        parser.usage = argparse.SUPPRESS
-        parser.print_help()
+        usage = f"{first.upper()} " if positional else ""
+        print(f"usage: detkit {command} {usage}[--OPTION VALUE ...]\n\n{print_options(schema)}", end="")
         return None
     if positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{fields[0].name}", *arguments]
-    names = {field.name for field in fields}
-    normal = []
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            # Users write --max-det as well as --max_det, and a switch without its value.
-            name, equals, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            if name not in names:
-                raise ConfigError(f"'--{name}' is no option of detkit {command}. {nearest(name, names)}")
-            argument = f"--{name}{equals}{value}"
-            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-            is_switch = next(field for field in fields if field.name == name).type is bool
-            if is_switch and not equals and following.startswith("--"):
-                argument += "=true"
-        normal.append(argument)
+        arguments = [f"--{first}", *arguments]
+    given = dict(values or {})
+
+    def field(name: str) -> str:
+        # Users write --max-det as well as --max_det.
+        found = name.partition(".")[0].replace("-", "_")
+        if found not in names:
+            raise ConfigError(f"'--{found}' is not a valid option of detkit {command}. {nearest(found, names)}")
+        return found
+
+    def is_switch(name: str) -> bool:
+        return option_type(schema, field(name)) is bool
+
     try:
-        parsed = parser.parse_args(normal)
-    except ArgumentError as error:
-        reason = plain_types(" ".join(str(error).split())).replace("Parser key ", "Option ")
-        if "unrecognized arguments" in reason and "source" in names:
-            reason += ". Several pictures are one text, a folder or a pattern in quotes: --source '*.jpg'"
-        raise DetkitError(f"{reason}. See detkit {command} --help.") from None
-    return schema(**vars(parser.instantiate(parsed)))
+        for name, text in given_options(arguments, is_switch):
+            _, *inner = name.split(".")
+            kind = Any if inner else option_type(schema, field(name))
+            put(given, [field(name), *inner], from_text(text, kind, name), name)
+        for name in sorted(required(schema) - set(given)):
+            raise ConfigError(f"'--{name}' is missing. Give it as --{name} VALUE")
+        return build(schema, {name: plain(value, f"--{name}") for name, value in given.items()}, "--")
+    except ConfigError as error:
+        several = " Several pictures are one text, a folder or a pattern in quotes: --source '*.jpg'"
+        hint = several if "source" in names and "is not an option" in str(error) else ""
+        raise DetkitError(f"{error}{hint} See detkit {command} --help.") from None

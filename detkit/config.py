@@ -5,19 +5,17 @@ constructor arguments of the part registered by that name, and are checked when 
 is listed here, once.
 """
 
-import copy
 import dataclasses
-import itertools
 import math
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from detkit.errors import ConfigError, nearest, plain_types
+from detkit import files
+from detkit.errors import ConfigError, nearest
+from detkit.schema import build, convert, from_text, given_options, option_names, option_type, plain, put, shown
 
 PartOptions = dict[str, Any]
 PATHS = (("data", "root"), ("head", "picture"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
@@ -265,14 +263,8 @@ class Experiment:
     runs: str = "runs"
 
 
-def make_parser() -> Any:
-    """The jsonargparse parser of an Experiment; its help lists every option and default."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file; several are merged, later ones win")
-    parser.add_class_arguments(Experiment)
-    return parser
+GROUPS: dict[str, type] = {"input": InputOptions, "train": TrainOptions}
+"""Those keys of a config that have keys of their own, listed here."""
 
 
 def load_experiment(
@@ -289,67 +281,48 @@ def load_experiment(
         ConfigError: a file is missing or malformed, a key is unknown (with the nearest valid one),
             a value has the wrong type.
     """
-    merged: dict[str, Any] = base or {}
+    merged: dict[str, Any] = plain(base or {}, "experiment")
     for config in configs:
         values = read_yaml(config)
         _check_keys(values, config)
         merged = _merge(merged, values)
-    for override in overrides or []:
-        if override.startswith("--"):
-            _check_key(override[2:].split("=")[0], "the command line")
-    return _parse(["--config", yaml.safe_dump(merged), *_whole_options(overrides or [], merged)])
+    for name, text in given_options(overrides or [], _is_switch):
+        _check_key(name, "the command line")
+        keys = name.split(".")
+        value = _from_text(text, name)
+        if name in GROUPS and isinstance(value, dict):
+            _check_keys({name: value}, "the command line")
+            merged = _merge(merged, {name: value})
+        else:
+            put(merged, keys, value, name)
+    return experiment_from_dict(merged)
 
 
-def _whole_options(overrides: list[str], values: dict[str, Any]) -> list[str]:
-    """`overrides`, of which those that reach into an option of a part (--data.data.root, --head.anchors.sizes) give
-    that whole option with its other keys: jsonargparse would drop them.
+def experiment_from_dict(values: Any) -> Experiment:
+    """The experiment that `experiment_to_dict` wrote.
 
-    Args:
-        values: what the overrides change.
+    Raises:
+        ConfigError: `values`, which may be anything that JSON can hold, is not an experiment.
     """
-    whole = []
-    current: dict[str, Any] = copy.deepcopy(values)
-    arguments = iter(overrides)
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        part, *keys = name.split(".")
-        given = [argument]
-        if argument.startswith("--") and part in OF_PARTS:
-            if not equals:
-                given += itertools.islice(arguments, 1)
-                value = given[-1] if len(given) == 2 else ""
-            _put(current, [part, *keys], _from_text(value, name))
-            if len(keys) > 1:
-                option = yaml.safe_dump(current[part][keys[0]], default_flow_style=True, width=math.inf)
-                given = [f"--{part}.{keys[0]}", option]
-        whole += given
-    return whole
-
-
-def _from_text(value: str, name: str) -> Any:
-    try:
-        return yaml.load(value, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of '--{name}' is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set what stands under `keys`; dicts on the way are made where there are none."""
-    for key in keys[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[keys[-1]] = value
-
-
-def experiment_from_dict(values: dict[str, Any]) -> Experiment:
-    """The experiment that `experiment_to_dict` wrote."""
-    return _parse(["--config", yaml.safe_dump(values)])
+    if not isinstance(values, dict):
+        raise ConfigError(f"An experiment has keys and values (data, backbone, head, ...), but is {shown(values)}.")
+    values = plain(values, "experiment")
+    _check_keys(values, "the experiment")
+    for options, key in _paths(values):
+        # A run is evaluated and resumed from other folders than it was started in.
+        options[key] = str(Path(os.path.expanduser(options[key])).absolute())
+    experiment = build(Experiment, values)
+    for part in OF_PARTS:
+        _check_name(getattr(experiment, part), part)
+    for index, options in enumerate(experiment.augment):
+        _check_name(options, f"augment[{index}]")
+    return experiment
 
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
     """Plain lists, dicts and numbers, for YAML and JSON."""
-    return _plain(dataclasses.asdict(experiment))
+    values: dict[str, Any] = plain(dataclasses.asdict(experiment), "experiment")
+    return values
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -359,25 +332,48 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, names a key twice, or is not a mapping.
     """
     file = Path(path)
-    if not file.is_file():
-        named = Path("configs", file.name).with_suffix(".yaml")  # by its name alone
+    if not os.path.isfile(path):
+        named = Path("configs", f"{file.stem}.yaml")  # by its name alone
         if named.is_file():
             raise ConfigError(f"There is no config file '{path}'. Did you mean '{named}'?")
-        near = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+        near = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if os.path.isdir(file.parent) else []
         raise ConfigError(f"There is no config file '{path}'. {nearest(path, near)}")
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"The config '{path}' cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    values = files.read_yaml(path, "config", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(
-            f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {values!r}."
+            f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {shown(values)}."
         )
     for options, key in _paths(values):
-        options[key] = str((file.parent / Path(options[key]).expanduser()).resolve())
+        try:
+            options[key] = str((file.parent / os.path.expanduser(options[key])).resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, NUL
+            raise ConfigError(f"The path {shown(options[key])} in '{path}' cannot be used: {error}.") from None
     return values
+
+
+def _is_switch(name: str) -> bool:
+    group, _, key = name.partition(".")
+    return group in GROUPS and key in option_names(GROUPS[group]) and option_type(GROUPS[group], key) is bool
+
+
+def _from_text(text: str, name: str) -> Any:
+    """The value of an override; paths are text whatever they look like."""
+    group, _, key = name.partition(".")
+    kind = (
+        option_type(GROUPS[group], key) if key and group in GROUPS else Any if key else option_type(Experiment, group)
+    )
+    return from_text(text, str if tuple(name.split(".")) in PATHS else kind, name)
+
+
+def _check_name(options: PartOptions | None, path: str) -> None:
+    """Refuse a part without the name of one."""
+    if options is None:
+        return
+    if "name" not in options:
+        raise ConfigError(
+            f"'{path}' needs a 'name', as in {{name: NAME}}. `detkit models` lists those of heads, backbones and necks."
+        )
+    convert(options["name"], str, f"{path}.name")
 
 
 def _paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -388,47 +384,6 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             options = options.get(part) if isinstance(options, dict) else None
         if isinstance(options, dict) and isinstance(options.get(key), str):
             yield options, key
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key standing twice, where the plain loader lets the last one win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML reads 1e-3 as text, because YAML 1.1 wants 1.0e-3; every user means the number.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(arguments: list[str]) -> Experiment:
-    from jsonargparse import ArgumentError
-
-    parser = make_parser()
-    try:
-        parsed = parser.parse_args(arguments)
-        parsed.pop("config", None)
-        for options, key in _paths({name: parsed.get(name) for name in ("data", "proposals")}):
-            # A run is evaluated and resumed from other folders than it was started in.
-            options[key] = str(Path(options[key]).expanduser().absolute())
-        return Experiment(**vars(parser.instantiate(parsed)))
-    except ArgumentError as error:
-        reason = plain_types(" ".join(str(error).split()))
-        raise ConfigError(f"The config cannot be used. {reason.replace('Parser key ', 'Key ')}") from None
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -452,23 +407,12 @@ def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
 
 def _check_key(dotted: str, where: str) -> None:
     """Refuse a key that is neither an option of the schema nor inside a part."""
-    groups: dict[str, type] = {"input": InputOptions, "train": TrainOptions}
-    top = {option.name for option in dataclasses.fields(Experiment)}
+    top = option_names(Experiment)
     first, _, rest = dotted.partition(".")
     if first not in top:
-        valid = top | {
-            f"{group}.{option.name}" for group, schema in groups.items() for option in dataclasses.fields(schema)
-        }
+        valid = top | {f"{group}.{name}" for group, schema in GROUPS.items() for name in option_names(schema)}
         raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(dotted, valid)}")
-    if rest and first in groups:
-        valid = {option.name for option in dataclasses.fields(groups[first])}
-        if rest not in valid:
-            raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(rest, valid)}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    if rest and first in GROUPS and rest not in option_names(GROUPS[first]):
+        raise ConfigError(
+            f"'{dotted}' in {where} is not a key of the config. {nearest(rest, option_names(GROUPS[first]))}"
+        )

@@ -38,22 +38,6 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def plain_types(message: str) -> str:
-    """A message of jsonargparse with the types that it names in words: "must be one of 'a', 'b', but is c"."""
-    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
-    union = re.search(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: ", message)
-    if union is not None:
-        kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", union[1]).replace("<class 'NoneType'>", "null")
-        kinds = re.sub(r"<class '(\w+)'>", lambda match: names.get(match[1], match[1]), kinds)
-        return f"{message[: union.start()]}It must be one of {kinds}, but is {message.rpartition('Given value: ')[2]}"
-    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: ", r"It must be one of \1, but is ", message)
-    return re.sub(
-        r"Expected a <class '(\w+)'>\. Got value: ",
-        lambda match: f"It must be {names.get(match[1], match[1])}, but is ",
-        message,
-    )
-
-
 def check_range(path: str, low: float, high: float = math.inf, **options: float) -> None:
     """Refuse options that are not in low..high.
 

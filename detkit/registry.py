@@ -6,16 +6,19 @@ A part is a class; its constructor signature is the only list of its options and
 import functools
 import importlib
 import importlib.metadata
-import inspect
 import pkgutil
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from detkit.errors import ConfigError, DetkitError, nearest, plain_types
+from detkit.errors import ConfigError, DetkitError, nearest
+from detkit.schema import convert, option_names, option_type, required_names
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 PLUGINS = "detkit.parts"
 """The group of entry points by which an installed package names its modules with parts for detkit."""
+IMPORTING = threading.RLock()
+"""Held while modules with parts are imported: one lock for all kinds, since plugins bring parts of several."""
 
 
 class Registry:
@@ -30,6 +33,7 @@ class Registry:
         self.kind = kind
         self.package = package
         self._parts: dict[str, Callable[..., Any]] = {}
+        self._importing = False
         self._imported = False
 
     def register(self, name: str) -> Callable[[Part], Part]:
@@ -79,12 +83,22 @@ class Registry:
         return build_part(part, given, path, f"{self.kind} '{options['name']}'", also_valid, **injected)
 
     def _import_package(self) -> None:
-        if not self._imported:
-            self._imported = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
-            _import_plugins()
+        if self._imported:
+            return
+        # Another thread waits here until all parts are there; the same thread, for which a module with parts looks one
+        # up while it is imported, finds those that are there so far.
+        with IMPORTING:
+            if self._imported or self._importing:
+                return
+            self._importing = True
+            try:
+                package = importlib.import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.package}.{module.name}")
+                _import_plugins()
+                self._imported = True
+            finally:
+                self._importing = False
 
 
 @functools.cache
@@ -128,7 +142,7 @@ def build_part(
             f"The {title} needs '{path}.{sorted(missing)[0]}'; give it in the config "
             f"or as --{path}.{sorted(missing)[0]} VALUE."
         )
-    typed = _typed(part, dict(given), set(injected), path)
+    typed = {key: convert(value, option_type(part, key), f"{path}.{key}") for key, value in given.items()}
     try:
         return part(**injected, **typed)
     except DetkitError:
@@ -136,34 +150,6 @@ def build_part(
     except ValueError as error:
         # What the part itself, or the library behind it, says of a value out of its range.
         raise ConfigError(f"'{path}' cannot be built: {' '.join(str(error).split())}") from error
-
-
-def option_names(part: Callable[..., Any]) -> set[str]:
-    """The keyword arguments that `part` takes."""
-    return set(inspect.signature(part).parameters)
-
-
-def required_names(part: Callable[..., Any]) -> set[str]:
-    """The keyword arguments of `part` without a default."""
-    parameters = inspect.signature(part).parameters.values()
-    return {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-
-
-def _typed(part: Callable[..., Any], given: dict[str, Any], injected: set[str], path: str) -> dict[str, Any]:
-    """`given` checked against and converted to the annotations of `part` ("0.1" to 0.1, [3, 4] to (3, 4))."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    if isinstance(part, type):
-        parser.add_class_arguments(part, skip=injected)
-    else:
-        parser.add_function_arguments(part, skip=injected)
-    try:
-        parsed = parser.parse_object(given).as_dict()
-    except ArgumentError as error:
-        reason = " ".join(str(error).replace('Parser key "', f"'{path}.").replace('":', "':").split())
-        raise ConfigError(f"The config has a value of the wrong type. {plain_types(reason)}") from None
-    return {key: parsed[key] for key in given}
 
 
 backbones = Registry("backbone", "detkit.backbones")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 # Imports run one way: a module may import from layers before its own, and from its own.
 LAYERS = [
     {"errors"},
-    {"files", "terminal"},
+    {"files", "terminal", "schema"},
     {"types", "predictions", "registry", "config", "overlap", "runs"},
     {"boxes"},
     {"data", "backbones", "losses"},

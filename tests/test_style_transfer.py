@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from detkit.cli import main
-from detkit.cli_options import parse_options, with_config
+from detkit.cli_options import config_values, parse_options
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.draw import write_image
 from detkit.errors import CheckpointError, DetkitError
@@ -69,8 +69,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
-    arguments = with_config(StyleOptions, "configs/style.yaml", ["--content", "a.jpg", "--style", "b.jpg"])
-    options = parse_options(StyleOptions, "infer", arguments, positional=False)
+    values = config_values(StyleOptions, "configs/style.yaml")
+    arguments = ["--content", "a.jpg", "--style", "b.jpg"]
+    options = parse_options(StyleOptions, "infer", arguments, positional=False, values=values)
     assert options is not None
     assert (options.head["name"], options.optimizer) == ("style", "lbfgs")
     assert options.head.keys() - {"name"} <= option_names(heads.get("style"))
@@ -138,13 +139,8 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.
 
 
 def test_a_loss_that_is_no_number_stops(folder: Path) -> None:
-    head = heads.build(
-        {**yaml.safe_load(HEAD)["head"], "content_weight": float("inf")},
-        "head",
-        channels=(3,),
-        strides=(1,),
-        num_classes=0,
-    )
+    head = heads.build(yaml.safe_load(HEAD)["head"], "head", channels=(3,), strides=(1,), num_classes=0)
+    head.content_weight = float("inf")
     options = StyleOptions("a.jpg", "b.jpg", {})
     with pytest.raises(DetkitError, match=r"The loss is nan after 0 steps\. Lower lr"):
         optimise(head, torch.rand(1, 3, 20, 20), options, lambda losses, picture: None)

@@ -150,7 +150,7 @@ def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
     [
         (["nmss"], "There is no benchmark 'nmss'. Did you mean 'nms'?"),
         (["nms", "--kinds", "detectr"], "--kinds holds 'detectr'. Did you mean 'detector'?"),
-        (["nms", "--size", "3"], "'--size' is no option of detkit bench nms"),
+        (["nms", "--size", "3"], "'--size' is not a valid option of detkit bench nms"),
         (["iou", "--sizes", "3"], "which is not two numbers"),
         ([], "detkit bench needs the name of a benchmark"),
     ],

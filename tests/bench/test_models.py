@@ -255,7 +255,7 @@ def test_pictures(tmp_path, monkeypatch, picture):
     [
         (["inference", "--models", "fasterrcnn_resnet50"], "Did you mean 'fasterrcnn_resnet50_fpn'?"),
         (["inference", "--size", "3"], "--size must be at least 32"),
-        (["inference", "--batch", "2"], "'--batch' is no option of detkit bench inference"),
+        (["inference", "--batch", "2"], "'--batch' is not a valid option of detkit bench inference"),
         (["train_step", "--batch", "0"], "--batch must be at least 1"),
         (["learning", "--steps", "9"], "--steps must be at least 10"),
         (["learning", "--rounds", "3"], "--rounds and --seconds have no use"),
