@@ -54,9 +54,20 @@ def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) ->
         return np.zeros((count, 3), dtype=np.float32), 0
     form = f"'keypoints' must be x, y, v of each of {count} points, {3 * count} numbers"
     points = np.array(finite_list(values, 3 * count, form)).reshape(count, 3)
+    return inside_image(points, size)
+
+
+def inside_image(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """(K, 3) float32 points clipped to the image, those far outside not annotated, and how many there were of these.
+
+    Args:
+        points: (K, 3) x and y in pixels, and whether the point is annotated (above 0); finite.
+        size: (height, width) of the image.
+    """
     annotated = points[:, 2] > 0
     height, width = size
     inside = ((points[:, :2] >= -OVERSHOOT) & (points[:, :2] <= [width + OVERSHOOT, height + OVERSHOOT])).all(1)
+    points = points.copy()
     points[:, :2] = points[:, :2].clip(0, [width, height])
     points[:, 2] = annotated & inside
     return points.astype(np.float32), int((annotated & ~inside).sum())

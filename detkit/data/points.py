@@ -56,7 +56,7 @@ def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> 
             raise ConfigError(
                 f"The augmentation {name} mirrors pictures, but the data do not say which points are left and right "
                 f"ones, and would change places. Leave it out, or use data that do (COCO's categories: 'keypoints' "
-                f"with names such as left_eye and right_eye)."
+                f"with names such as left_eye and right_eye; YOLO's data.yaml: flip_idx)."
             )
         moves = isinstance(part, A.DualTransform)
         if moves and type(part).apply_to_keypoints is A.DualTransform.apply_to_keypoints:

@@ -1,60 +1,82 @@
-"""YOLO: one text file for each picture, one line for each object, in fractions of the picture's size."""
+"""YOLO: one text file for each image, one line for each object, in fractions of the image's size."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from detkit.data.dataset import (
     LEFT_OUT_BOX,
+    LEFT_OUT_IMAGE,
     Annotation,
     FileDataset,
     Picture,
     checked_classes,
     fixed_classes,
     missing_split,
-    number,
     read_lines,
     unknown_class,
 )
-from detkit.data.image import find_images
+from detkit.data.image import IMAGE_SUFFIXES, find_images, is_image
 from detkit.data.layouts import other_layout
 from detkit.data.masks import polygon_area, rle_from_polygons
 from detkit.data.semantic import names_with_background, with_background
+from detkit.data.yolo_lines import (
+    LabelLine,
+    LineError,
+    PointShape,
+    PolygonEvidence,
+    looks_like_labels,
+    parse_line,
+    parse_numbers,
+    read_label_file,
+)
 from detkit.errors import DataError, nearest
+from detkit.files import read_yaml
 from detkit.registry import datasets
 from detkit.types import ClassList
 
-# Beyond this no fraction is a careless one: the numbers are pixels.
-_LARGEST_FRACTION = 2.0
+LEFT_OUT_LABELS = "left out the label file"
+MOST_POINTS = 1000
+NULL = ("", "~", "null", "Null", "NULL")
+"""How YAML writes null: data.yaml is read as text, so that a class may be called `no`."""
+NOT_IMAGES = frozenset({".txt", ".json", ".xml", ".npy"})
+"""Endings of files that lie beside images under their names."""
+NOT_SPLITS = frozenset({"path", "names", "nc", "kpt_shape", "flip_idx", "download"})
 
 
 @datasets.register("yolo")
 class Yolo(FileDataset):
-    """A data set in YOLO's layout: data.yaml, folders of pictures, and for images/a.jpg a file labels/a.txt.
+    """A data set in YOLO's layout: data.yaml, folders of images, and for images/a.jpg a file labels/a.txt.
 
-    A line is `class x y width height` (centre and size) or, for segmentation, `class x1 y1 x2 y2 ...` (a polygon,
-    whose extent is the box), in fractions of the picture. A picture without a label file has no objects; how many
-    there are is in `problems.unlabelled`. Lines that stand twice in a file count once. meta.image_id is the picture's
-    path below the data's folder.
+    A line is `class x y width height` (centre and size), `class x1 y1 x2 y2 ...` (a polygon, whose extent is the box;
+    an oriented box is one of four corners), or, if data.yaml has kpt_shape, `class x y width height` and the points, in
+    fractions of the image. An image without a label file has no objects; how many there are is in
+    `problems.unlabelled`. Lines that stand twice in a file count once. meta.image_id is the image's path below the
+    data's folder.
 
     Args:
         root: data.yaml, or the folder that holds it. Its keys: names (a list, or names by id), train, val ... (each a
-            folder, a .txt list of pictures, or a list of these), and path. Relative paths start from `path`, which
-            starts from the folder of data.yaml.
+            folder, a .txt list of images, or a list of these), and path. Relative paths start from `path`, which
+            starts from the folder of data.yaml; those in a list may also start from the list's folder or from the
+            working folder. For points: kpt_shape, [K, 2] (x y) or [K, 3] (x y visibility), and flip_idx, the point that
+            each becomes in a mirrored image. Points of visibility 0 count as not annotated, as do x y that are
+            negative or 0 0 where there is no visibility. Nothing is downloaded.
         split: a key of data.yaml.
-        broken: what to do with broken boxes and pictures.
+        broken: what to do with broken boxes and images.
         class_names: the classes in the order of their labels; by default all of data.yaml by id.
         masks: read polygons as masks; a line with a plain box is a problem then.
         semantic: make semantic maps of polygons, as COCO's; likewise.
+        points: read points.
 
     Raises:
-        DataError: data.yaml or something that it names is missing or malformed, no picture has a label file, or
-            something is broken and `broken` is "fail".
+        DataError: data.yaml or something that it names is missing or malformed, no image has a label file, lines can be
+            read both as polygons and as points, or something is broken and `broken` is "fail".
     """
 
     def __init__(
@@ -65,202 +87,370 @@ class Yolo(FileDataset):
         class_names: tuple[str, ...] | None = None,
         masks: bool = False,
         semantic: bool = False,
+        points: bool = False,
     ) -> None:
-        super().__init__(f"The YOLO data in '{root}' (split '{split}')", broken, masks, semantic=semantic)
-        self._yaml = _find_yaml(root)
-        content = _load(self._yaml)
-        declared = _declared(content, self._yaml)
+        source = f"The YOLO data in '{root}' (split '{split}')"
+        super().__init__(source, broken, masks, semantic=semantic, points=points)
+        self._yaml = _read_data_file(root)
+        declared = self._yaml.classes
         if semantic:
             declared = with_background(declared)
             class_names = None if class_names is None else names_with_background(class_names)
-        self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._yaml))
+        self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._yaml.path))
         self._declared_names = dict(zip(declared.raw_ids, declared.names))
         self._labels = {raw_id: label for label, raw_id in enumerate(self.classes.raw_ids)}
-        self._base = (self._yaml.parent / Path(str(content.get("path") or ".")).expanduser()).resolve()
-        pictures = self._pictures(self._split_files(content, split))
-        usable = self.check_pictures(pictures)
-        self._check_labelled(pictures)
-        for picture, size in usable:
-            self.add(picture, size, self._annotations(_label_file(picture.path), size))
+        if points:
+            self._points, self.flip_pairs = self._yaml.points.count, self._yaml.flip_pairs
+        self._evidence = PolygonEvidence()
+        files, folders = self._yaml.images_of(split)
+        images = [Picture(self._yaml.image_id(file), file, where) for file, where in files]
+        usable = self.check_pictures(images)
+        label_files = {image.path: file for image in images if os.path.isfile(file := label_file(image.path))}
+        self._check_labelled(images, label_files)
+        self._check_unused(set(label_files.values()), folders)
+        owners: dict[Path, Path] = {}
+        for image, size in usable:
+            path = label_files.get(image.path)
+            if path is not None and (owner := owners.setdefault(path, image.path)) != image.path:
+                message = f"its label file '{path}' is that of '{owner}', too; rename one of the images"
+                self.problems.add("label file of two images", image.where, message, LEFT_OUT_IMAGE)
+                continue
+            try:
+                lines = [] if path is None else read_label_file(path)
+            except DataError as error:
+                self.problems.add("unreadable label file", image.where, str(error).rstrip("."), LEFT_OUT_IMAGE)
+            else:
+                self.add(image, size, self._annotations(lines, path, size))
+        if not self._yaml.decided:
+            self._evidence.check(self._yaml.path)
         self.finish()
 
-    def _split_files(self, content: dict[str, Any], split: str) -> list[tuple[Path, str]]:
-        """The picture files of a split, each with what names it."""
-        available = [key for key, value in content.items() if _is_source(value) and key not in {"path", "names"}]
-        if split not in content:
+    def _check_labelled(self, images: list[Picture], label_files: dict[Path, Path]) -> None:
+        """Count images without a label file; if none has one, the layout is wrong rather than all images empty."""
+        self.problems.unlabelled = sum(image.path not in label_files for image in images)
+        if not label_files:
+            first = images[0].path
             raise DataError(
-                f"There is no split '{split}' in '{self._yaml}'. {nearest(split, available)} "
-                f"Set data.train and data.val to splits that are there."
-            )
-        if not _is_source(content[split]):
-            raise DataError(
-                f"The key '{split}' in '{self._yaml}' is {content[split]!r}, which is no split. Give it a folder, a "
-                f".txt file that lists pictures, or a list of these."
-            )
-        sources = content[split] if isinstance(content[split], list) else [content[split]]
-        files: list[tuple[Path, str]] = []
-        for source in sources:
-            path = self._resolve(source)
-            if path.is_dir():
-                files += [(file, str(file)) for file in find_images(path)]
-            elif path.is_file():
-                files += self._listed(path)
-            else:
-                raise missing_split(split, path, (key for key in available if key != split))
-        return files
-
-    def _resolve(self, source: str) -> Path:
-        path = self._base / source
-        # Roboflow writes ../train/images into a data.yaml that lies beside train.
-        beside = self._base / source.removeprefix("../")
-        return beside if not path.exists() and beside.exists() else path
-
-    def _listed(self, path: Path) -> list[tuple[Path, str]]:
-        """The pictures in a .txt list: paths that start from the data's folder, or from the list's with './'."""
-        return [
-            ((path.parent if text.startswith("./") else self._base) / text, f"{path}:{line}")
-            for line, text in read_lines(path)
-        ]
-
-    def _pictures(self, files: list[tuple[Path, str]]) -> list[Picture]:
-        return [Picture(_below(file, self._base), file, where) for file, where in files]
-
-    def _check_labelled(self, pictures: list[Picture]) -> None:
-        """Count pictures without a label file; if none has one, the layout is wrong rather than all pictures empty."""
-        self.problems.unlabelled = sum(not _label_file(picture.path).is_file() for picture in pictures)
-        if self.problems.unlabelled == len(pictures):
-            first = pictures[0].path
-            raise DataError(
-                f"None of the {len(pictures)} images of {self.problems.source} has a label file: '{first}', say, needs "
-                f"'{_label_file(first)}'. Put the labels there; for images without objects, leave the file empty."
+                f"None of the {len(images)} images of {self.problems.source} has a label file: '{first}', for example, "
+                f"needs '{label_file(first)}'. Put the labels there; for images without objects, leave the file empty."
             )
 
-    def _annotations(self, path: Path, size: tuple[int, int]) -> Iterator[Annotation]:
-        if not path.is_file():
-            return
-        seen: dict[tuple[float, ...], int] = {}
-        for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
-            if not text.strip():
+    def _check_unused(self, used: set[Path], folders: list[Path]) -> None:
+        """Record the label files below the folders of the split that belong to none of its images."""
+        roots = {_swapped(folder, "images", "labels") for folder in folders}
+        if folders:
+            roots |= {file.parent for file in used}
+        neighbours: dict[Path, dict[str, list[Path]]] = {}
+        for file in _text_files(roots):
+            if file in used or not looks_like_labels(file):
                 continue
+            image_folder = _swapped(file.parent, "labels", "images")
+            found = []
+            for folder in {image_folder, file.parent}:
+                if folder not in neighbours:
+                    neighbours[folder] = _by_stem(folder)
+                found += neighbours[folder].get(file.stem, [])
+            if file.suffix != ".txt":
+                message = f"its ending must be .txt, but is {file.suffix}; rename it"
+                self.problems.add("label file with another ending", str(file), message, LEFT_OUT_LABELS)
+            elif not found:
+                message = f"there is no image '{file.stem}.*' in '{image_folder}'"
+                self.problems.add("label file without an image", str(file), message, LEFT_OUT_LABELS)
+            elif not any(map(is_image, found)):
+                message = (
+                    f"the image has labels ('{file}'), but the ending '{found[0].suffix}' is not among those that are "
+                    f"read: {' '.join(sorted(IMAGE_SUFFIXES))}; convert it"
+                )
+                self.problems.add("image of an unread format", str(found[0]), message, LEFT_OUT_IMAGE)
+
+    def _annotations(
+        self, lines: list[tuple[int, tuple[str, ...]]], path: Path | None, size: tuple[int, int]
+    ) -> Iterator[Annotation]:
+        seen: dict[tuple[float, ...], int] = {}
+        for line, words in lines:
             where = f"{path}:{line}"
             try:
-                values = tuple(number(word) for word in text.split())
+                values = parse_numbers(words)
                 if values in seen:
                     message = f"the line is the same as line {seen[values]}"
                     self.problems.add_harmless("duplicate line", where, message, LEFT_OUT_BOX)
                     continue
                 seen[values] = line
-                annotation = self._annotation(values, where, size)
-            except _LineError as error:
+                parsed = parse_line(values, self._yaml.shape, size)
+                if parsed.polygon is not None:
+                    self._evidence.add(values, where)
+                annotation = self._annotation(self._label(values[0]), parsed, where, size, values)
+            except LineError as error:
                 self.problems.add(error.kind, where, str(error), LEFT_OUT_BOX)
-            except ValueError as error:
-                self.problems.add("malformed line", where, str(error), LEFT_OUT_BOX)
             else:
                 yield annotation
 
-    def _annotation(self, values: tuple[float, ...], where: str, size: tuple[int, int]) -> Annotation:
-        if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
-            raise ValueError(
-                f"the line has {len(values)} columns, but a box has 5 (class x y width height) and a polygon an odd "
-                f"number from 7 on (class x1 y1 x2 y2 x3 y3 ...)"
-            )
-        label = self._label(values[0])
-        fractions = values[1:]
-        if not all(math.isfinite(value) for value in fractions):
-            raise _LineError("not a number", f"a coordinate is not a finite number: {fractions}")
-        if max(map(abs, fractions)) > _LARGEST_FRACTION:
-            raise _LineError(
-                "not a fraction",
-                f"the coordinate {max(fractions, key=abs):g} is far above 1; coordinates are fractions of the width "
-                f"and height of the picture, {size[1]} x {size[0]} here, not pixels",
-            )
-        height, width = size
-        pixels = [value * (height if index % 2 else width) for index, value in enumerate(fractions)]
-        if len(pixels) == 4:
-            if self.fields & {"masks", "semantic"}:
-                raise _LineError("no mask", "the line is a box, but data.masks asks for polygons; set it to false")
-            x, y, box_width, box_height = pixels
-            box = (x - box_width / 2, y - box_height / 2, x + box_width / 2, y + box_height / 2)
-            return Annotation(box, label, where)
-        xs, ys = pixels[0::2], pixels[1::2]
-        mask = rle_from_polygons([pixels], size) if self.fields & {"masks", "semantic"} else None
-        return Annotation((min(xs), min(ys), max(xs), max(ys)), label, where, area=polygon_area(pixels), mask=mask)
+    def _annotation(
+        self, label: int, line: LabelLine, where: str, size: tuple[int, int], values: tuple[float, ...]
+    ) -> Annotation:
+        if "points" in self.fields and line.points_outside:
+            message = f"{line.points_outside} of its points lie outside the image"
+            self.problems.add("point outside the image", where, message, "taken as not visible")
+        points = line.points if "points" in self.fields else None
+        wants_mask = bool(self.fields & {"masks", "semantic"})
+        if line.polygon is None:
+            if wants_mask:
+                raise LineError(
+                    "no mask", "the line is a box, but the head needs polygons; take data with polygons or another head"
+                )
+            return Annotation(line.box, label, where, points=points, unread=values)
+        mask = rle_from_polygons([line.polygon], size) if wants_mask else None
+        return Annotation(line.box, label, where, area=polygon_area(line.polygon), mask=mask, unread=values)
 
     def _label(self, raw_id: float) -> int:
         if raw_id in self._labels:
             return self._labels[int(raw_id)]
         if raw_id in self._declared_names:
-            raise _LineError("unknown class", unknown_class(self._declared_names[int(raw_id)], self.classes))
-        raise _LineError(
-            "class out of range", f"the class {raw_id:g} is not in '{self._yaml}', which has {self.classes}"
+            raise LineError("unknown class", unknown_class(self._declared_names[int(raw_id)], self.classes))
+        raise LineError(
+            "class out of range", f"the class {raw_id:g} is not in '{self._yaml.path}', which has {self.classes}"
         )
 
 
-class _LineError(ValueError):
-    """What is wrong with one line, and the kind to count it by."""
+def label_file(image: Path) -> Path:
+    """images/a.jpg to labels/a.txt; the last "images" of the path counts."""
+    folder = _swapped(image.parent, "images", "labels")
+    return folder / f"{os.path.splitext(image.name)[0]}.txt"
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+
+@dataclass(frozen=True)
+class _DataFile:
+    """data.yaml.
+
+    Args:
+        path: the file.
+        content: every scalar as the text that was written.
+        base: the folder that its paths start from.
+        classes: names and raw ids.
+        shape: of the points, or None.
+        flip_pairs: of the points, or None where it is not known.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    base: Path
+    classes: ClassList
+    shape: PointShape | None
+    flip_pairs: tuple[tuple[int, int], ...] | None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the file says if lines hold points."""
+        return "kpt_shape" in self.content
+
+    @property
+    def points(self) -> PointShape:
+        """The shape of the points.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.shape is None:
+            raise DataError(
+                f"The head needs points, but '{self.path}' declares none. Add kpt_shape, such as [17, 3] for x y "
+                f"visibility of 17 points or [5, 2] for x y of 5, if its label files have them; else take another head."
+            )
+        return self.shape
+
+    def image_id(self, file: Path) -> str:
+        """The path of an image below the data's folder."""
+        file = Path(os.path.normpath(file))
+        return file.relative_to(self.base).as_posix() if file.is_relative_to(self.base) else file.as_posix()
+
+    def images_of(self, split: str) -> tuple[list[tuple[Path, str]], list[Path]]:
+        """The image files of a split, each with what names it, and the folders that were searched.
+
+        Raises:
+            DataError: there is no such split, or it names something that is missing.
+        """
+        splits = {
+            key: [source] if isinstance(source, str) else source
+            for key, source in self.content.items()
+            if key not in NOT_SPLITS and _is_source(source)
+        }
+        if split not in splits:
+            if split in self.content:
+                raise DataError(
+                    f"The key '{split}' in '{self.path}' is {_short(self.content[split])}, which is not a split. Give "
+                    f"it a folder, a .txt file that lists images, or a list of these."
+                )
+            raise DataError(
+                f"There is no split '{split}' in '{self.path}'. {nearest(split, splits)} Set data.train and data.val "
+                f"to splits that exist."
+            )
+        files: list[tuple[Path, str]] = []
+        folders = []
+        for path in map(self._resolve, splits[split]):
+            if os.path.isdir(path):
+                folders.append(path)
+                files += [(file, str(file)) for file in find_images(path)]
+            elif os.path.isfile(path):
+                files += [(self._listed(text, path), f"{path}:{line}") for line, text in read_lines(path)]
+            elif not os.path.isdir(self.base):
+                raise DataError(
+                    f"The key 'path' in '{self.path}' names the folder '{self.base}', which does not exist. Correct "
+                    f"it; a relative one starts from the folder of that file, and so do all paths if it is removed."
+                )
+            else:
+                raise missing_split(split, path, (key for key in splits if key != split))
+        return files, folders
+
+    def _resolve(self, source: str) -> Path:
+        # Roboflow writes ../train/images into a data.yaml that lies beside train.
+        names = [name for text in _spellings(source) for name in (text, text.removeprefix("../"))]
+        return _first_existing(self.base / name for name in names)
+
+    def _listed(self, text: str, path: Path) -> Path:
+        """The image of a line: its path starts from the data's folder, or with './' from the list's; in lists of
+        Darknet it starts from the folder in which Darknet was run."""
+        folders = [self.base, path.parent, Path.cwd()]
+        if text.startswith("./"):
+            folders = [path.parent, self.base, Path.cwd()]
+        return _first_existing(folder / name for folder in folders for name in _spellings(text))
+
+
+def _read_data_file(root: str) -> _DataFile:
+    path = _find_yaml(root)
+    content = read_yaml(path, "data file", as_text=True)
+    if not isinstance(content, dict):
+        raise DataError(
+            f"The data file '{path}' does not hold keys and values. It needs the keys names, train and val."
+        )
+    content = {str(key): value for key, value in content.items()}
+    folder = content.get("path", "")
+    if not isinstance(folder, str):
+        raise DataError(f"The key 'path' in '{path}' must be a folder, but it is {_short(folder)}.")
+    base = path.parent
+    if folder not in NULL:
+        base = Path(os.path.normpath(_first_existing(base / name for name in _spellings(folder))))
+    shape = _point_shape(content, path)
+    return _DataFile(path, content, base, _declared(content, path), shape, _flip_pairs(content, path, shape))
 
 
 def _find_yaml(root: str) -> Path:
-    path = Path(root).expanduser()
-    file = path / "data.yaml" if path.is_dir() else path
-    if not file.is_file():
-        others = ", ".join(sorted(item.name for item in path.glob("*.y*ml"))) if path.is_dir() else ""
+    path = Path(os.path.expanduser(root))
+    is_folder = os.path.isdir(path)
+    file = path / "data.yaml" if is_folder else path
+    if not os.path.isfile(file):
+        others = ", ".join(sorted(item.name for item in path.glob("*.y*ml"))) if is_folder else ""
         hint = f" The folder has {others}: set data.root to the file." if others else other_layout(root, "yolo")
         raise DataError(f"There is no '{file}'. Set data.root to data.yaml or to the folder that holds it.{hint}")
     return file.resolve()
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise DataError(f"{path}{line}: the YAML cannot be parsed ({reason}). Mend the file.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"The file '{path}' does not hold keys and values. It needs the keys names, train and val.")
-    return {str(key): value for key, value in content.items()}
 
 
 def _declared(content: dict[str, Any], path: Path) -> ClassList:
     """The classes of data.yaml."""
     names = content.get("names")
     if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(isinstance(key, int) for key in names):
+        names = {str(index): name for index, name in enumerate(names)}
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(_is_whole(key) for key in names)
+        or not all(isinstance(name, str) and name.strip() for name in names.values())
+    ):
         raise DataError(
-            f"The key 'names' in '{path}' must be a list of class names, or names by id (0: person), but it is "
-            f"{names!r}."
+            f"The key 'names' in '{path}' must be a list of class names, or names by id (0: person), none of them "
+            f"empty, but it is {_short(content.get('names'))}."
         )
-    if content.get("nc", len(names)) != len(names):
+    count = content.get("nc", "")
+    if count not in NULL and not (_is_whole(count) and int(count) == len(names)):
         raise DataError(
-            f"The keys in '{path}' disagree: nc is {content['nc']}, but names has {len(names)} classes. "
-            f"Mend one of them."
+            f"The keys in '{path}' disagree: nc is {_short(count)}, but names has {len(names)} classes. Correct one of "
+            f"them, or remove nc."
         )
-    ids = sorted(names)
-    return checked_classes(lambda: ClassList(tuple(str(names[raw_id]) for raw_id in ids), tuple(ids)), str(path))
+    pairs = sorted((int(raw_id), name) for raw_id, name in names.items())
+    ids, ordered = tuple(raw_id for raw_id, _ in pairs), tuple(name for _, name in pairs)
+    return checked_classes(lambda: ClassList(ordered, ids), str(path))
+
+
+def _point_shape(content: dict[str, Any], path: Path) -> PointShape | None:
+    """The shape of the points; null says that there are none."""
+    shape = content.get("kpt_shape", "null")
+    if shape in ("null", "~"):
+        return None
+    if isinstance(shape, list) and len(shape) == 2 and all(map(_is_whole, shape)):
+        count, numbers = map(int, shape)
+        if 1 <= count <= MOST_POINTS and numbers in (2, 3):
+            return PointShape(count, numbers)
+    raise DataError(
+        f"The key 'kpt_shape' in '{path}' must be [number of points, 2] for x y or [number of points, 3] for x y "
+        f"visibility, with at most {MOST_POINTS} points, or null for none, but it is {_short(shape)}."
+    )
+
+
+def _flip_pairs(content: dict[str, Any], path: Path, shape: PointShape | None) -> tuple[tuple[int, int], ...] | None:
+    order = content.get("flip_idx", "null")
+    if shape is None or order in NULL:
+        return None
+    if isinstance(order, list) and len(order) == shape.count and all(map(_is_whole, order)):
+        places = list(map(int, order))
+        if all(place < len(places) and places[place] == index for index, place in enumerate(places)):
+            return tuple((index, place) for index, place in enumerate(places) if index < place)
+    raise DataError(
+        f"The key 'flip_idx' in '{path}' must name for each of {shape.count} points the one that it changes places "
+        f"with in a mirrored image, itself or another, such as [0, 2, 1], but it is {_short(order)}."
+    )
 
 
 def _is_source(value: object) -> bool:
     if isinstance(value, list):
-        return bool(value) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str)
+        return bool(value) and all(isinstance(item, str) and _is_source(item) for item in value)
+    return isinstance(value, str) and value not in NULL and "\0" not in value
 
 
-def _label_file(picture: Path) -> Path:
-    """images/a.jpg to labels/a.txt; the last "images" of the path counts."""
-    parts = list(picture.parts)
-    for index in range(len(parts) - 2, -1, -1):
-        if parts[index] == "images":
-            parts[index] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+def _is_whole(text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9]{1,9}", text) is not None
 
 
-def _below(file: Path, base: Path) -> str:
-    return file.relative_to(base).as_posix() if file.is_relative_to(base) else file.as_posix()
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) and _is_whole(value) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _spellings(text: str) -> Iterable[str]:
+    """A path as it is written, and as it is meant if it was written on Windows."""
+    return dict.fromkeys(os.path.expanduser(name) for name in (text, text.replace("\\", "/")))
+
+
+def _first_existing(paths: Iterable[Path]) -> Path:
+    """The first path that exists; the first of all if none does."""
+    candidates = list(paths)
+    return next((path for path in candidates if os.path.exists(path)), candidates[0])
+
+
+def _swapped(folder: Path, old: str, new: str) -> Path:
+    """The folder with the last part of its path that is `old` replaced by `new`."""
+    parts = list(folder.parts)
+    if old in parts:
+        parts[len(parts) - 1 - parts[::-1].index(old)] = new
+    return Path(*parts)
+
+
+def _text_files(roots: Iterable[Path]) -> list[Path]:
+    """The text files below folders, each folder entered once, whatever links lead to it."""
+    entered: set[str] = set()
+    found: set[Path] = set()
+    for root in sorted(roots):
+        for folder, folders, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            found |= {Path(folder, name) for name in names if name.lower().endswith(".txt") and name[0] != "."}
+    return sorted(found)
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder that could be images, by their names without ending."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in folder.iterdir() if os.path.isdir(folder) else ():
+        if file.suffix.lower() not in NOT_IMAGES and file.is_file():
+            found[file.stem].append(file)
+    return found

@@ -8,7 +8,8 @@ from detkit.errors import DataError
 
 
 def write(root, labels, split="train", **changes):
-    """A YOLO folder of 80 x 60 pictures; `labels` gives the lines of each, None for no label file."""
+    """A YOLO folder of 80 x 60 images; `labels` gives the lines of each, None for no label file."""
+    root.mkdir(parents=True, exist_ok=True)
     for name, lines in labels.items():
         picture = root / "images" / split / name
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def test_polygons_give_boxes_areas_and_masks(tmp_path):
 
 def test_a_box_has_no_mask(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX]})
-    with pytest.raises(DataError, match=r"1 x no mask.*a\.txt:1: the line is a box, but data\.masks asks for polygons"):
+    with pytest.raises(DataError, match=r"1 x no mask.*a\.txt:1: the line is a box, but the head needs polygons"):
         Yolo(root, "train", masks=True)
 
 
@@ -112,7 +113,7 @@ def test_missing_files_and_splits_are_named(tmp_path):
         Yolo(root, "tran")
     with pytest.raises(DataError, match=r"images/val' does not exist\. .*Set data\.train and data\.val"):
         Yolo(root, "val")
-    with pytest.raises(DataError, match=r"The key 'empty' in '.*' is None, which is no split\. Give it a folder"):
+    with pytest.raises(DataError, match=r"The key 'empty' in '.*' is 'null', which is not a split\. Give it a folder"):
         Yolo(root, "empty")
     (tmp_path / "images/val").mkdir()
     with pytest.raises(DataError, match=r"images/val' holds no pictures"):
@@ -125,7 +126,7 @@ def test_missing_files_and_splits_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [cat\ntrain: x", r"data\.yaml:2: the YAML cannot be parsed .*Mend the file"),
+        ("names: [cat\ntrain: x", r"data\.yaml' is not valid YAML: .*line 2, column 6.*Correct it"),
         ("- cat", "does not hold keys and values"),
         ("train: x", "The key 'names' in .* must be a list of class names"),
         ("names: {a: b}", "The key 'names'"),
@@ -142,7 +143,7 @@ def test_malformed_yaml(tmp_path, text, message):
 def test_no_label_file_at_all_is_an_error(tmp_path):
     root = write(tmp_path, {"a.jpg": None, "b.jpg": None})
     with pytest.raises(
-        DataError, match=r"None of the 2 images .* has a label file: '.*a\.jpg', say, needs '.*labels/train/a\.txt'"
+        DataError, match=r"None of the 2 images .* has a label file: '.*a\.jpg', for example, needs '.*train/a\.txt'"
     ):
         Yolo(root, "train")
 
@@ -216,3 +217,163 @@ def test_broken_pictures(tmp_path):
         DataError, match=r"1 x missing image, 1 x duplicate image\).*list\.txt:2: .*none\.jpg' does not exist"
     ):
         Yolo(root, "train")
+
+
+def kinds(data):
+    return sorted((problem.kind, problem.action) for problem in data.problems.found if not problem.harmless)
+
+
+def test_every_label_file_is_accounted_for(tmp_path):
+    root = write(tmp_path, {"a.jpg": [BOX], "sub/b.jpg": [BOX], "c.jpg": None})
+    labels = tmp_path / "labels/train"
+    for name in ("gone", "sub/gone", "other/gone", "photo", "empty"):
+        (labels / name).parent.mkdir(exist_ok=True)
+        (labels / f"{name}.txt").write_text("" if name == "empty" else BOX)
+    (tmp_path / "images/train/photo.avif").write_bytes(b"x")
+    (labels / "c.TXT").write_text(BOX)
+    (labels / "wide.txt").write_bytes(BOX.encode("utf-16"))
+    (labels / "classes.txt").write_text("cat\ndog\n")
+    (labels / "notes.txt").write_text("labelled in 2024 by hand\n")
+    with pytest.raises(
+        DataError, match=r"7 problems \(5 x label file without an image, 1 x .*c\.TXT: its ending must be \.txt"
+    ):
+        Yolo(root, "train")
+    data = Yolo(root, "train", broken="skip")
+    assert len(data) == 3
+    assert kinds(data) == [
+        ("image of an unread format", "left out the image"),
+        ("label file with another ending", "left out the label file"),
+        *[("label file without an image", "left out the label file")] * 5,
+    ]
+    (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
+    assert image.where == str(tmp_path / "images/train/photo.avif")
+    assert "the ending '.avif' is not among those that are read: .bmp" in image.message
+
+
+def test_labels_of_another_split_or_of_a_list_are_not_missing_an_image(tmp_path):
+    write(tmp_path, {"a.jpg": [BOX], "b.jpg": [BOX]})
+    write(tmp_path, {"c.jpg": [BOX]}, split="val")
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\n")
+    root = write(tmp_path, {}, listed="list.txt", all="images")
+    assert [len(Yolo(root, split)) for split in ("train", "val", "listed", "all")] == [2, 1, 1, 3]
+
+
+def test_images_beside_their_labels_with_other_text_files(tmp_path):
+    folder = tmp_path / "obj"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (80, 60)).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(BOX)
+    for name, text in {"README": "Version 1 of 2", "train": "obj/a.jpg\nobj/b.jpg", "classes": "0\n1\n"}.items():
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "a.json").write_text("{}")
+    root = write(tmp_path, {}, train="obj")
+    assert len(Yolo(root, "train")) == 2
+    (folder / "b.jpg").unlink()
+    (folder / "b.json").write_text("{}")
+    with pytest.raises(DataError, match=r"1 x label file without an image.*obj/b\.txt: there is no image 'b\.\*' in"):
+        Yolo(root, "train")
+
+
+def test_two_images_of_one_label_file(tmp_path):
+    root = write(tmp_path, {"a.jpg": [BOX], "a.png": [BOX], "b.jpg": None, "b.png": None})
+    with pytest.raises(DataError, match=r"1 x label file of two images.*a\.png: its label file '.*a\.txt' is that of"):
+        Yolo(root, "train")
+    assert len(Yolo(root, "train", broken="skip")) == 3
+
+
+def test_darknets_lists(tmp_path, monkeypatch):
+    write(tmp_path / "data", {"a.jpg": [BOX], "b.jpg": [BOX], "c.jpg": [BOX], "d.jpg": [BOX]})
+    (tmp_path / "data/lists").mkdir()
+    lines = [
+        "data/images/train/a.jpg",  # from the folder in which Darknet was run
+        "images\\train\\b.jpg",
+        str(tmp_path / "data/images/train/c.jpg"),
+        "../images/train/d.jpg",  # from the list's folder
+    ]
+    (tmp_path / "data/lists/train.txt").write_bytes("\r\n".join(lines).encode())
+    root = write(tmp_path / "data", {}, train="lists/train.txt")
+    monkeypatch.chdir(tmp_path)
+    data = Yolo(root, "train")
+    assert [data.image_id(i) for i in range(4)] == [f"images/train/{name}.jpg" for name in "abcd"]
+    assert [len(data.target(i)) for i in range(4)] == [1] * 4
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"1 x missing image.*train\.txt:1"):
+        Yolo(root, "train")
+
+
+def test_an_image_listed_under_two_spellings_is_a_duplicate(tmp_path):
+    write(tmp_path, {"a.jpg": [BOX]})
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\nimages/../images/train/./a.jpg\n")
+    with pytest.raises(DataError, match=r"1 x duplicate image.*list\.txt:2"):
+        Yolo(write(tmp_path, {}, train="list.txt"), "train")
+
+
+@pytest.mark.parametrize("line", ["a\0b.jpg", "..", ".", "/", "images", "~nobody/a.jpg"])
+def test_hostile_lines_of_a_list_are_named(tmp_path, line):
+    write(tmp_path, {"a.jpg": [BOX]})
+    (tmp_path / "list.txt").write_text(f"images/train/a.jpg\n{line}\n")
+    root = write(tmp_path, {}, train="list.txt")
+    with pytest.raises(DataError, match=r"1 x (missing|unreadable) image.*list\.txt:2"):
+        Yolo(root, "train")
+    assert len(Yolo(root, "train", broken="skip")) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x" * 300, "no split 'train'"),
+        ("a\0b", "is not a split"),
+        ("", "is '', which is not a split"),
+        ("null", "is 'null', which is not a split"),
+        ([], "is not a split"),
+        (["images/train", 3.5], "3.5' does not exist"),
+        ([["images/train"]], "is not a split"),
+        ({"a": "images/train"}, "is not a split"),
+        ("../../..", "no image|has no images|holds no|label file"),
+    ],
+)
+def test_splits_that_name_nothing(tmp_path, source, message):
+    root = write(tmp_path / "a/b/c/d", {"a.jpg": None}, train=source)
+    with pytest.raises(DataError, match=message):
+        Yolo(root, "train")
+
+
+def test_paths_that_windows_wrote(tmp_path):
+    write(tmp_path, {"a.jpg": [BOX]})
+    for source in ("..\\images\\train", "images\\train", ".\\images\\train\\", ["images\\train"]):
+        assert len(Yolo(write(tmp_path, {}, train=source), "train")) == 1
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/data.yaml").write_text("path: ..\\\ntrain: images\\train\nnames: [cat, dog]\n")
+    assert len(Yolo(str(tmp_path / "config"), "train")) == 1
+
+
+@pytest.mark.parametrize("value", ["", "~", "null"])
+def test_a_path_that_is_null_is_the_folder_of_the_file(tmp_path, value):
+    write(tmp_path, {"a.jpg": [BOX]})
+    (tmp_path / "data.yaml").write_text(f"path: {value}\ntrain: images/train\nval:\nnames: [cat, dog]\n")
+    assert len(Yolo(str(tmp_path), "train")) == 1
+    with pytest.raises(DataError, match=r"The key 'val' in .* is '', which is not a split"):
+        Yolo(str(tmp_path), "val")
+
+
+def test_the_path_may_be_absolute_or_in_the_home_folder_and_must_exist(tmp_path, monkeypatch):
+    write(tmp_path / "home/data", {"a.jpg": [BOX]})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in (str(tmp_path / "home/data"), "~/data"):
+        root = write(tmp_path / "config", {}, path=path)
+        data = Yolo(root, "train")
+        assert data.image_id(0) == "images/train/a.jpg"
+    for path in ("../nowhere", "a\0b", "~nobody/x"):
+        with pytest.raises(DataError, match=r"The key 'path' in '.*' names the folder '.*', which does not exist"):
+            Yolo(write(tmp_path / "config", {}, path=path), "train")
+
+
+def test_what_is_no_split_is_not_offered_as_one(tmp_path):
+    root = write(tmp_path, {"a.jpg": [BOX]}, nc=2, download="https://example.org/x.zip", path=".")
+    for key in ("download", "nc", "path", "names"):
+        with pytest.raises(DataError, match=f"The key '{key}' in .* which is not a split"):
+            Yolo(root, key)
+    with pytest.raises(DataError, match=r"no split 'test'.*Valid: train, val\. "):
+        Yolo(root, "test")
