@@ -213,8 +213,8 @@ class VideoWriter:
 
 
 class _OutputFile:
-    """A file that FFmpeg writes to, which keeps its errors for `check`: after a write that failed on a full disk, FFmpeg's
-    muxer ends the process with a segmentation fault."""
+    """A file that FFmpeg writes to, which keeps its errors for `check`: after a write that failed on a full disk,
+    FFmpeg's muxer ends the process with a segmentation fault."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
