@@ -101,7 +101,7 @@ def test_the_reasons_are_named_where_no_image_is_left(tmp_path: Path, policy: An
     split(tmp_path, "train", [{}])
     file = tmp_path / "annotations/instances_train.json"
     content = json.loads(file.read_text())
-    content["images"] = [{"id": number, "coco_url": f"http://x/{number}.jpg"} for number in range(3)]
+    content["images"] = [{"id": number, "name": f"{number}.jpg"} for number in range(3)]
     file.write_text(json.dumps(content))
     with pytest.raises(
         DataError, match=r"no image left\. Fix the files: 3 x malformed image entry: .*images\[0\].*file_name"
