@@ -89,11 +89,13 @@ def test_check_refuses_images_of_both_splits_and_what_the_task_refuses(tmp_path:
     assert asked == ["train", "val"]
 
 
-def test_harmless_problems_are_listed_but_do_not_count(tmp_path: Path, capsys: Any) -> None:
-    data = split(tmp_path, "train", [{}, {}])
+def test_harmless_problems_are_told_from_those_that_the_policy_decides_on(tmp_path: Path, capsys: Any) -> None:
+    data = split(tmp_path, "train", [{}, {}, {"bbox": [1, 2, 0, 3]}])
     split(tmp_path, "val", [{}])
-    assert check(data, BOXES) == 0
-    assert "duplicate object: " in capsys.readouterr().out
+    assert check(data, BOXES) == 2
+    output = " ".join(capsys.readouterr().out.split())
+    assert "-> left out the box" in output
+    assert "-> repair: left out the box" in output
 
 
 @pytest.mark.parametrize("policy", ["skip", "repair"])

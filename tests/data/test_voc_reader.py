@@ -273,6 +273,279 @@ def test_it_is_built_from_a_config(tmp_path):
     assert data.target(0).labels.tolist() == [1]
 
 
+HEAD = "<annotation><size><width>80</width><height>60</height></size>"
+BOMB = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "lol"}">' for i in range(10))
+XXE = '<!ENTITY secret SYSTEM "file:///etc/passwd">'
+HOSTILE = {
+    "billion laughs": (f"<!DOCTYPE a [{BOMB}]>{HEAD}{obj('&e9;', 1, 1, 9, 9)}</annotation>", "the entity 'e0'"),
+    "external entity": (f"<!DOCTYPE a [{XXE}]>{HEAD}{obj('&secret;', 1, 1, 9, 9)}</annotation>", "the entity 'secret'"),
+    "external parameter": (
+        f'<!DOCTYPE a [<!ENTITY % x SYSTEM "http://x/y">%x;]>{HEAD}{obj("&z;", 1, 1, 9, 9)}</annotation>',
+        "the entity 'x'",
+    ),
+    "undeclared entity": (
+        f'<!DOCTYPE a SYSTEM "a.dtd">{HEAD}{obj("&z;", 1, 1, 9, 9)}</annotation>',
+        "the entity 'z'",
+    ),
+    "deep": ("<annotation>" + "<object>" * 100_000, "nested more than 64 deep"),
+    "long": (f"<annotation><a>{'x ' * 9_000_000}</a></annotation>", "more than 16,777,216 bytes"),
+    "no element": ("", "no element found"),
+    "other root": ("<annotations><image><box/></image></annotations>", "its root is <annotations>"),
+    "two sizes": (f"{HEAD}<size><width>9</width></size></annotation>", "<annotation> has 2 <size>"),
+    "two widths": ("<annotation><size><width>8</width><width>9</width></size></annotation>", "<size> has 2 <width>"),
+    "control character": (HEAD + obj("a\x1bb", 1, 1, 9, 9) + "</annotation>", "invalid token"),
+    "NUL": (HEAD + obj("a\0b", 1, 1, 9, 9) + "</annotation>", "cannot be parsed"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_xml_is_one_named_problem(tmp_path, kind):
+    content, reason = HOSTILE[kind]
+    root = write(tmp_path, {"a": [], "b": [obj("dog", 1, 1, 9, 9)]})
+    (tmp_path / "Annotations/a.xml").write_text(content, "utf-8")
+    with pytest.raises(DataError, match=rf"1 problem \(1 x malformed XML\).*a\.xml:\d+: .*{reason}"):
+        Voc(root, "train")
+    assert len(Voc(root, "train", broken="skip")) == 1
+
+
+ENCODINGS = [
+    ("gbk", "GBK", "multi-byte encodings are not supported.*save it as UTF-8"),
+    ("gbk", "UTF-8", "not well-formed.*save it as UTF-8"),
+    ("latin-1", None, "save it as UTF-8"),
+    ("utf-8", "klingon", "unknown encoding"),
+    ("utf-8", "utf-16", "encoding"),
+    ("utf-8", "base64", "cannot be parsed"),
+    ("utf-8", "undefined", "cannot be parsed"),
+    ("utf-8", "utf-7", "cannot be parsed"),
+    ("utf-8", "idna", "cannot be parsed"),
+    ("utf-16", "utf-16", None),
+    ("utf-8-sig", "utf-8", None),
+    ("latin-1", "iso-8859-1", None),
+    ("cp1252", "windows-1252", None),
+]
+
+
+@pytest.mark.parametrize(("encoding", "declared", "reason"), ENCODINGS)
+def test_encodings_are_read_or_named_with_their_count(tmp_path, encoding, declared, reason):
+    root = write(tmp_path, {"a": [], "b": []})
+    first = f'<?xml version="1.0" encoding="{declared}"?>' if declared else ""
+    name = "狗" if encoding == "gbk" else "für"
+    for image_id in "ab":
+        content = f"{first}{HEAD}{obj(name, 1, 1, 9, 9)}</annotation>".encode(encoding)
+        (tmp_path / f"Annotations/{image_id}.xml").write_bytes(content)
+    if reason is None:
+        assert len(Voc(root, "train").target(0)) == 1
+    else:
+        for policy in ("skip", "repair"):
+            with pytest.raises(
+                DataError, match=rf"no image left\. Fix the files: 2 x malformed XML: .*a\.xml.*{reason}"
+            ):
+                Voc(root, "train", broken=policy)
+
+
+FAULTY_OBJECTS = {
+    "polygon as text": ("<object><name>dog</name><bndbox>1,1 9,1 9,9</bndbox></object>", "the text '1,1 9,1 9,9'"),
+    "rotated box": (
+        "<object><name>dog</name><robndbox><cx>4</cx></robndbox></object>",
+        "<object> has no <bndbox>, but <robndbox>",
+    ),
+    "two boxes": (obj("dog", 1, 1, 9, 9).replace("</object>", "<bndbox/></object>"), "<object> has 2 <bndbox>"),
+    "two names": (obj("dog", 1, 1, 9, 9, extra="<name>cat</name>"), "<object> has 2 <name>"),
+    "two edges": (obj("dog", 1, 1, 9, 9).replace("</xmin>", "</xmin><xmin>2</xmin>"), "<bndbox> has 2 <xmin>"),
+    "a line break": (obj("dog\ncat", 1, 1, 9, 9), "one line of printable text"),
+    "an escape": (obj("dog&#x9b;31m", 1, 1, 9, 9), "one line of printable text"),
+    "no text": (obj(" ", 1, 1, 9, 9), "one line of printable text"),
+    "a hexadecimal number": (obj("dog", "0x1", 1, 9, 9), "'0x1' is not a number"),
+    "an underscore": (obj("dog", "1_0", 1, 9, 9), "'1_0' is not a number"),
+    "a comma": (obj("dog", "1,5", 1, 9, 9), "'1,5' is not a number"),
+    "no number": (obj("dog", "", 1, 9, 9), "'' is not a number"),
+    "too large": (obj("dog", "1e400", 1, 9, 9), "not a finite number"),
+    "a long text": (obj("dog", "9" * 5000, 1, 9, 9), "not a finite number"),
+    "difficult": (obj("dog", 1, 1, 9, 9, extra="<difficult>2</difficult>"), "<difficult> must be 0 or 1"),
+    "a rotation": (obj("dog", 1, 1, 9, 9, extra="<rotation>left</rotation>"), "'left' is not a number"),
+    "an infinite rotation": (obj("dog", 1, 1, 9, 9, extra="<rotation>1e999</rotation>"), "finite number of degrees"),
+    "a list of objects": (f"<objects>{obj('dog', 1, 1, 9, 9)}</objects>", "<objects> holds a <bndbox>"),
+    "another letter case": (obj("dog", 1, 1, 9, 9).replace("object", "Object"), "<Object> holds a <bndbox>"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY_OBJECTS)
+def test_faulty_objects_are_named_and_the_others_stay(tmp_path, kind):
+    element, reason = FAULTY_OBJECTS[kind]
+    root = write(tmp_path, {"a": [obj("dog", 2, 2, 19, 19), element]})
+    with pytest.raises(DataError, match=rf"1 problem .*a\.xml:\d+ \(object 2, '.*'\): .*{reason}"):
+        Voc(root, "train")
+    data = Voc(root, "train", broken="repair")
+    assert data.target(0).boxes.tolist() == [[1, 1, 19, 19]]
+    assert data.classes.names == ("dog",)
+
+
+@pytest.mark.parametrize("text", ["640 px", "1e400", "nan", "-80", "80.5", "0x50"])
+def test_a_size_that_is_no_number_is_counted(tmp_path, text):
+    root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]}, declared=(60, text))
+    data = Voc(root, "train")
+    assert data.size(0) == (60, 80)
+    assert "1 x size in an XML file that is not a number: taken from the image" in data.problems.summary()
+
+
+@pytest.mark.parametrize("text", ["", "0", " 80 ", "80.0"])
+def test_a_size_that_is_absent_or_sound_is_not(tmp_path, text):
+    root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]}, declared=(60, text))
+    assert Voc(root, "train").problems.summary() == "no problems"
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [("90", [15, 5, 35, 45]), ("180.0", [5, 15, 45, 35]), ("0", None)])
+def test_a_rotated_box_becomes_the_upright_one_around_it(tmp_path, degrees, expected):
+    pair = f"<attribute><name>rotation</name><value>{degrees}</value></attribute>"
+    other = "<attribute><name>occluded</name><value>x</value></attribute>"
+    extra = f"<attributes>{other}{pair}</attributes>"
+    root = write(tmp_path, {"a": [obj("dog", 6, 16, 45, 35, extra=extra)]})
+    data = Voc(root, "train")
+    assert data.target(0).boxes[0].tolist() == pytest.approx(expected or [5, 15, 45, 35])
+    counted = "1 x rotated box: replaced by the upright box around it" in data.problems.summary()
+    assert counted == (degrees == "90")
+    assert data.problems.found == []
+
+
+def picture(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="PNG" if path.suffix == ".png" else "JPEG")
+
+
+def xml(path, filename="elsewhere.jpg", name="dog"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{HEAD}<filename>{filename}</filename>{obj(name, 2, 2, 19, 19)}</annotation>", "utf-8")
+
+
+def listed(root, *lines):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets/Main/train.txt").write_bytes("\n".join(lines).encode())
+    return str(root)
+
+
+# images, the path of the XML file and its <filename>, the id in the list, and the file that is the image
+FOUND = {
+    "sub-folders": (["sub/a.jpg", "a.jpg"], "sub/a", "a.jpg", "sub/a", "sub/a.jpg"),
+    "flat next to sub-folders": (["sub/a.jpg", "a.jpg"], "a", "a.jpg", "a", "a.jpg"),
+    "deep": (["x/y/z/a.png"], "x/y/z/a", "", "x/y/z/a", "x/y/z/a.png"),
+    "image in a sub-folder alone": (["sub/a.jpg"], "a", "", "a", "sub/a.jpg"),
+    "annotation in a sub-folder alone": (["a.jpg"], "sub/a", "", "a", "a.jpg"),
+    "dotted id": (["sub/a.jpg"], "sub/a", "", "./sub//a.jpg", "sub/a.jpg"),
+    "filename between two endings": (["a.jpg", "a.png"], "a", "a.png", "a", "a.png"),
+    "path between two endings": (["a.jpg", "a.png"], "a", "C:\\data\\a.png", "a", "a.png"),
+    "filename with another ending": (["a.png"], "a", "a.jpg", "a", "a.png"),
+    "filename without ending": (["b.png"], "a", "b", "a", "b.png"),
+    "filename alone": (["b.png"], "a", "b.png", "a", "b.png"),
+    "filename with a folder": (["sub/b.png", "other/b.png"], "a", "sub/b.png", "a", "sub/b.png"),
+    "dots in the name": (["a.v1.2.jpg"], "a.v1.2", "", "a.v1.2", "a.v1.2.jpg"),
+    "capital letters in the ending": (["a.JPG"], "a", "", "a", "a.JPG"),
+    "a file beside it": (["a.txt", "a.jpg", ".a.png"], "a", "", "a", "a.jpg"),
+    "an ending that is not known": (["a.img"], "a", "", "a", "a.img"),
+    "a second and third column": (["a b.jpg"], "a b", "", "a b\t-1 0", "a b.jpg"),
+    "ending and column": (["a.jpg"], "a", "", "a.jpg 1", "a.jpg"),
+    "byte order mark and Windows line ends": (["a.jpg"], "a", "", "\ufeffa\r\n\r", "a.jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_the_image_of_an_id_is_found(tmp_path, kind):
+    images, annotation, filename, line, expected = FOUND[kind]
+    for seed, name in enumerate(images):
+        picture(tmp_path / "JPEGImages" / name, seed)
+    xml(tmp_path / f"Annotations/{annotation}.xml", filename)
+    data = Voc(listed(tmp_path, line), "train")
+    assert len(data) == 1
+    assert Path(data.source(0)) == tmp_path / "JPEGImages" / expected
+    assert data.problems.summary() == "no problems"
+
+
+UNCLEAR = {
+    "two endings": (["a.jpg", "a.png"], ["a"], "ambiguous image", "may be any of .*a.jpg', .*a.png'"),
+    "two sub-folders": (["x/a.jpg", "y/a.jpg"], ["a"], "ambiguous image", "x/a.jpg', .*y/a.jpg'"),
+    "two annotations": (["a.jpg"], ["x/a", "y/a"], "ambiguous annotation", "x/a.xml', .*y/a.xml'"),
+    "none": (["b.jpg"], ["a", "b"], "missing image", "a.jpg' does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_an_image_that_is_not_clear_is_a_problem(tmp_path, kind):
+    images, annotations, problem, message = UNCLEAR[kind]
+    for seed, name in enumerate(images):
+        picture(tmp_path / "JPEGImages" / name, seed)
+    for name in annotations:
+        xml(tmp_path / f"Annotations/{name}.xml", filename="b.jpg")  # copied from another image
+    with pytest.raises(DataError, match=rf"1 problem \(1 x {problem}\).*{message}"):
+        Voc(listed(tmp_path, "a"), "train")
+
+
+@pytest.mark.parametrize("line", ["../../etc/passwd", "/etc/passwd", "..", "sub/../../a", "../Annotations/a"])
+def test_an_id_that_leads_out_of_the_data_is_refused(tmp_path, line):
+    picture(tmp_path / "JPEGImages/b.jpg")
+    xml(tmp_path / "Annotations/b.xml")
+    root = listed(tmp_path, line, "b")
+    with pytest.raises(DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' leads out of"):
+        Voc(root, "train")
+    assert len(Voc(root, "train", broken="skip")) == 1
+
+
+@pytest.mark.parametrize("line", ["# a comment", "a" * 300, "a\0b", "ghost 1"])
+def test_an_id_without_annotation_is_named(tmp_path, line):
+    picture(tmp_path / "JPEGImages/b.jpg")
+    xml(tmp_path / "Annotations/b.xml")
+    root = listed(tmp_path, line, "", "  ", "b")
+    with pytest.raises(DataError, match=r"has 1 problem \(1 x (missing annotation|malformed XML)\)"):
+        Voc(root, "train")
+    assert len(Voc(root, "train", broken="skip")) == 1
+
+
+def test_annotations_that_no_list_names_are_counted(tmp_path):
+    root = write(tmp_path, {"a": [], "b": []}, split="val")
+    write(tmp_path, {"c": [], "d": []}, split="train")
+    for name in "efg":
+        xml(tmp_path / f"Annotations/{name}.xml", name="cat")
+    (tmp_path / "Annotations/._a.xml").write_bytes(b"\0\1")  # which macOS leaves about
+    data = Voc(root, "train")
+    assert "3 x annotation file that no list in ImageSets/Main names: not used (first: " in data.problems.summary()
+    assert data.problems.found == []
+
+
+def test_folders_that_link_in_a_circle_end(tmp_path):
+    picture(tmp_path / "JPEGImages/sub/a.jpg")
+    xml(tmp_path / "Annotations/sub/a.xml")
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder / "sub/loop").symlink_to(tmp_path / folder)
+    assert Voc(listed(tmp_path, "sub/a"), "train").problems.summary() == "no problems"
+
+
+def test_exchanged_sides_are_named_and_repaired_where_all_boxes_fit(tmp_path):
+    objects = {"a": [obj("dog", 1, 1, 70, 50)], "b": [obj("dog", 1, 1, 50, 70)], "c": []}
+    root = write(tmp_path, objects, declared=(80, 60))
+    for name in "abc":
+        (tmp_path / f"JPEGImages/{name}.jpg").unlink()
+        picture(tmp_path / f"JPEGImages/{name}.png", ord(name))
+    for policy in ("fail", "skip"):
+        with pytest.raises(DataError, match=r"3 (x|problems).*width and height are exchanged") as error:
+            Voc(root, "train", broken=policy)
+        assert "Exif" not in str(error.value)
+    data = Voc(root, "train", broken="repair")
+    assert [data.image_id(index) for index in range(len(data))] == ["a", "c"]
+    assert data.target(0).boxes.tolist() == [[0, 0, 70, 50]]
+    assert [problem.action for problem in data.problems.found] == [
+        "repaired: the size of the image holds, which all boxes fit",
+        "left out the image",
+        "repaired: the size of the image holds, which all boxes fit",
+    ]
+
+
+def test_an_object_that_stands_twice_counts_once(tmp_path):
+    root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9), obj("cat", 1, 1, 9, 9), obj("dog", 1, 1, 9, 9)]})
+    data = Voc(root, "train")
+    assert len(data.target(0)) == 2
+    assert "1 x duplicate object: left out the box (first: " in data.problems.summary()
+
+
 @pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd")
 @pytest.mark.parametrize(
     ("split", "images", "boxes", "broken"),
