@@ -320,6 +320,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
 
     from detkit.config import experiment_to_dict, load_experiment
     from detkit.data.splits import open_split
+    from detkit.data.wrapper import in_order
     from detkit.engine.evaluate import evaluate as run
     from detkit.engine.memory import keep_freed_memory
     from detkit.files import write_json
@@ -332,7 +333,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     model = load_model(path)
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
     check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))
-    dataset = open_split(experiment.data, "val", model.head.needs)
+    dataset = in_order(open_split(experiment.data, "val", model.head.needs), model.classes.names)
     if not model.head.open_set:
         check_classes(model.classes, dataset.classes, str(path))
     dataset = with_proposals(dataset, experiment.proposals, str(experiment.data.get("val", "val")), "validation")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from detkit.data.classes import ClassMap, OtherClasses
 from detkit.data.dataset import (
     LEFT_OUT_BOX,
     LEFT_OUT_IMAGE,
@@ -16,21 +17,16 @@ from detkit.data.dataset import (
     FileDataset,
     Picture,
     check_root,
-    checked_classes,
-    fixed_classes,
     missing_split,
-    unknown_class,
 )
 from detkit.data.json_values import finite, finite_list, identifier, reason_of, short, whole
 from detkit.data.keypoints import keypoint_names, parse_keypoints
 from detkit.data.layouts import other_layout
 from detkit.data.masks import rle_from_coco
 from detkit.data.points import flip_pairs_of
-from detkit.data.semantic import names_with_background, with_background
 from detkit.errors import DataError
 from detkit.files import read_json
 from detkit.registry import datasets
-from detkit.types import ClassList
 
 LARGEST_AREA = 1e10
 """Square pixels: the largest object that COCO's figures count; no image is larger."""
@@ -42,7 +38,8 @@ class Coco(FileDataset):
 
     Category ids, sorted, become the labels 0..C-1 and stay as raw ids; meta.image_id is the image's id. Crowd regions
     carry Target.crowd. An image without annotations is kept as background. An annotation without an area has
-    that of its box. An image without file_name is found by its coco_url, as in LVIS.
+    that of its box. An image without file_name is found by its coco_url, as in LVIS. Category 0 of Roboflow's files,
+    which only groups the others, is left out, unless `class_names` has it or an object is of it.
 
     Args:
         root: the folder that `annotations` and `images` start from.
@@ -52,6 +49,9 @@ class Coco(FileDataset):
         masks: read segmentations.
         semantic: make semantic maps of segmentations: the smaller objects over the larger ones, crowd regions not
             counted, and "background" for all else, which becomes the first class unless it is a category already.
+        merge_classes: take categories of one name as one class, which has the smallest of their ids.
+        other_classes: what to do with objects of categories that `class_names` does not list: "problem", as `broken`
+            says, or "drop", leave them out and count them.
         points: read keypoints. Points whose names differ in left and right change places where an image is mirrored.
         annotations: the JSON file.
         images: the folder that file_name starts from.
@@ -72,9 +72,12 @@ class Coco(FileDataset):
         images: str = "{split}",
         semantic: bool = False,
         points: bool = False,
+        merge_classes: bool = False,
+        other_classes: OtherClasses = "problem",
     ) -> None:
         source = f"The COCO data in '{root}' (split '{split}')"
-        super().__init__(source, broken, masks, semantic=semantic, points=points)
+        drop = other_classes == "drop"
+        super().__init__(source, broken, masks, semantic=semantic, points=points, drop_others=drop)
         folder = check_root(root, f"the file '{annotations}' and the folder '{images}' (data.annotations, data.images)")
         self._json = folder / annotations.replace("{split}", split)
         if not self._json.is_file():
@@ -94,15 +97,12 @@ class Coco(FileDataset):
                 f"data.root, that the file names in '{self._json}' start from; '{{split}}' in it becomes '{split}'."
             )
         content = _load(self._json)
-        declared = self._declared(content["categories"])
-        if semantic:
-            declared = with_background(declared)
-            class_names = None if class_names is None else names_with_background(class_names)
-        self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._json))
+        declared = self._without_group(self._declared(content["categories"]), content, class_names or ())
+        self._classes = ClassMap(declared, str(self._json), class_names, merge_classes, semantic)
+        self.classes = self._classes.classes
         if points:
             names = keypoint_names(content["categories"], str(self._json))
             self._points, self.flip_pairs = len(names), flip_pairs_of(names)
-        self._declared_names = dict(zip(declared.raw_ids, declared.names))
         pictures = self._pictures(content["images"], image_folder)
         usable = self.check_pictures(pictures)
         by_image = self._by_image(content["annotations"], {picture.image_id for picture in pictures})
@@ -110,7 +110,8 @@ class Coco(FileDataset):
             self.add(picture, size, self._annotations(by_image[picture.image_id], picture, size))
         self.finish()
 
-    def _declared(self, categories: list[Any]) -> ClassList:
+    def _declared(self, categories: list[Any]) -> list[tuple[int, str]]:
+        """The id and name of each category, by id."""
         pairs = []
         for position, category in enumerate(categories):
             try:
@@ -122,9 +123,24 @@ class Coco(FileDataset):
                     f"{self._json}, categories[{position}]: the category has no usable 'id' and 'name' "
                     f'({reason_of(error, category)}). Write each as {{"id": 1, "name": "person"}}.'
                 ) from None
-        pairs.sort()
-        ids, names = tuple(raw_id for raw_id, _ in pairs), tuple(name for _, name in pairs)
-        return checked_classes(lambda: ClassList(names, ids), str(self._json))
+        return sorted(pairs)
+
+    def _without_group(
+        self, declared: list[tuple[int, str]], content: dict[str, list[Any]], chosen: Sequence[str]
+    ) -> list[tuple[int, str]]:
+        """The categories without the one that Roboflow puts in front: the supercategory of the others, of no object."""
+        categories = content["categories"]
+        root = next((item for item in categories if item["id"] == 0 and item.get("supercategory") == "none"), None)
+        if root is None:
+            return declared
+        name = root["name"]
+        groups = any(item.get("supercategory") == name for item in categories)
+        used = any(isinstance(entry, dict) and entry.get("category_id") == 0 for entry in content["annotations"])
+        wanted = name in chosen and [other for _, other in declared].count(name) == 1
+        if used or wanted or not groups:
+            return declared
+        self.problems.remarks[f"category '{name}' (id 0) that only groups the others, without objects: left out"] += 1
+        return [pair for pair in declared if pair[0] != 0]
 
     def _pictures(self, images: list[Any], folder: Path) -> list[Picture]:
         pictures = []
@@ -162,7 +178,6 @@ class Coco(FileDataset):
     def _annotations(
         self, entries: list[tuple[str, dict[str, Any]]], picture: Picture, size: tuple[int, int]
     ) -> Iterator[Annotation]:
-        labels = {raw_id: label for label, raw_id in enumerate(self.classes.raw_ids)}
         for where, entry in entries:
             where = f"{where} of '{picture.path.name}'"
             try:
@@ -170,13 +185,12 @@ class Coco(FileDataset):
             except ValueError as error:
                 self.problems.add("malformed annotation", where, str(error), LEFT_OUT_BOX)
                 continue
-            if raw_id in labels:
-                annotation = self._annotation(entry, labels[raw_id], where, size)
+            if raw_id in self._classes.labels:
+                annotation = self._annotation(entry, self._classes.labels[raw_id], where, size)
                 if annotation is not None:
                     yield annotation
-            elif raw_id in self._declared_names:
-                message = unknown_class(self._declared_names[raw_id], self.classes)
-                self.problems.add("unknown class", where, message, LEFT_OUT_BOX)
+            elif raw_id in self._classes.names:
+                self.leave_out(self._classes.names[raw_id], where)
             else:
                 message = f"there is no category with its category_id {short(raw_id)}; there are: {self.classes}"
                 self.problems.add("unknown category", where, message, LEFT_OUT_BOX)

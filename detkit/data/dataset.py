@@ -275,6 +275,7 @@ class FileDataset(Dataset):
         semantic: whether targets carry a semantic map, painted from the masks of the objects; `classes` then has
             "background".
         points: whether targets carry points; the format then sets `_points` to their number.
+        drop_others: count objects of classes that the user did not choose, where they are else a problem.
     """
 
     def __init__(
@@ -285,8 +286,10 @@ class FileDataset(Dataset):
         first_pixel: int = 0,
         semantic: bool = False,
         points: bool = False,
+        drop_others: bool = False,
     ) -> None:
         self.problems = Problems(source, broken)
+        self._drop_others = drop_others
         asked = {"masks": masks, "semantic": semantic, "points": points}
         self.fields = OF_DETECTION | {name for name, wanted in asked.items() if wanted}
         self._points = 0
@@ -500,12 +503,26 @@ class FileDataset(Dataset):
         """The box as 0-based pixels within the image, or None where it is left out."""
         check = check_box(annotation.box, size, self._first_pixel)
         self.problems.rounded += check.rounded
+        if annotation.mask is not None and not mask_coding.area(annotation.mask):
+            message = "its mask covers no pixel of the image"
+            self.problems.add("empty mask", annotation.where, message, LEFT_OUT_BOX)
+            return None
         if check.kind is None:
             return check.box
         repaired = check.box if self.problems.policy == "repair" else None
         action = LEFT_OUT_BOX if repaired is None else f"repaired: {check.repair}"
         self.problems.add(check.kind, annotation.where, check.message, action)
         return repaired
+
+    def leave_out(self, name: str, where: str) -> None:
+        """Leave out an object of the class `name`, which is not in `classes`."""
+        if self._drop_others:
+            self.problems.remarks["object of a class that data.class_names does not list: left out"] += 1
+        else:
+            message = (
+                f"{unknown_class(name, self.classes)}; to leave out such objects, set data.other_classes to 'drop'"
+            )
+            self.problems.add("unknown class", where, message, LEFT_OUT_BOX)
 
     def finish(self) -> None:
         """Apply the policy.

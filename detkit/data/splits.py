@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from detkit.data.dataset import Dataset
 from detkit.data.duplicates import identical
+from detkit.data.wrapper import in_order
 from detkit.errors import ConfigError, DataError, counted
 from detkit.registry import datasets, option_names
 
@@ -47,11 +48,11 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
 
 
 def open_train_and_val(data: dict[str, Any], needs: frozenset[str], open_set: bool = False) -> tuple[Dataset, Dataset]:
-    """Both splits; see `check_splits` for what they must agree on."""
+    """Both splits, with the labels of the first; see `check_splits` for what they must agree on."""
     check_names(data)
     train, val = open_split(data, "train", needs), open_split(data, "val", needs)
     check_splits(train, val, data, open_set)
-    return train, val
+    return train, in_order(val, train.classes.names)
 
 
 def check_names(data: dict[str, Any]) -> None:
@@ -75,15 +76,20 @@ def check_splits(train: Dataset, val: Dataset, data: dict[str, Any], open_set: b
     Raises:
         DataError: saying which classes or images.
     """
-    if train.classes != val.classes and not open_set:
+    of_train, of_val = train.classes.names, val.classes.names
+    if set(of_train) != set(of_val) and not open_set:
+        only_train = ", ".join(name for name in of_train if name not in of_val) or "none"
+        only_val = ", ".join(name for name in of_val if name not in of_train) or "none"
+        both = ", ".join(name for name in of_train if name in of_val)
+        choice = f", or choose those of both: data.class_names: [{both}] and data.other_classes: drop" if both else ""
         raise DataError(
-            f"The splits disagree on the classes: training has {train.classes}; validation has {val.classes}. "
-            "Name them once with data.class_names."
+            f"The splits disagree on the classes. Only in training: {only_train}; only in validation: {only_val}. Let "
+            f"the files of both declare the same classes{choice}."
         )
     if data.get("allow_leaks"):
         return
-    of_train = _files(train)
-    border, paths = len(of_train), [*of_train, *_files(val)]
+    files = _files(train)
+    border, paths = len(files), [*files, *_files(val)]
     if leaks := identical(paths, border):
         count = sum(position >= border for group in leaks for position in group)
         raise DataError(

@@ -62,6 +62,88 @@ def test_fixed_class_names_give_the_order_of_labels(tmp_path):
     assert Coco(root, "train", class_names=("cat",), broken="skip").target(0).labels.tolist() == [0]
 
 
+def test_objects_of_other_classes_are_dropped_on_request(tmp_path):
+    root = write(tmp_path, [annotation(), annotation(id=2, category_id=7), annotation(id=3, bbox=[0, 0, 5, 5])])
+    with pytest.raises(DataError, match=r"2 x unknown class.* set data\.other_classes to 'drop'"):
+        Coco(root, "train", class_names=("cat",))
+    data = Coco(root, "train", class_names=("cat",), other_classes="drop")
+    assert data.target(0).labels.tolist() == [0]
+    assert data.problems.found == []
+    assert "2 x object of a class that data.class_names does not list: left out" in data.problems.summary()
+    # A category that no file declares stays a problem.
+    root = write(tmp_path, [annotation(category_id=99)])
+    with pytest.raises(DataError, match="1 x unknown category"):
+        Coco(root, "train", class_names=("cat",), other_classes="drop")
+
+
+def test_categories_of_one_name_are_merged_on_request(tmp_path):
+    categories = [{"id": 4, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cat"}]
+    root = write(tmp_path, [annotation(id=n, category_id=n, bbox=[n, 0, 5, 5]) for n in (2, 3, 4)], None, categories)
+    with pytest.raises(DataError, match=r"class name 'cat' stands twice.*, or set data\.merge_classes to true"):
+        Coco(root, "train")
+    data = Coco(root, "train", merge_classes=True)
+    assert (data.classes.names, data.classes.raw_ids) == (("dog", "cat"), (2, 3))
+    assert data.target(0).labels.tolist() == [0, 1, 1]
+    chosen = Coco(root, "train", merge_classes=True, class_names=("cat",), other_classes="drop")
+    assert (chosen.classes.raw_ids, chosen.target(0).labels.tolist()) == ((3,), [0, 0])
+    # Ids are not merged: nothing tells which category an object is of.
+    root = write(tmp_path, [], None, [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
+    with pytest.raises(DataError, match=r"raw id 1 stands twice.* id of its own\.$"):
+        Coco(root, "train", merge_classes=True)
+
+
+ROBOFLOW = [
+    {"id": 0, "name": "fruits", "supercategory": "none"},
+    {"id": 1, "name": "apple", "supercategory": "fruits"},
+    {"id": 2, "name": "pear", "supercategory": "fruits"},
+]
+
+
+def test_the_category_that_groups_the_others_of_roboflow_is_left_out(tmp_path):
+    root = write(tmp_path, [annotation(category_id=2)], None, ROBOFLOW)
+    data = Coco(root, "train")
+    assert (data.classes.names, data.classes.raw_ids) == (("apple", "pear"), (1, 2))
+    assert data.target(0).labels.tolist() == [1]
+    assert "category 'fruits' (id 0) that only groups the others, without objects: left out" in data.problems.summary()
+    # It stays where the user names it, or an object is of it.
+    assert Coco(root, "train", class_names=("fruits", "apple", "pear")).classes.raw_ids == (0, 1, 2)
+    root = write(tmp_path, [annotation(category_id=0)], None, ROBOFLOW)
+    assert Coco(root, "train").classes.names == ("fruits", "apple", "pear")
+
+
+@pytest.mark.parametrize("class_names", [None, ("tree",)])
+def test_a_group_of_roboflow_with_the_name_of_its_class(tmp_path, class_names):
+    categories = [
+        {"id": 0, "name": "tree", "supercategory": "none"},
+        {"id": 1, "name": "tree", "supercategory": "tree"},
+    ]
+    data = Coco(write(tmp_path, [annotation(category_id=1)], None, categories), "train", class_names=class_names)
+    assert (data.classes.names, data.classes.raw_ids) == (("tree",), (1,))
+
+
+@pytest.mark.parametrize(
+    "root",
+    [{"id": 0, "name": "other"}, {"id": 0, "name": "other", "supercategory": "none"}, {"id": 0, "name": "fruits"}],
+)
+def test_other_categories_of_id_0_are_classes(tmp_path, root):
+    data = Coco(write(tmp_path, [], None, [root, *ROBOFLOW[1:]]), "train")
+    assert data.classes.raw_ids == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[10.2, 10.2, 10.3, 10.2, 10.3, 10.3]], {"size": [60, 80], "counts": [4800]}, [[-99, 0, -9, 0, -9, 9]]],
+)
+def test_masks_without_pixels_are_problems(tmp_path, segmentation):
+    root = write(tmp_path, [annotation(segmentation=segmentation), annotation(id=2, segmentation=[TRIANGLE])])
+    with pytest.raises(DataError, match=r"1 x empty mask.*annotations\[0\] \(id 1\).*its mask covers no pixel"):
+        Coco(root, "train", masks=True)
+    for policy in ("skip", "repair"):
+        assert Coco(root, "train", masks=True, broken=policy).target(0).masks.sum() > 0
+        assert len(Coco(root, "train", masks=True, broken=policy).target(0)) == 1
+    assert len(Coco(root, "train").target(0)) == 2
+
+
 def random_mask(seed):
     return np.random.default_rng(seed).random((60, 80)) < 0.4
 
