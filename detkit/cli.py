@@ -190,10 +190,11 @@ EVAL_HELP = """usage: detkit eval RUN_OR_CHECKPOINT [--OPTION VALUE ...]
                            without it those of the network in fp32 as it was trained
   --save-json FILE         what was found, with the data set's own ids
   --device DEVICE          auto, cpu, cuda or mps; default as in training
+  --train.max_dets N       detections of each class in an image that COCO's figures count; default 100
   --train.batch_size N     pictures that go through the network together; default as in training
   --train.workers N        processes that read pictures; default as in training"""
 EVAL_PARTS = frozenset({"data", "proposals"})
-EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device"})
+EVAL_KEYS = frozenset({"train.batch_size", "train.workers", "train.device", "train.max_dets"})
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
@@ -350,7 +351,9 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
         choices = network.choices
     console.print(f"runs on    {choices}")
     batch_size = max(1, options.batch_size // (options.accumulate * options.devices))
-    found = run(model, dataset, batch_size=batch_size, workers=options.workers, network=network)
+    found = run(
+        model, dataset, batch_size=batch_size, workers=options.workers, network=network, max_dets=options.max_dets
+    )
     console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
     console.print(found.scores.table())
     if save_json is not None:

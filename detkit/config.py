@@ -134,6 +134,9 @@ class TrainOptions:
         device: auto takes a GPU where there is one.
         devices: how many of them.
         validate_every: epochs between evaluations; the last epoch is always evaluated.
+        max_dets: the best detections of each class in an image that COCO's figures count, above 10, and the least that
+            the head gives for an image in evaluations; null for COCO's 100. With another number the figures cannot be
+            compared with published ones.
         patience: evaluations without a better score after which training stops early; null for never.
         plain_epochs: last epochs, trained on pictures without augmentation.
         unmixed_epochs: last epochs, trained without those augmentations that mix pictures (mosaic, mixup), the others
@@ -174,6 +177,7 @@ class TrainOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     validate_every: int = 1
+    max_dets: int | None = None
     patience: int | None = None
     plain_epochs: int = 0
     unmixed_epochs: int = 0
@@ -213,6 +217,10 @@ class TrainOptions:
                 f"'train.per_class' is {self.per_class}, but the pictures of a batch, {batch} (train.batch_size over "
                 f"train.accumulate x train.devices), must be a multiple of it, twice at least, so that a batch has "
                 f"several classes."
+            )
+        if self.max_dets is not None and self.max_dets <= 10:
+            raise ConfigError(
+                f"'train.max_dets' must be above 10, which COCO's AR_10 needs, or null for 100, but is {self.max_dets}."
             )
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"'train.patience' must be at least 1, or null for never, but is {self.patience}.")

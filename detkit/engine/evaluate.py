@@ -41,6 +41,7 @@ def evaluate(
     advance: Callable[[int], None] = lambda pictures: None,
     store: FeatureStore | None = None,
     network: FastNetwork | None = None,
+    max_dets: int | None = None,
 ) -> Evaluation:
     """Losses and scores of `model`, which is left in evaluation mode.
 
@@ -48,9 +49,9 @@ def evaluate(
         advance: called with the number of pictures after each batch.
         store: of the backbone's maps of these pictures, which is frozen.
         network: the model as predictions run it, to score these; without a store.
+        max_dets: of the training's options.
     """
     task = task_of(model.head)
-    evaluator = task.evaluator(dataset.classes, model.head)
     sums: dict[str, float] = defaultdict(float)
     device = next(model.parameters()).device
     model.eval()
@@ -63,7 +64,8 @@ def evaluate(
     known = not model.head.open_set or dataset.classes.names == model.classes.names
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
     arithmetic = torch.inference_mode() if network is None else network.arithmetic()
-    with arithmetic, torch.random.fork_rng([device] if on_gpu else []):
+    scoring = task.scoring(dataset.classes, model.head, max_dets)
+    with scoring as evaluator, arithmetic, torch.random.fork_rng([device] if on_gpu else []):
         torch.manual_seed(0)
         for batch in batches(loader) if store is None else store.batches(loader, model):
             batch = batch.to(device) if known else _without_labels(batch.to(device))

@@ -185,6 +185,7 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
     data, proposals = experiment.data, experiment.proposals
     train_set, val_set = open_train_and_val(data, head.needs, head.open_set)
     task = task_of(head)
+    task.check_max_dets(experiment.train.max_dets)
     task.check_data(train_set, str(data.get("train", "train")))
     task.check_data(val_set, str(data.get("val", "val")))
     quiet = not fabric.is_global_zero
@@ -374,7 +375,15 @@ def _validate(
         batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
             workers, store = setup.options.workers, setup.val_store
-            evaluation = evaluate(model, val_set, batch_size=batch_size, workers=workers, advance=advance, store=store)
+            evaluation = evaluate(
+                model,
+                val_set,
+                batch_size=batch_size,
+                workers=workers,
+                advance=advance,
+                store=store,
+                max_dets=setup.options.max_dets,
+            )
         for each in (model, setup.model):
             task_of(each.head).keep(each.head, evaluation.scores)
         score = task_of(model.head).score(evaluation.scores, model.head)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from detkit.data import masks as mask_coding
-from detkit.errors import DataError
+from detkit.errors import DataError, counted
 from detkit.metrics.voc import voc_average_precisions
 from detkit.types import ClassList, Detections, Meta, Target
 
@@ -78,6 +78,7 @@ class DetectionScores:
         detections: how many detections were scored.
         masks: the twelve COCO figures by the IoU and area of masks, under the names of `coco`; None where truths or
             detections have no masks.
+        limits: a sentence for the report where the limits on detections keep the figures low; else empty.
     """
 
     coco: dict[str, float]
@@ -89,6 +90,7 @@ class DetectionScores:
     ignored: int
     detections: int
     masks: dict[str, float] | None = None
+    limits: str = ""
 
     @property
     def decisive(self) -> dict[str, float]:
@@ -105,7 +107,7 @@ class DetectionScores:
             return f"{counts}. Nothing can be scored: the annotations hold no object to find."
         if not self.detections:
             return f"{counts}. Every figure is 0: nothing was detected; is the score threshold too high?"
-        return counts + "."
+        return f"{counts}. {self.limits}".rstrip()
 
     @property
     def remark(self) -> str:
@@ -173,15 +175,17 @@ class DetectionEvaluator:
         classes: the classes of the data set; labels index it.
         max_detections: COCO counts only so many of the best-scored detections of each class in each image, 100 in
             the literature. The VOC figures count all.
+        max_kept: the most detections of an image that the head gives, of all classes; for the report alone.
 
     Raises:
         ValueError: `max_detections` is not above 10, which COCO's AR_10 needs.
     """
 
-    def __init__(self, classes: ClassList, *, max_detections: int = 100) -> None:
+    def __init__(self, classes: ClassList, *, max_detections: int = 100, max_kept: int | None = None) -> None:
         if max_detections <= 10:
             raise ValueError(f"max_detections must be above 10, which COCO's AR_10 needs, but is {max_detections}")
         self.classes = classes
+        self.max_kept = max_kept
         self.max_detections = max_detections
         self._images: dict[int | str, _Image] = {}
         self._metas: list[Meta] = []
@@ -257,6 +261,25 @@ class DetectionEvaluator:
             ignored=sum(int(truth.ignored.sum()) for truth in targets),
             detections=sum(row.detections for row in rows),
             masks=masks,
+            limits=self._limits(images),
+        )
+
+    def _limits(self, images: list[_Image]) -> str:
+        """A sentence that says how many objects and detections the limits keep from counting; empty for none."""
+        count, limit, kept = len(self.classes), self.max_detections, self.max_kept
+        crowded = cut = 0
+        for image in images:
+            objects = torch.bincount(image.truth.labels[~image.truth.ignored], minlength=count)
+            found = torch.bincount(image.found.labels, minlength=count)
+            crowded += int(objects.max()) > limit or (kept is not None and int(objects.sum()) > kept)
+            cut += int((found - limit).clamp(min=0).sum())
+        if not crowded and not cut:
+            return ""
+        of_head = "" if kept is None else f", of {kept} that the head gives for an image"
+        return (
+            f"{counted(crowded, 'image')} with more objects than can be found, and {counted(cut, 'detection')} not "
+            f"counted: COCO's figures count the best {limit} of each class in an image{of_head}. train.max_dets raises "
+            f"both limits."
         )
 
     def _check(self, found: Detections, truth: Target, meta: Meta) -> None:

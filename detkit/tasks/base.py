@@ -88,6 +88,27 @@ class Task(ABC, Generic[P]):
     def evaluator(self, classes: ClassList, head: Head) -> Evaluator[P]:
         """What scores one data set."""
 
+    @contextmanager
+    def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> Iterator[Evaluator[P]]:
+        """Within it the head decodes for an evaluation, whose evaluator it yields.
+
+        Args:
+            classes: the classes of the data set.
+            head: the head, left as it was.
+            max_dets: how many detections of each class in an image count; None for what is usual.
+        """
+        self.check_max_dets(max_dets)
+        yield self.evaluator(classes, head)
+
+    def check_max_dets(self, max_dets: int | None) -> None:
+        """Refuse `train.max_dets` for predictions that are not detections.
+
+        Raises:
+            ConfigError: it is given.
+        """
+        if max_dets is not None:
+            raise ConfigError(f"'train.max_dets' does not apply to this model, which gives {self.noun}. Remove it.")
+
     @abstractmethod
     def undo(self, prediction: P, meta: Meta, class_names: tuple[str, ...]) -> P:
         """A prediction in the network's pixels as one in the source's own, with its class names."""

@@ -51,7 +51,23 @@ class Detect(Task[Detections]):
         return scores.decisive["mAP"]
 
     def evaluator(self, classes: ClassList, head: Head) -> DetectionEvaluator:
-        return DetectionEvaluator(classes)
+        return DetectionEvaluator(classes, max_kept=head.postprocess.max_detections)
+
+    @contextmanager
+    def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> Iterator[DetectionEvaluator]:
+        if max_dets is None:
+            yield self.evaluator(classes, head)
+            return
+        default = head.postprocess
+        kept = max(default.max_detections, max_dets)
+        head.postprocess = replace(default, max_candidates=max(default.max_candidates, max_dets), max_detections=kept)
+        try:
+            yield DetectionEvaluator(classes, max_detections=max_dets, max_kept=kept)
+        finally:
+            head.postprocess = default
+
+    def check_max_dets(self, max_dets: int | None) -> None:
+        pass
 
     def undo(self, prediction: Detections, meta: Meta, class_names: tuple[str, ...]) -> Detections:
         return replace(undo(prediction, meta), class_names=class_names)

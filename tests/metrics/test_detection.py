@@ -368,3 +368,56 @@ def test_result_records_carry_raw_ids_and_pixels() -> None:
     ]
     with pytest.raises(ValueError, match=r"a\.jpg have labels 1 to 1, but there are 1 classes"):
         coco_results(found, meta_of("a"), ClassList.from_names(["cat"]))
+
+
+def crowd_of(count: int, classes: int = 1) -> Target:
+    """Objects that do not touch one another, of classes in turn."""
+    corners = torch.stack([torch.arange(count) % 20 * 20, torch.arange(count) // 20 * 20], 1).float()
+    return Target(torch.cat([corners, corners + 16], 1), torch.arange(count) % classes)
+
+
+def found_all(target: Target, max_detections: int, max_kept: int | None = None) -> DetectionScores:
+    classes = ClassList.from_names(["cat", "dog", "cow"])
+    evaluator = DetectionEvaluator(classes, max_detections=max_detections, max_kept=max_kept)
+    scores = torch.linspace(1, 0.5, len(target))
+    evaluator.update([Detections(target.boxes, scores, target.labels)], [target], [meta_of(1)])
+    return evaluator.compute()
+
+
+def test_more_objects_than_count_are_reported_and_count_on_request() -> None:
+    usual = found_all(crowd_of(300), 100)
+    assert usual.coco["mAP"] == pytest.approx(0.337, abs=1e-3)
+    assert "1 image with more objects than can be found, and 200 detections not counted" in usual.summary
+    assert "the best 100 of each class in an image. train.max_dets raises" in usual.summary
+    raised = found_all(crowd_of(300), 300)
+    assert raised.coco["mAP"] == raised.coco["AR_300"] == pytest.approx(1)
+    assert raised.limits == ""
+    assert raised.summary.endswith("300 detections.")
+
+
+@pytest.mark.parametrize(
+    ("target", "limits"),
+    [
+        (crowd_of(100), ""),
+        (crowd_of(101), "1 image with more objects than can be found, and 1 detection not counted"),
+        (crowd_of(300, classes=3), ""),
+        (crowd_of(301, classes=3), "1 image with more objects than can be found, and 1 detection not counted"),
+    ],
+)
+def test_the_limit_is_one_of_each_class(target: Target, limits: str) -> None:
+    assert found_all(target, 100).limits[: len(limits) or None] == limits
+
+
+def test_the_limit_of_the_head_is_reported_too() -> None:
+    assert found_all(crowd_of(150, classes=3), 100, max_kept=150).limits == ""
+    assert "of each class in an image, of 149 that the head gives" in found_all(crowd_of(150, 3), 100, 149).limits
+
+
+def test_what_does_not_count_needs_no_detection() -> None:
+    target = crowd_of(101)
+    one = torch.arange(101) == 0
+    for ignored in ({"crowd": one}, {"difficult": one}):
+        evaluator = DetectionEvaluator(ClassList.from_names(["cat"]))
+        objects = Target(target.boxes, target.labels, **ignored)
+        evaluator.update([Detections.empty()], [objects], [meta_of(1)])
+        assert evaluator.compute().limits == ""

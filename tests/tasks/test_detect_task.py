@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from detkit.config import TrainOptions
 from detkit.data.shapes import Shapes
 from detkit.errors import ConfigError, DataError
 from detkit.heads.base import Postprocess
 from detkit.registry import heads, tasks
 from detkit.tasks.base import task_of
 from detkit.tasks.detect import Detect
-from detkit.types import Detections, Target
+from detkit.types import ClassList, Detections, Target
 
 
 def head() -> Any:
@@ -54,6 +55,33 @@ def test_more_detections_than_candidates_may_be_asked_for() -> None:
     ssd.postprocess = Postprocess(max_candidates=10)
     with task.limited(ssd, ("a",), task.complete({"max_det": 50})):
         assert ssd.postprocess.max_candidates == 50
+
+
+CLASSES = ClassList.from_names(["a", "b", "c"])
+
+
+def test_an_evaluation_may_count_more_detections_than_the_head_gives() -> None:
+    ssd, task = head(), Detect()
+    before = ssd.postprocess
+    with task.scoring(CLASSES, ssd, 500) as evaluator:
+        assert evaluator.max_detections == ssd.postprocess.max_detections == ssd.postprocess.max_candidates == 500
+    assert ssd.postprocess == before
+    with task.scoring(CLASSES, ssd, 50) as evaluator:
+        assert (evaluator.max_detections, ssd.postprocess) == (50, before)
+    with contextlib.suppress(RuntimeError), task.scoring(CLASSES, ssd, 500):
+        raise RuntimeError
+    with task.scoring(CLASSES, ssd, None) as evaluator:
+        assert (evaluator.max_detections, ssd.postprocess) == (100, before)
+
+
+def test_max_dets_is_refused_where_it_means_nothing_or_too_little() -> None:
+    classifier = task_of(heads.get("classify"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"'train\.max_dets' does not apply to this model, which gives"):
+        classifier.check_max_dets(300)
+    classifier.check_max_dets(None)
+    for few in (10, 0, -1):
+        with pytest.raises(ConfigError, match=rf"'train\.max_dets' must be above 10, .* but is {few}\."):
+            TrainOptions(max_dets=few)
 
 
 def test_data_without_an_object_that_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
