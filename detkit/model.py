@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from detkit.data.transforms import BATCH_STRIDE, Fit
 from detkit.errors import CheckpointError, ConfigError, nearest
 from detkit.heads.base import Head
 from detkit.published.read import is_published, read_published
-from detkit.registry import backbones, heads, necks
+from detkit.registry import backbones, heads, necks, without_weights
 from detkit.runs import resolve_checkpoint
 from detkit.types import ClassList, Inputs
 
@@ -132,16 +133,14 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
         ConfigError: a part or option is unknown, or the parts do not fit together.
         CheckpointError: the backbone's weights cannot be had.
     """
-    backbone_options, head_options = experiment.backbone, experiment.head
-    if not load_weights:
-        backbone_options, head_options = _without_weights(backbone_options), _without_weights(head_options)
-    backbone: Backbone = backbones.build(backbone_options, "backbone")
-    channels, strides = backbone.channels, backbone.strides
-    neck: Neck | None = None
-    if experiment.neck is not None:
-        neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
-        channels, strides = neck.channels, neck.strides
-    head: Head = heads.build(head_options, "head", channels=channels, strides=strides, num_classes=len(classes))
+    with nullcontext() if load_weights else without_weights():
+        backbone: Backbone = backbones.build(experiment.backbone, "backbone")
+        channels, strides = backbone.channels, backbone.strides
+        neck: Neck | None = None
+        if experiment.neck is not None:
+            neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
+            channels, strides = neck.channels, neck.strides
+        head: Head = heads.build(experiment.head, "head", channels=channels, strides=strides, num_classes=len(classes))
     whole_picture = not head.any_size and bool(head.needs & {"boxes", "points", "image_labels"})
     if experiment.input.resize == "crop" and whole_picture:
         raise ConfigError(
@@ -225,15 +224,6 @@ def check_classes(model: ClassList, data: ClassList, source: str) -> None:
         f"with --data.class_names, or to train on new classes start from its backbone and neck alone: "
         f"--weights {source} --weights_parts '[backbone, neck]'."
     )
-
-
-def _without_weights(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a part and of the parts inside it, but for the `weights` they would start from."""
-    return {
-        key: _without_weights(value) if isinstance(value, dict) else value
-        for key, value in options.items()
-        if key != "weights"
-    }
 
 
 def _start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:

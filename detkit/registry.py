@@ -3,12 +3,15 @@
 A part is a class; its constructor signature is the only list of its options and their defaults.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from detkit.errors import ConfigError, DetkitError, nearest
@@ -19,6 +22,22 @@ PLUGINS = "detkit.parts"
 """The group of entry points by which an installed package names its modules with parts for detkit."""
 IMPORTING = threading.RLock()
 """Held while modules with parts are imported: one lock for all kinds, since plugins bring parts of several."""
+_LOAD_WEIGHTS: ContextVar[bool] = ContextVar("load_weights", default=True)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Build parts with random weights, whatever their options and defaults say: those of a checkpoint follow."""
+    token = _LOAD_WEIGHTS.set(False)
+    try:
+        yield
+    finally:
+        _LOAD_WEIGHTS.reset(token)
+
+
+def weights_are_loaded() -> bool:
+    """Whether parts that are built now load the weights that their options name."""
+    return _LOAD_WEIGHTS.get()
 
 
 class Registry:
@@ -143,6 +162,9 @@ def build_part(
             f"or as --{path}.{sorted(missing)[0]} VALUE."
         )
     typed = {key: convert(value, option_type(part, key), f"{path}.{key}") for key, value in given.items()}
+    if not weights_are_loaded() and "weights" in valid and not getattr(part, "weights_set_mean", False):
+        weights = typed.get("weights", inspect.signature(part).parameters["weights"].default)
+        typed |= {"weights": None} if isinstance(weights, str) else {}
     try:
         return part(**injected, **typed)
     except DetkitError:

@@ -30,9 +30,15 @@ def resolve_checkpoint(path: str | Path) -> str:
             if checkpoint.is_file():
                 return str(checkpoint)
         raise CheckpointError(f"The folder '{path}' holds no {BEST.as_posix()}. {_advice(given)}")
-    if not given.is_file() and not str(path).startswith((TORCHVISION, MTCNN)):
+    if not Path(split_options(str(path))[0]).is_file() and not str(path).startswith((TORCHVISION, MTCNN)):
         raise CheckpointError(f"There is no checkpoint '{path}'. {_advice(given)}")
     return str(path)
+
+
+def split_options(source: str) -> tuple[str, str]:
+    """The file, and the options behind it: "own.pth?input.size=[600, 1000]" is "own.pth" and the rest; mostly ""."""
+    file, _, options = (source, "", "") if Path(source).is_file() else source.partition("?")
+    return file, options
 
 
 def runs_near(path: Path) -> list[Path]:

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 # Imports run one way: a module may import from layers before its own, and from its own.
 LAYERS = [
     {"errors"},
-    {"files", "terminal", "schema"},
+    {"files", "terminal", "schema", "torch_file"},
+    {"tensor_files"},
     {"types", "predictions", "registry", "config", "overlap", "runs"},
     {"boxes"},
     {"data", "backbones", "losses"},

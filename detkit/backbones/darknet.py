@@ -88,7 +88,7 @@ class _Darknet(Backbone):
                 f"or {trunk + classifier} with its classifier of {IMAGENET_CLASSES} classes. Is it of another network? "
                 f"Weights of a whole detector go to --weights."
             )
-        self.load_state_dict(take_tensors(units, floats))
+        self.load_state_dict(take_tensors(units, floats, weights))
 
 
 @backbones.register("darknet19")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from detkit.errors import CheckpointError
+from detkit.tensor_files import FORMATS, check_values, file_format
 
-LARGEST_VERSION = 1000
 LEAKY_SLOPE = 0.1
 Unit = tuple[str, nn.Module]
 """A convolution by its name in the network: a DarknetConvolution or an nn.Conv2d."""
@@ -53,18 +53,23 @@ def count_floats(units: Iterable[Unit]) -> int:
     return sum(tensor.numel() for name, module in units for _, tensor in _layout(name, module))
 
 
-def take_tensors(units: Sequence[Unit], floats: Tensor) -> dict[str, Tensor]:
+def take_tensors(units: Sequence[Unit], floats: Tensor, path: str | Path) -> dict[str, Tensor]:
     """The tensors of these convolutions by name, cut from the front of a file's floats.
 
     Args:
         units: convolutions in the order of the file; only their shapes are read.
         floats: (N,) float32, at least `count_floats(units)`.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or a variance negative.
     """
     tensors: dict[str, Tensor] = {}
     start = 0
     for name, module in units:
         for full_name, like in _layout(name, module):
             tensors[full_name] = floats[start : start + like.numel()].reshape(like.shape).clone()
+            check_values(full_name, tensors[full_name], f"The file of weights '{path}'")
             start += like.numel()
         if isinstance(module, DarknetConvolution):
             tensors[f"{name}.1.num_batches_tracked"] = torch.tensor(0)
@@ -72,30 +77,28 @@ def take_tensors(units: Sequence[Unit], floats: Tensor) -> dict[str, Tensor]:
 
 
 def read_floats(path: str | Path) -> Tensor:
-    """(N,) float32: all that stands behind the header.
+    """(N,) float32: everything behind the header, mapped into memory and read when it is used.
 
     Raises:
         CheckpointError: there is no such file, it is cut off, or it has no header of Darknet.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"There is no file of weights '{path}' (looked at {file.absolute()}).")
-    with file.open("rb") as stream:
-        start = stream.read(12)
-    major, minor, _ = struct.unpack("<3i", start) if len(start) == 12 else (-1, -1, -1)
-    if not (0 <= major < LARGEST_VERSION and 0 <= minor < LARGEST_VERSION):
+    kind = file_format(path)
+    if kind != "darknet":
         raise CheckpointError(
-            f"'{path}' is no file of Darknet's weights: it does not start with Darknet's version (a small number). "
-            f"Is it a web page saved in place of the file, or weights of another framework?"
+            f"'{path}' is not a file of Darknet's weights, which starts with Darknet's version, a small number: it is "
+            f"{FORMATS.get(kind, kind)}."
         )
+    file = Path(path).expanduser()
+    with file.open("rb") as stream:
+        major, minor, _ = struct.unpack("<3i", stream.read(12))
     header = 12 + (8 if major * 10 + minor >= 2 else 4)
     size = file.stat().st_size - header
-    if size < 0 or size % 4:
+    if size <= 0 or size % 4:
         raise CheckpointError(
-            f"'{path}' is cut off: behind its header of {header} bytes stand {size} bytes, no whole number of floats. "
-            f"Get a whole copy of the file."
+            f"'{path}' is cut off: behind its header of {header} bytes stand {size} bytes, not a whole number of "
+            f"floats. Get a whole copy of the file."
         )
-    return torch.from_numpy(np.fromfile(file, dtype="<f4", offset=header).astype(np.float32, copy=False))
+    return torch.from_numpy(np.memmap(file, dtype="<f4", mode="c", offset=header))
 
 
 def _layout(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class GoogLeNet(Backbone):
         ConfigError: `levels` are none of these, or in another order.
         CheckpointError: the weights cannot be had, or do not fit.
     """
+
+    weights_set_mean: ClassVar[bool] = True  # so that it is told their name where they are not loaded, too
 
     def __init__(
         self,

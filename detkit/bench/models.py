@@ -20,6 +20,7 @@ from detkit.data.image import find_images, read_image
 from detkit.errors import DetkitError, nearest
 from detkit.model import Model, build_model, load_tensors
 from detkit.published.read import CONVERTERS, PUBLISHED
+from detkit.tensor_files import read_tensors
 
 CLASSES = 91
 """Of COCO as torchvision counts them, background included."""
@@ -133,7 +134,7 @@ def detkit_model(name: str, state: dict[str, Tensor], size: int) -> Model:
 
 def load_side(side: str, name: str, size: int, file: str) -> Any:
     """The model of "detkit" or "torchvision" with the weights of a file that torch.save made of a state dict."""
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    state = read_tensors(file)
     if side == "detkit":
         return detkit_model(name, state, size)
     model = torchvision_model(name, size)

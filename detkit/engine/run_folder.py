@@ -9,6 +9,7 @@ import yaml
 
 from detkit.config import Experiment, experiment_to_dict, load_experiment
 from detkit.errors import CheckpointError, ConfigError
+from detkit.torch_file import read_torch
 
 STATE_FORMAT = 1
 MAY_CHANGE = frozenset(
@@ -106,10 +107,7 @@ class RunFolder:
                 f"There is nothing to resume in '{self.path}': it has no {self.state.relative_to(self.path)}. Give "
                 "--resume the folder of a run that finished at least one epoch."
             )
-        try:
-            state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"The training state '{self.state}' cannot be read: {error}") from None
+        state: dict[str, Any] = read_torch(self.state, "training state")
         if state.get("format") != STATE_FORMAT:
             raise CheckpointError(f"The training state '{self.state}' has another format, {state.get('format')!r}.")
         return state

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
+from detkit.published.classes import unnamed_classes
+from detkit.published.names import count_rows
 from detkit.types import ClassList
 
 NETWORKS = (
@@ -45,6 +47,7 @@ def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         # Files from before PyTorch 0.4.1 have no such counters, and with a fixed momentum nothing reads them.
         if name.endswith("running_mean"):
             tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    classes = count_rows(tensors, "head.predictor", "a classifier of torchvision's")
     backbone, head = _parts(network, "aux1.fc1.weight" in state)
     experiment = Experiment(
         data={"name": "folder"},
@@ -53,7 +56,7 @@ def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         input=InputOptions(INPUT, "stretch"),
         name=network,
     )
-    return tensors, experiment, imagenet_classes(len(tensors["head.predictor.bias"]))
+    return tensors, experiment, imagenet_classes(classes)
 
 
 def imagenet_classes(count: int) -> ClassList:
@@ -61,9 +64,7 @@ def imagenet_classes(count: int) -> ClassList:
     from torchvision.models import AlexNet_Weights
 
     names = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(names) != count:
-        return ClassList.from_names([f"class {label}" for label in range(count)])
-    return ClassList.from_names(names)
+    return ClassList.from_names(names) if len(names) == count else unnamed_classes(count)
 
 
 def _network(state: Mapping[str, Tensor]) -> str:

@@ -123,7 +123,7 @@ def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Class
         units = network.units()
         counts[network.name] = count_floats(units)
         if counts[network.name] == len(floats):
-            return take_tensors(units, floats), network.experiment(), network.class_list()
+            return take_tensors(units, floats, path), network.experiment(), network.class_list()
     close = min(counts, key=lambda name: abs(counts[name] - len(floats)))
     raise CheckpointError(
         f"'{path}' holds {len(floats)} floats, and none of Darknet's networks that detkit runs has so many. Nearest: "

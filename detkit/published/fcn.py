@@ -8,7 +8,8 @@ from detkit.config import Experiment, InputOptions
 from detkit.data.semantic import BACKGROUND
 from detkit.data.semantic_masks import VOC_NAMES
 from detkit.errors import CheckpointError
-from detkit.published.names import renamed
+from detkit.published.classes import unnamed_classes
+from detkit.published.names import count_rows, renamed
 from detkit.types import ClassList
 
 NAMES = (
@@ -30,8 +31,7 @@ def convert_fcn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experim
         CheckpointError: a tensor is unknown, or missing.
     """
     tensors = {renamed(name, NAMES, "fcn_resnet50 or fcn_resnet101"): tensor for name, tensor in state.items()}
-    if "classifier.4.bias" not in state:
-        raise CheckpointError("The state dict is not torchvision's FCN: it lacks classifier.4.bias.")
+    count = count_rows(state, "classifier.4", "torchvision's FCN")
     blocks = len({name.split(".")[2] for name in state if name.startswith("backbone.layer3.")})
     if blocks not in THIRD_LAYERS:
         raise CheckpointError(
@@ -47,8 +47,5 @@ def convert_fcn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experim
         input=InputOptions((SHORT_SIDE, LONG_SIDE), "short_side"),
         name=f"fcn_{THIRD_LAYERS[blocks]}",
     )
-    names: tuple[str, ...] = (BACKGROUND, *VOC_NAMES)
-    count = len(state["classifier.4.bias"])
-    if count != len(names):
-        names = tuple(f"class {label}" for label in range(count))
-    return tensors, experiment, ClassList.from_names(names)
+    names = (BACKGROUND, *VOC_NAMES)
+    return tensors, experiment, ClassList.from_names(names) if count == len(names) else unnamed_classes(count)

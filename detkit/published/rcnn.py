@@ -1,15 +1,15 @@
 """Torchvision's Faster and Mask R-CNN (R50-FPN, first and second version) under detkit's names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
-from detkit.published.classes import coco_classes
-from detkit.published.names import TRUNK, add_counters, renamed
+from detkit.published.classes import coco_classes, unnamed_classes
+from detkit.published.names import TRUNK, check_anchors, count_rows, epsilon_option, is_coco, renamed
 from detkit.types import ClassList
 
 NAMES = (
@@ -27,36 +27,49 @@ NAMES = (
     (r"roi_heads\.mask_predictor\.conv5_mask\.(\w+)", r"head.mask.upsample.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(\w+)", r"head.mask.predictor.\1"),
 )
+RATIOS = [0.5, 1.0, 2.0]
 OLD_MASK_NAME = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(\w+)")
 BACKGROUND_ROWS = {"head.regions.box_predictor": 4, "head.mask.predictor": 1}
 """Torchvision predicts a box and a mask of the background, too, which nothing reads."""
 
 
-def convert_rcnn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+def convert_rcnn(
+    state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of torchvision's `fasterrcnn_resnet50_fpn`, `maskrcnn_resnet50_fpn` and their v2.
 
+    Args:
+        state: its state dict.
+        coco: whether it is a COCO file of torchvision's; None for those with 91 outputs.
+        options: names of the options that the user gives, of which those of the anchors count here.
+
     Raises:
-        CheckpointError: a tensor is unknown, or missing.
+        CheckpointError: a tensor is unknown, or missing, or the anchors are not known.
     """
+    outputs = count_rows(state, "roi_heads.box_predictor.cls_score", "torchvision's Faster R-CNN")
+    if outputs < 2:
+        raise CheckpointError("The model has one output, which is background, and so no class.")
+    count_rows(state, "roi_heads.box_predictor.bbox_pred", "torchvision's Faster R-CNN")
+    anchors = count_rows(state, "rpn.head.cls_logits", "torchvision's Faster R-CNN")
+    check_anchors(anchors, len(RATIOS), "head.rpn.anchors", options)
+    coco = is_coco(outputs, coco)
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         own_name = _detkit_name(name)
         rows = BACKGROUND_ROWS.get(own_name.rpartition(".")[0], 0)
         tensors[own_name] = tensor[rows:] if rows else tensor
-    if "head.regions.class_predictor.bias" not in tensors:
-        raise CheckpointError("The state dict is not torchvision's Faster R-CNN: it lacks roi_heads.box_predictor.")
-    frozen = add_counters(tensors)
+    epsilon = epsilon_option(tensors, coco)
     second = "head.regions.trunk.fc.weight" in tensors
     masks = any(name.startswith("head.mask.") for name in tensors)
     experiment = Experiment(
         data={"name": "coco"},
-        backbone={"name": "resnet50", **({"norm_epsilon": 0.0} if frozen else {})},
+        backbone={"name": "resnet50", **epsilon},
         neck={"name": "fpn", "extra_levels": 1, "extra": "pool", "norm": second},
         head=_head(second, masks),
         input=InputOptions((800, 1333), "short_side"),
         name="mask_rcnn" if masks else "faster_rcnn",
     )
-    return tensors, experiment, coco_classes(len(tensors["head.regions.class_predictor.bias"]) - 1)
+    return tensors, experiment, coco_classes() if coco else unnamed_classes(outputs - 1, first_raw_id=1)
 
 
 def _detkit_name(name: str) -> str:
@@ -68,10 +81,10 @@ def _detkit_name(name: str) -> str:
 
 def _head(second: bool, masks: bool) -> dict[str, Any]:
     """Of the second version if `second`, with masks if `masks`."""
-    sizes = [[32.0], [64.0], [128.0], [256.0], [512.0]]
+    anchors = {"name": "pyramid", "sizes": [[32.0], [64.0], [128.0], [256.0], [512.0]], "ratios": RATIOS}
     head: dict[str, Any] = {
         "name": "mask_rcnn" if masks else "faster_rcnn",
-        "rpn": {"anchors": {"name": "pyramid", "sizes": sizes, "divide": True}, "depth": 2 if second else 1},
+        "rpn": {"anchors": {**anchors, "divide": True}, "depth": 2 if second else 1},
         "regions": {"trunk": {"name": "conv_fc" if second else "mlp"}},
     }
     if masks:

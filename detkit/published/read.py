@@ -1,16 +1,18 @@
 """Weights that torchvision and others publish, under detkit's names, with the experiment and classes they belong to."""
 
-import pickle
+import copy
+import inspect
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from detkit.config import Experiment
-from detkit.errors import CheckpointError, nearest
+from detkit.backbones.weights import downloaded
+from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
+from detkit.errors import CheckpointError, DetkitError, nearest, printable
+from detkit.files import parse_yaml
 from detkit.published.classifiers import NETWORKS, convert_classifier
 from detkit.published.darknet import read_darknet
 from detkit.published.fcn import convert_fcn
@@ -19,8 +21,12 @@ from detkit.published.rcnn import convert_rcnn
 from detkit.published.retinanet import convert_retinanet
 from detkit.published.ssd import convert_ssd300_vgg16
 from detkit.published.yolox import STEM, convert_yolox
-from detkit.runs import MTCNN, TORCHVISION
+from detkit.runs import MTCNN, TORCHVISION, split_options
+from detkit.tensor_files import FORMATS, file_format, of_detkit, read_tensors
+from detkit.torch_file import one_line
 from detkit.types import ClassList
+
+logger = logging.getLogger(__name__)
 
 DARKNET_SUFFIX = ".weights"
 PUBLISHED = (
@@ -35,7 +41,8 @@ PUBLISHED = (
     "fcn_resnet101",
     *NETWORKS,
 )
-Converter = Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Experiment, ClassList]]
+Result = tuple[dict[str, Tensor], Experiment, ClassList]
+Converter = Callable[..., Result]
 CONVERTERS: dict[str, Converter] = {
     # by a tensor that only this family has
     "backbone.scale_weight": convert_ssd300_vgg16,
@@ -45,76 +52,198 @@ CONVERTERS: dict[str, Converter] = {
     "classifier.1.running_mean": convert_fcn,
     **dict.fromkeys(("fc.weight", "classifier.weight", "classifier.6.weight"), convert_classifier),
 }
+COCO, CLASS_NAMES = "coco", "data.class_names"
+CHANGEABLE = ("backbone.", "neck.", "head.", "input.")
+OF_COCO = ("retinanet", "faster_rcnn", "mask_rcnn")
+"""Heads of which files with 91 classes are taken for torchvision's own."""
+ASSUMED = (
+    "input.size",
+    "backbone.norm_epsilon",
+    "backbone.mean",
+    "head.anchors.sizes",
+    "head.anchors.ratios",
+    "head.rpn.anchors.sizes",
+    "head.rpn.anchors.ratios",
+)
+"""Options on which results depend and which no file of torchvision's or YOLOX's stores."""
 
 
 def is_published(source: str) -> bool:
-    """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, a .pth file, or a .weights file of
-    Darknet's."""
-    return source.startswith((TORCHVISION, MTCNN)) or source.endswith((".pth", DARKNET_SUFFIX))
+    """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, or a file that is not one of detkit's."""
+    file, options = split_options(source)
+    if source.startswith((TORCHVISION, MTCNN)) or options:
+        return True
+    kind = file_format(file)
+    return not of_detkit(file) if kind == "safetensors" else kind in FORMATS or not file.endswith(".safetensors")
 
 
-def read_published(source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+def read_published(source: str) -> Result:
     """Tensors, experiment and classes of a published model.
 
     Args:
-        source: "torchvision:ssd300_vgg16" downloads the weights of one of PUBLISHED (or takes them from
-            torch's cache); a path ending in .pth is a state dict of one of these or of YOLOX; one ending in .weights is
-            a file of Darknet's YOLOv2 or YOLOv3; "mtcnn:" and a folder reads the networks of facenet-pytorch.
+        source: "torchvision:ssd300_vgg16" downloads the weights of one of PUBLISHED (or takes them from torch's cache);
+            a path is a state dict of one of these or of YOLOX, in a file of torch.save or safetensors, or a file of
+            Darknet's YOLOv2 or YOLOv3; "mtcnn:" and a folder reads the networks of facenet-pytorch. What a path leads
+            to was perhaps not trained as the published models were; the file does not say so. Options of the model may
+            follow the path: "own.pth?input.size=[600, 1000]&head.anchors.sizes=[...]&data.class_names=[cat, dog]", and
+            "coco=false" for a model with 91 classes that are not those of torchvision's COCO files.
 
     Raises:
-        CheckpointError: the weights cannot be had, or are of another model.
+        CheckpointError: the weights are not available, are damaged, or are of another model.
+        ConfigError: an option does not exist.
     """
-    if source.endswith(DARKNET_SUFFIX):
-        return read_darknet(source)
-    if source.startswith(MTCNN):
-        return convert_mtcnn({name: _read(path) for name, path in mtcnn_files(source).items()})
-    state = _download(source) if source.startswith(TORCHVISION) else _read(Path(source))
-    for name, convert in CONVERTERS.items():
-        if name in state:
-            return convert(state)
+    file, text = split_options(source)
+    options = _parsed(text, source)
+    coco, names = options.pop(COCO, None), options.pop(CLASS_NAMES, None)
+    tensors, experiment, classes = _read(source, file, coco, tuple(options))
+    if not file.startswith((TORCHVISION, MTCNN)):
+        _say_what_is_assumed(source, experiment, classes, coco, options)
+    return tensors, _changed(experiment, options), _named(classes, names, source)
+
+
+def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -> Result:
+    """As `read_published`, without the changes that options ask for; of these only the names are given."""
+    if file.startswith(MTCNN):
+        return convert_mtcnn({name: read_tensors(path) for name, path in mtcnn_files(file).items()})
+    if file.startswith(TORCHVISION):
+        return _converted(_download(file), source, coco, options)
+    if file_format(file) == "darknet" or (file.endswith(DARKNET_SUFFIX) and file_format(file) not in FORMATS):
+        return read_darknet(file)
+    return _converted(read_tensors(file), source, coco, options)
+
+
+def _converted(state: Mapping[str, Tensor], source: str, coco: bool | None, options: tuple[str, ...]) -> Result:
+    where = f"'{printable(source)}'"
+    inner: Mapping[str, Tensor] | None = state
+    while inner is not None:
+        for name, convert in CONVERTERS.items():
+            if name in inner:
+                given = {"coco": coco, "options": options}
+                taken = {key: given[key] for key in inspect.signature(convert).parameters if key in given}
+                if coco is not None and "coco" not in taken:
+                    raise CheckpointError(f"{where}: '{COCO}' is for Faster R-CNN, Mask R-CNN and RetinaNet.")
+                try:
+                    return convert(inner, **taken)
+                except DetkitError as error:
+                    raise CheckpointError(f"{where} cannot be used. {error}") from None
+                # What tensors of other shapes than those of the model lead to.
+                except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{where} has tensors of other shapes than the model that their names belong to "
+                        f"({one_line(error)}). Was it trained with other options?"
+                    ) from None
+        inner = _without_shared_prefix(inner)
     raise CheckpointError(
-        f"'{source}' is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}), nor one of YOLOX's: "
-        f"it has none of the tensors {', '.join(CONVERTERS)}. Files of Darknet's end in {DARKNET_SUFFIX}. Weights of a "
-        f"backbone alone go to --backbone.weights."
+        f"{where} is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}), nor one of YOLOX's or "
+        f"Darknet's, and no checkpoint of detkit: it has none of the tensors {', '.join(CONVERTERS)}, but "
+        f"{', '.join(list(state)[:3])}. Weights of a backbone alone go to --backbone.weights."
     )
 
 
-def _download(source: str) -> dict[str, Tensor]:
+def _without_shared_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """`state` without the attribute in which all of it was kept ("net."); None where there is no such."""
+    prefixes = {name.partition(".")[0] if "." in name else "" for name in state}
+    if len(prefixes) != 1 or "" in prefixes:
+        return None
+    return {name.partition(".")[2]: tensor for name, tensor in state.items()}
+
+
+def _download(source: str) -> Mapping[str, Tensor]:
     from torchvision.models import get_model_weights
 
     name = source.removeprefix(TORCHVISION)
     if name not in PUBLISHED:
-        raise CheckpointError(f"detkit cannot run torchvision's '{name}'. {nearest(name, PUBLISHED)}")
+        raise CheckpointError(f"detkit cannot run torchvision's '{printable(name)}'. {nearest(name, PUBLISHED)}")
     weights = get_model_weights(name).DEFAULT
+    return downloaded(
+        lambda: weights.get_state_dict(progress=True, check_hash=True, weights_only=True),
+        f"The weights of torchvision's {name}, {weights.url}",
+        "give its path in place of the name",
+    )
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
+    """The options behind a path by key.
+
+    Raises:
+        CheckpointError: one has no value, or cannot be changed.
+    """
+    options: dict[str, Any] = {}
+    for item in text.split("&") if text else ():
+        key, equals, value = item.partition("=")
+        if not equals or not (key in (COCO, CLASS_NAMES) or key.startswith(CHANGEABLE)):
+            raise CheckpointError(
+                f"'{printable(item)}' in '{printable(source)}' is not an option that can follow a path. Options are "
+                f"written {', '.join(f'{part}NAME=VALUE' for part in CHANGEABLE)}, {COCO}=false and "
+                f"{CLASS_NAMES}=[NAME, NAME], with & between them."
+            )
+        options[key] = parse_yaml(value, f"option '{key}'", CheckpointError, as_text=key == CLASS_NAMES)
+    if not isinstance(options.get(COCO, False), bool):
+        raise CheckpointError(f"The option '{COCO}' is true or false, not {options[COCO]!r}.")
+    return options
+
+
+def _changed(experiment: Experiment, options: Mapping[str, Any]) -> Experiment:
+    if not options:
+        return experiment
+    values = copy.deepcopy(experiment_to_dict(experiment))
+    for key, value in options.items():
+        *parents, last = key.split(".")
+        inner = values
+        for parent in parents:
+            inner[parent] = inner[parent] if isinstance(inner.get(parent), dict) else {}
+            inner = inner[parent]
+        inner[last] = value
+    return experiment_from_dict(values)
+
+
+def _named(classes: ClassList, names: Any, source: str) -> ClassList:
+    """`classes` under other names.
+
+    Raises:
+        CheckpointError: there are not as many, or they are not a list of different texts.
+    """
+    if names is None:
+        return classes
+    if not isinstance(names, list) or len(names) != len(classes):
+        raise CheckpointError(f"'{printable(source)}' has {len(classes)} classes; give as many in {CLASS_NAMES}=[...].")
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"The weights {weights.url} cannot be downloaded ({error}). Fetch that file on a machine with a network "
-            "and give its path, ending in .pth, instead."
-        ) from None
-    return state
+        return ClassList(tuple(map(str, names)), classes.raw_ids)
+    except ValueError as error:
+        raise CheckpointError(f"The option '{CLASS_NAMES}' of '{printable(source)}': {error}.") from None
 
 
-# Some training programs save their best score beside the weights, as a number of NumPy; its module has had two names.
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_NUMBERS: list[Any] = [
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    type(np.dtype(np.float64)),
-]
+def _say_what_is_assumed(
+    source: str, experiment: Experiment, classes: ClassList, coco: bool | None, options: Mapping[str, Any]
+) -> None:
+    """One line on what results depend on and the file does not tell, unless it is one of the published."""
+    join = "&" if options or coco is not None else "?"
+    if classes.names[0] == "class 0":
+        values = experiment_to_dict(experiment)
+        assumed = {key: value for key in ASSUMED if key not in options and (value := _value(values, key)) is not None}
+        if assumed:
+            logger.warning(
+                "'%s' does not store how it was trained. Assumed: %s. Where that is wrong, and to name the classes, "
+                "add options to the path: '%s%sinput.size=[600, 1000]&data.class_names=[NAME, ...]'.",
+                printable(source), ", ".join(f"{key}={value}" for key, value in assumed.items()), printable(source),
+                join,
+            )  # fmt: skip
+    elif coco is None and experiment.head["name"] in OF_COCO and Path(source).name not in _names_of_coco_files():
+        logger.warning(
+            "'%s' has 91 classes and is read as a file of torchvision's that was trained on COCO. If it was trained on "
+            "91 other classes, add that to the path: '%s%scoco=false'.",
+            printable(source), printable(source), join,
+        )  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no file of weights '{path}'.")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"'{path}' is no file of weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"'{path}' holds no dict of tensors by name. Save a model's state_dict().")
-    inside = state.get("model")  # YOLOX saves the state of the training beside it
-    return inside if isinstance(inside, dict) else state
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _names_of_coco_files() -> set[str]:
+    from torchvision.models import get_model_weights
+
+    names = [name for name in PUBLISHED if name.startswith(("faster", "mask", "retina"))]
+    return {Path(weights.url).name for name in names for weights in get_model_weights(name)}

@@ -1,15 +1,15 @@
 """Torchvision's RetinaNet (R50-FPN, first and second version) under detkit's names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
-from detkit.published.classes import coco_classes
-from detkit.published.names import TRUNK, add_counters, renamed
+from detkit.published.classes import coco_classes, unnamed_classes
+from detkit.published.names import TRUNK, check_anchors, count_rows, epsilon_option, is_coco, renamed
 from detkit.types import ClassList
 
 NAMES = (
@@ -24,43 +24,54 @@ NAMES = (
 OLD_TOWER_NAME = re.compile(r"(head\.\w+\.conv)\.(\d)\.(weight|bias)")
 CLASS_PREDICTOR = "head.class_predictor"
 SIZES = [[size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] for size in (32, 64, 128, 256, 512)]
-ANCHORS_PER_LOCATION = 9
+RATIOS = [0.5, 1.0, 2.0]
+ANCHORS_PER_LOCATION = len(SIZES[0]) * len(RATIOS)
 
 
-def convert_retinanet(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+def convert_retinanet(
+    state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of torchvision's `retinanet_resnet50_fpn` and its v2.
 
-    Its class 0 is left out: torchvision keeps that number for a background, which RetinaNet does not have and no
-    picture shows.
+    RetinaNet has no background. Torchvision's COCO files have an output 0 for one all the same, which no image showed;
+    it is left out. In a model that a user trained class 0 is a class like any other.
+
+    Args:
+        state: its state dict.
+        coco: whether it is a COCO file of torchvision's; None for those with 91 classes.
+        options: names of the options that the user gives, of which those of the anchors count here.
 
     Raises:
-        CheckpointError: a tensor is unknown, or missing.
+        CheckpointError: a tensor is unknown, or missing, or the anchors are not known.
     """
     tensors = {_detkit_name(name): tensor for name, tensor in state.items()}
-    for kind in ("weight", "bias"):
+    outputs = count_rows(state, "head.classification_head.cls_logits", "torchvision's RetinaNet")
+    anchors = count_rows(state, "head.regression_head.bbox_reg", "torchvision's RetinaNet") // 4
+    classes, rest = divmod(outputs, max(anchors, 1))
+    if rest or not classes:
+        raise CheckpointError(f"The model has {outputs} outputs of classes for {anchors} anchors. It is damaged.")
+    check_anchors(anchors, ANCHORS_PER_LOCATION, "head.anchors", options)
+    coco = is_coco(classes, coco)
+    for kind in ("weight", "bias") if coco else ():
         name = f"{CLASS_PREDICTOR}.{kind}"
-        if name not in tensors:
-            raise CheckpointError(
-                f"The state dict is not torchvision's RetinaNet: it lacks head.classification_head.cls_logits.{kind}."
-            )
-        tensors[name] = tensors[name].unflatten(0, (ANCHORS_PER_LOCATION, -1))[:, 1:].flatten(0, 1)
-    frozen = add_counters(tensors)
+        tensors[name] = tensors[name].unflatten(0, (anchors, classes))[:, 1:].flatten(0, 1)
+    epsilon = epsilon_option(tensors, coco)
     second = "head.class_tower.0.1.weight" in tensors
     backbone: dict[str, Any] = {"name": "resnet50", "levels": [3, 4, 5]}
     experiment = Experiment(
         data={"name": "coco"},
-        backbone=backbone | ({"norm_epsilon": 0.0} if frozen else {}),
+        backbone=backbone | epsilon,
         neck={"name": "fpn", "extra_levels": 2, "extra": "conv_input" if second else "conv"},
         head={
             "name": "retinanet",
-            "anchors": {"name": "pyramid", "sizes": SIZES, "divide": True},
+            "anchors": {"name": "pyramid", "sizes": SIZES, "ratios": RATIOS, "divide": True},
             "norm": second,
             "box_loss": "giou" if second else "l1",
         },
         input=InputOptions((800, 1333), "short_side"),
         name="retinanet",
     )
-    return tensors, experiment, coco_classes(len(tensors[f"{CLASS_PREDICTOR}.bias"]) // ANCHORS_PER_LOCATION)
+    return tensors, experiment, coco_classes() if coco else unnamed_classes(classes)
 
 
 def _detkit_name(name: str) -> str:

@@ -1,13 +1,16 @@
 """Torchvision's ssd300_vgg16 under detkit's names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from detkit.backbones.ssd_vgg import from_torchvision as trunk_from_torchvision
 from detkit.config import Experiment, InputOptions
+from detkit.errors import CheckpointError
 from detkit.heads.ssd import from_torchvision as head_from_torchvision
-from detkit.published.classes import coco_classes
+from detkit.published.classes import coco_classes, unnamed_classes
+from detkit.published.names import COCO_OUTPUTS, check_anchors, count_rows
 from detkit.types import ClassList
 
 # configs/ssd300_vgg16.yaml trains the same model.
@@ -15,7 +18,7 @@ SSD300_BACKBONE = {
     "name": "vgg16", "levels": [4, 5], "ceil_mode": True,
     "mean": [0.48235, 0.45882, 0.40784], "std": [1 / 255, 1 / 255, 1 / 255],
 }  # fmt: skip
-SSD300_HEAD = {
+SSD300_HEAD: dict[str, Any] = {
     "name": "ssd",
     "anchors": {
         "name": "default_boxes",
@@ -27,15 +30,28 @@ SSD300_HEAD = {
 
 
 def convert_ssd300_vgg16(
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor], options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of torchvision's `ssd300_vgg16`.
 
+    Args:
+        state: its state dict.
+        options: names of the options that the user gives, of which those of the anchors count here.
+
     Raises:
-        CheckpointError: the state dict is of another model.
+        CheckpointError: the state dict is of another model, or the anchors are not known.
     """
     backbone, neck = trunk_from_torchvision(state)
     head, num_classes = head_from_torchvision(state)
+    for level, ratios in enumerate(SSD300_HEAD["anchors"]["ratios"]):
+        heads = (f"head.{kind}_head.module_list.{level}" for kind in ("classification", "regression"))
+        outputs, offsets = (count_rows(state, head, "torchvision's ssd300_vgg16") for head in heads)
+        check_anchors(offsets // 4, 2 + 2 * len(ratios), "head.anchors", options)
+        if num_classes < 1 or outputs != (num_classes + 1) * (offsets // 4):
+            raise CheckpointError(
+                f"The model has {outputs} outputs of classes for {offsets // 4} anchors on map {level}, which does not "
+                f"fit {num_classes} classes and background."
+            )
     tensors = {
         **{f"backbone.{name}": tensor for name, tensor in backbone.items()},
         **{f"neck.{name}": tensor for name, tensor in neck.items()},
@@ -49,4 +65,4 @@ def convert_ssd300_vgg16(
         input=InputOptions((300, 300)),
         name="ssd300_vgg16",
     )
-    return tensors, experiment, coco_classes(num_classes)
+    return tensors, experiment, coco_classes() if num_classes == COCO_OUTPUTS - 1 else unnamed_classes(num_classes, 1)

@@ -7,13 +7,16 @@ from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
-from detkit.published.classes import coco_classes_without_gaps
+from detkit.published.classes import coco_classes_without_gaps, unnamed_classes
+from detkit.published.names import count_rows
 from detkit.types import ClassList
 
 STEM = "backbone.backbone.stem.conv.conv.weight"
 PREFIXES = (("backbone.backbone.", "backbone."), ("backbone.", "neck."), ("head.", "head."))
 NAMES = {0.25: "yolox_nano", 0.375: "yolox_tiny", 0.5: "yolox_s", 0.75: "yolox_m", 1.0: "yolox_l", 1.25: "yolox_x"}
 COCO_CLASSES = 80
+LARGEST = 2.0
+"""Of the factors of width and depth; YOLOX-X has 1.25 and 1.33."""
 
 
 def convert_yolox(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
@@ -26,18 +29,23 @@ def convert_yolox(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Exper
         CheckpointError: a tensor is unknown, or missing.
     """
     tensors = {_renamed(name): tensor for name, tensor in state.items()}
-    if "head.cls_preds.0.bias" not in state:
-        raise CheckpointError("The state dict is not YOLOX's: it lacks head.cls_preds.0.bias.")
+    classes = count_rows(state, "head.cls_preds.0", "YOLOX's")
     stem = state[STEM]
     # Twelve input channels: blue, green and red of each of the four pixels that Focus puts into one.
     swapped = stem.unflatten(1, (4, 3)).flip(2).flatten(1, 2)
     tensors["backbone.stem.conv.conv.weight"] = swapped
-    return tensors, _experiment(state), _classes(len(state["head.cls_preds.0.bias"]))
+    coco = classes == COCO_CLASSES
+    return tensors, _experiment(state), coco_classes_without_gaps() if coco else unnamed_classes(classes)
 
 
 def _experiment(state: Mapping[str, Tensor]) -> Experiment:
     width = len(state[STEM]) / 64
     blocks = len([name for name in state if _is_block(name)])
+    if width > LARGEST or blocks > 3 * LARGEST:
+        raise CheckpointError(
+            f"The model has {len(state[STEM])} channels behind its first convolution and {blocks} blocks in its second "
+            f"stage, more than twice those of YOLOX-L."
+        )
     depthwise = "head.cls_convs.0.0.dconv.conv.weight" in state
     depth: dict[str, Any] = {"depth": round(blocks / 3, 2), "depthwise": depthwise}
     size = 416 if width <= 0.375 else 640
@@ -62,10 +70,3 @@ def _renamed(name: str) -> str:
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     raise CheckpointError(f"'{name}' is no tensor of YOLOX.")
-
-
-def _classes(count: int) -> ClassList:
-    """COCO's where there are 80 of them, otherwise "class 0", "class 1" ..."""
-    if count != COCO_CLASSES:
-        return ClassList.from_names([f"class {label}" for label in range(count)])
-    return coco_classes_without_gaps()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from detkit.backbones.base import Backbone
-from detkit.backbones.darknet_file import DarknetConvolution, convolutions, count_floats, read_floats
+from detkit.backbones.darknet_file import DarknetConvolution, convolutions, count_floats, read_floats, take_tensors
 from detkit.errors import CheckpointError, ConfigError
 from detkit.registry import backbones
 
@@ -130,10 +130,18 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:14])
     with pytest.raises(CheckpointError, match=r"b\.weights' is cut off"):
         read_floats(cut)
-    for content in (b"", b"<!DOCTYPE html><html>", struct.pack("<5i", -1, 2, 0, 0, 0)):
+    for content in (b"<!DOCTYPE html><html>", struct.pack("<5i", -1, 2, 0, 0, 0), bytes(8)):
         cut.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"b\.weights' is no file of Darknet's weights"):
+        with pytest.raises(CheckpointError, match=r"b\.weights' is not a file of Darknet's weights"):
             read_floats(cut)
+    cut.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"b\.weights' is empty"):
+        read_floats(cut)
+    floats[50] = np.nan
+    with pytest.raises(CheckpointError, match=r"d\.weights' has values in 'a.* that are NaN"):
+        take_tensors(
+            [("a", torch.nn.Conv2d(1, 99, 1))], read_floats(write(tmp_path / "d.weights", floats)), "d.weights"
+        )
     with pytest.raises(CheckpointError, match=r"There is no file of weights .*c\.weights"):
         read_floats(tmp_path / "c.weights")
 

@@ -112,9 +112,12 @@ def test_files_that_are_no_weights(suffix: str, tmp_path: Path) -> None:
         refuse(options, f"The file of weights '.*noise{suffix}'")
 
 
-def test_a_training_checkpoint_is_not_a_state_dict(tmp_path: Path) -> None:
-    path = save({"model": models.resnet18().state_dict(), "epoch": 3}, tmp_path / "run.pth")  # type: ignore[dict-item]
-    refuse({"name": "resnet18", "weights": path}, "holds a dict of model, epoch")
+def test_the_state_dict_of_a_training_checkpoint_is_found(tmp_path: Path) -> None:
+    state = models.resnet18().state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    path = save({"state_dict": wrapped, "epoch": 3}, tmp_path / "run.pth.tar")  # type: ignore[dict-item]
+    backbone = backbones.build({"name": "resnet18", "weights": path}, "backbone")
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
 
 
 @pytest.mark.parametrize("options", [{"name": "resnet18"}, {"name": "timm", "network": "resnet10t"}])

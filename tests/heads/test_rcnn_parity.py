@@ -136,7 +136,7 @@ def test_files_under_the_older_names_load(reference: nn.Module, tmp_path: Any) -
     }  # fmt: skip
     torch.save(old, tmp_path / "old.pth")
     model = load_model(tmp_path / "old.pth")
-    assert model.backbone.bn1.eps == 0.0  # type: ignore[union-attr]
+    assert model.backbone.bn1.eps == 1e-5  # type: ignore[union-attr]
     assert torch.equal(model.state_dict()["head.rpn.convolutions.0.weight"], state["rpn.head.conv.0.0.weight"])
     assert torch.equal(model.state_dict()["neck.layer_blocks.2.0.bias"], state["backbone.fpn.layer_blocks.2.0.bias"])
 
