@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from detkit.data.dataset import fixed_classes
+from detkit.data.dataset import checked_classes
 from detkit.data.semantic import names_with_background, with_background
-from detkit.errors import DataError
+from detkit.errors import DataError, nearest
 from detkit.types import ClassList
 
 OtherClasses = Literal["problem", "drop"]
@@ -49,7 +49,7 @@ class ClassMap:
         if semantic:
             classes = with_background(classes)
             class_names = None if class_names is None else names_with_background(class_names)
-        self.classes = classes if class_names is None else fixed_classes(class_names, classes, where)
+        self.classes = classes if class_names is None else _chosen(class_names, classes, where)
         self.names = dict(declared)
         label_of = {name: label for label, name in enumerate(self.classes.names)}
         self.labels = {raw_id: label_of[name] for raw_id, name in declared if name in label_of}
@@ -65,3 +65,18 @@ def _class_list(pairs: Sequence[tuple[int, str]], where: str) -> ClassList:
             f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own"
             f"{merge if len({*names}) < len(names) else ''}."
         ) from None
+
+
+def _chosen(class_names: Sequence[str], declared: ClassList, where: str) -> ClassList:
+    """The classes that the user fixed, with the raw ids that the data set declares for them.
+
+    Raises:
+        DataError: one of the names is not declared.
+    """
+    raw_ids = dict(zip(declared.names, declared.raw_ids))
+    for name in class_names:
+        if name not in raw_ids:
+            raise DataError(
+                f"data.class_names has '{name}', a class that '{where}' does not have. {nearest(name, raw_ids)}"
+            )
+    return checked_classes(lambda: ClassList(tuple(class_names), tuple(raw_ids[name] for name in class_names)), where)

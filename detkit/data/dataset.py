@@ -664,21 +664,6 @@ def missing_split(split: str, path: Path, available: Iterable[str]) -> DataError
     )
 
 
-def fixed_classes(class_names: Sequence[str], declared: ClassList, where: str) -> ClassList:
-    """The classes that the user fixed, with the raw ids that the data set declares for them.
-
-    Raises:
-        DataError: one of the names is not declared.
-    """
-    raw_ids = dict(zip(declared.names, declared.raw_ids))
-    for name in class_names:
-        if name not in raw_ids:
-            raise DataError(
-                f"data.class_names has '{name}', a class that '{where}' does not have. {nearest(name, raw_ids)}"
-            )
-    return checked_classes(lambda: ClassList(tuple(class_names), tuple(raw_ids[name] for name in class_names)), where)
-
-
 def checked_classes(build: Callable[[], ClassList], where: str) -> ClassList:
     """The class list that `build` makes, its complaint about a name or id given twice turned into the user's error."""
     try:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from detkit.data.classes import OtherClasses
 from detkit.data.dataset import (
     LEFT_OUT_BOX,
     LEFT_OUT_IMAGE,
@@ -20,7 +21,6 @@ from detkit.data.dataset import (
     checked_classes,
     missing_split,
     read_lines,
-    unknown_class,
 )
 from detkit.data.image import IMAGE_SUFFIXES
 from detkit.data.layouts import other_layout
@@ -48,6 +48,8 @@ class Voc(FileDataset):
         broken: what to do with broken boxes and pictures.
         class_names: the classes in the order of their labels; by default all names in Annotations, sorted, so that
             every split has the same list.
+        other_classes: what to do with objects of classes that `class_names` does not list: "problem", as `broken` says,
+            or "drop", leave them out and count them.
 
     Raises:
         DataError: a folder or split is missing or empty, or something is broken and `broken` is "fail".
@@ -59,8 +61,10 @@ class Voc(FileDataset):
         split: str,
         broken: Literal["fail", "skip", "repair"] = "fail",
         class_names: tuple[str, ...] | None = None,
+        other_classes: OtherClasses = "problem",
     ) -> None:
-        super().__init__(f"The VOC data in '{root}' (split '{split}')", broken, first_pixel=1)
+        source = f"The VOC data in '{root}' (split '{split}')"
+        super().__init__(source, broken, first_pixel=1, drop_others=other_classes == "drop")
         self._root = check_root(root, _LAYOUT)
         for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
             if not (self._root / name).is_dir():
@@ -183,7 +187,7 @@ class Voc(FileDataset):
             if item.fault:
                 self.problems.add("malformed annotation", where, item.fault, LEFT_OUT_BOX)
             elif item.name not in labels:
-                self.problems.add("unknown class", where, unknown_class(item.name, self.classes), LEFT_OUT_BOX)
+                self.leave_out(item.name, where)
             else:
                 box, label = as_box(item.box), labels[item.name]
                 yield Annotation(box, label, where, difficult=item.difficult, rotation=item.rotation)

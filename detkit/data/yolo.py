@@ -10,22 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from detkit.data.classes import ClassMap, OtherClasses
 from detkit.data.dataset import (
     LEFT_OUT_BOX,
     LEFT_OUT_IMAGE,
     Annotation,
     FileDataset,
     Picture,
-    checked_classes,
-    fixed_classes,
     missing_split,
     read_lines,
-    unknown_class,
 )
 from detkit.data.image import IMAGE_SUFFIXES, find_images, is_image
 from detkit.data.layouts import other_layout
 from detkit.data.masks import polygon_area, rle_from_polygons
-from detkit.data.semantic import names_with_background, with_background
 from detkit.data.yolo_lines import (
     LabelLine,
     LineError,
@@ -39,7 +36,6 @@ from detkit.data.yolo_lines import (
 from detkit.errors import DataError, nearest
 from detkit.files import read_yaml
 from detkit.registry import datasets
-from detkit.types import ClassList
 
 LEFT_OUT_LABELS = "left out the label file"
 MOST_POINTS = 1000
@@ -73,6 +69,9 @@ class Yolo(FileDataset):
         masks: read polygons as masks; a line with a plain box is a problem then.
         semantic: make semantic maps of polygons, as COCO's; likewise.
         points: read points.
+        merge_classes: take classes of one name as one, which has the smallest of their ids.
+        other_classes: what to do with objects of classes that `class_names` does not list: "problem", as `broken` says,
+            or "drop", leave them out and count them.
 
     Raises:
         DataError: data.yaml or something that it names is missing or malformed, no image has a label file, lines can be
@@ -88,17 +87,15 @@ class Yolo(FileDataset):
         masks: bool = False,
         semantic: bool = False,
         points: bool = False,
+        merge_classes: bool = False,
+        other_classes: OtherClasses = "problem",
     ) -> None:
         source = f"The YOLO data in '{root}' (split '{split}')"
-        super().__init__(source, broken, masks, semantic=semantic, points=points)
+        drop = other_classes == "drop"
+        super().__init__(source, broken, masks, semantic=semantic, points=points, drop_others=drop)
         self._yaml = _read_data_file(root)
-        declared = self._yaml.classes
-        if semantic:
-            declared = with_background(declared)
-            class_names = None if class_names is None else names_with_background(class_names)
-        self.classes = declared if class_names is None else fixed_classes(class_names, declared, str(self._yaml.path))
-        self._declared_names = dict(zip(declared.raw_ids, declared.names))
-        self._labels = {raw_id: label for label, raw_id in enumerate(self.classes.raw_ids)}
+        self._classes = ClassMap(self._yaml.classes, str(self._yaml.path), class_names, merge_classes, semantic)
+        self.classes = self._classes.classes
         if points:
             self._points, self.flip_pairs = self._yaml.points.count, self._yaml.flip_pairs
         self._evidence = PolygonEvidence()
@@ -179,7 +176,11 @@ class Yolo(FileDataset):
                 parsed = parse_line(values, self._yaml.shape, size)
                 if parsed.polygon is not None:
                     self._evidence.add(values, where)
-                annotation = self._annotation(self._label(values[0]), parsed, where, size, values)
+                label = self._label(values[0])
+                if label is None:
+                    self.leave_out(self._classes.names[int(values[0])], where)
+                    continue
+                annotation = self._annotation(label, parsed, where, size, values)
             except LineError as error:
                 self.problems.add(error.kind, where, str(error), LEFT_OUT_BOX)
             else:
@@ -202,11 +203,10 @@ class Yolo(FileDataset):
         mask = rle_from_polygons([line.polygon], size) if wants_mask else None
         return Annotation(line.box, label, where, area=polygon_area(line.polygon), mask=mask, unread=values)
 
-    def _label(self, raw_id: float) -> int:
-        if raw_id in self._labels:
-            return self._labels[int(raw_id)]
-        if raw_id in self._declared_names:
-            raise LineError("unknown class", unknown_class(self._declared_names[int(raw_id)], self.classes))
+    def _label(self, raw_id: float) -> int | None:
+        """The label of a class; None for one that data.class_names does not list."""
+        if raw_id in self._classes.names:
+            return self._classes.labels.get(int(raw_id))
         raise LineError(
             "class out of range", f"the class {raw_id:g} is not in '{self._yaml.path}', which has {self.classes}"
         )
@@ -226,7 +226,7 @@ class _DataFile:
         path: the file.
         content: every scalar as the text that was written.
         base: the folder that its paths start from.
-        classes: names and raw ids.
+        classes: raw id and name of each, by raw id.
         shape: of the points, or None.
         flip_pairs: of the points, or None where it is not known.
     """
@@ -234,7 +234,7 @@ class _DataFile:
     path: Path
     content: dict[str, Any]
     base: Path
-    classes: ClassList
+    classes: list[tuple[int, str]]
     shape: PointShape | None
     flip_pairs: tuple[tuple[int, int], ...] | None
 
@@ -343,7 +343,7 @@ def _find_yaml(root: str) -> Path:
     return file.resolve()
 
 
-def _declared(content: dict[str, Any], path: Path) -> ClassList:
+def _declared(content: dict[str, Any], path: Path) -> list[tuple[int, str]]:
     """The classes of data.yaml."""
     names = content.get("names")
     if isinstance(names, list):
@@ -364,9 +364,7 @@ def _declared(content: dict[str, Any], path: Path) -> ClassList:
             f"The keys in '{path}' disagree: nc is {_short(count)}, but names has {len(names)} classes. Correct one of "
             f"them, or remove nc."
         )
-    pairs = sorted((int(raw_id), name) for raw_id, name in names.items())
-    ids, ordered = tuple(raw_id for raw_id, _ in pairs), tuple(name for _, name in pairs)
-    return checked_classes(lambda: ClassList(ordered, ids), str(path))
+    return sorted((int(raw_id), name) for raw_id, name in names.items())
 
 
 def _point_shape(content: dict[str, Any], path: Path) -> PointShape | None:

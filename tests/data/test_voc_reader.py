@@ -67,6 +67,17 @@ def test_writing_into_a_target_leaves_the_data_alone(tmp_path):
     assert data.target(0).boxes.tolist() == [[0, 0, 9, 9]]
 
 
+def test_objects_of_other_classes_are_dropped_on_request(tmp_path):
+    root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9), obj("cat", 1, 1, 9, 9), obj("dog", 1, 1, 5, 5)]})
+    with pytest.raises(DataError, match=r"2 x unknown class.* set data\.other_classes to 'drop'"):
+        Voc(root, "train", class_names=("cat",))
+    data = Voc(root, "train", class_names=("cat",), other_classes="drop")
+    assert data.target(0).labels.tolist() == [0]
+    assert data.problems.summary() == (
+        "no problems\n  2 x object of a class that data.class_names does not list: left out"
+    )
+
+
 def test_splits_agree_on_classes_and_a_picture_without_objects_stays(tmp_path):
     write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)], "b": []})
     root = write(tmp_path, {"c": [obj("cat", 1, 1, 9, 9)]}, split="val")

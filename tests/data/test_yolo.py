@@ -72,6 +72,23 @@ def test_names_by_id_and_fixed_class_names(tmp_path):
         Yolo(root, "train", class_names=("cat",))
     with pytest.raises(DataError, match=r"data\.class_names has 'cow'.*data\.yaml"):
         Yolo(root, "train", class_names=("cow",))
+    data = Yolo(root, "train", class_names=("cat",), other_classes="drop")
+    assert data.target(0).labels.tolist() == [0]
+    assert data.problems.found == []
+    assert "1 x object of a class that data.class_names does not list: left out" in data.problems.summary()
+
+
+def test_classes_of_one_name_are_merged_on_request(tmp_path):
+    lines = ["0 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.2 0.3", "2 0.5 0.5 0.2 0.4", "3 0.5 0.5 0.2 0.4"]
+    root = write(tmp_path, {"a.jpg": lines[:3]}, names=["cat", "dog", "cat"])
+    with pytest.raises(DataError, match=r"class name 'cat' stands twice.*, or set data\.merge_classes to true"):
+        Yolo(root, "train")
+    data = Yolo(root, "train", merge_classes=True)
+    assert (data.classes.names, data.classes.raw_ids) == (("cat", "dog"), (0, 1))
+    assert data.target(0).labels.tolist() == [0, 1, 0]
+    root = write(tmp_path, {"a.jpg": lines}, names=["cat", "dog", "cat"])
+    with pytest.raises(DataError, match="1 x class out of range"):
+        Yolo(root, "train", merge_classes=True, class_names=("cat",), other_classes="drop")
 
 
 def test_only_the_last_images_folder_becomes_labels(tmp_path):
