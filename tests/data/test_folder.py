@@ -82,7 +82,7 @@ class TestFolder:
     def test_check_counts_pictures_by_class(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert check({"name": "folder", "root": str(root)}) == 2  # each split lacks a class
         output = capsys.readouterr().out
-        assert "train (train): 3 pictures" in output
+        assert "train (train): 3 images" in output
         assert "class without pictures" in output
 
 
