@@ -239,7 +239,8 @@ class Experiment:
     """One experiment: data, model, and how it is trained.
 
     Args:
-        data: `name` of a data format (voc, coco, yolo, shapes), its options, and the splits `train` and `val`.
+        data: `name` of a data format (voc, coco, yolo, shapes), its options, the splits `train` and `val`, and
+            `allow_leaks` to accept images that are in both.
         backbone: `name` of a backbone and its options.
         head: `name` of a head and its options.
         neck: `name` of a neck and its options; null for none.

@@ -18,6 +18,7 @@ from detkit.data.dataset import (
     Picture,
     check_root,
     missing_split,
+    rotation_of,
 )
 from detkit.data.json_values import finite, finite_list, identifier, reason_of, short, whole
 from detkit.data.keypoints import keypoint_names, parse_keypoints
@@ -199,6 +200,8 @@ class Coco(FileDataset):
         try:
             x, y, width, height = finite_list(entry.get("bbox"), 4, "'bbox' must be [x, y, width, height]")
             area, crowd = _area(entry.get("area")), _flag(entry.get("iscrowd"))
+            attributes = entry.get("attributes")  # of CVAT
+            rotation = rotation_of(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
         except ValueError as error:
             self.problems.add("malformed annotation", where, str(error), LEFT_OUT_BOX)
             return None
@@ -221,7 +224,9 @@ class Coco(FileDataset):
                 self.problems.add("point outside the image", where, message, "taken as not visible")
         box = (x, y, x + width, y + height)
         unread = (entry.get("segmentation"), entry.get("keypoints"))
-        return Annotation(box, label, where, crowd=crowd, area=area, mask=mask, points=points, unread=unread)
+        return Annotation(
+            box, label, where, crowd=crowd, area=area, mask=mask, points=points, rotation=rotation, unread=unread
+        )
 
 
 def _load(path: Path) -> dict[str, list[Any]]:

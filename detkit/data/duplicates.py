@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from detkit.data.image import read_image
@@ -28,23 +27,22 @@ def identical(paths: Sequence[str | Path], border: int = 0) -> list[list[int]]:
     def wanted(group: list[int]) -> bool:
         return len(group) > 1 and (not border or group[0] < border <= group[-1])
 
-    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-        facts = list(pool.map(_facts, paths))
+    facts = [_facts(path) for path in paths]
 
-        def split(groups: list[list[int]], key: Callable[[int], Hashable]) -> list[list[int]]:
-            parts: dict[Hashable, list[int]] = {}
-            for number, group in enumerate(groups):
-                for position, value in zip(group, pool.map(key, group)):
-                    parts.setdefault((number, value), []).append(position)
-            return [part for part in parts.values() if wanted(part)]
+    def split(groups: list[list[int]], key: Callable[[int], Hashable]) -> list[list[int]]:
+        parts: dict[Hashable, list[int]] = {}
+        for number, group in enumerate(groups):
+            for position in group:
+                parts.setdefault((number, key(position)), []).append(position)
+        return [part for part in parts.values() if wanted(part)]
 
-        def is_one_file(group: list[int]) -> bool:
-            return len({facts[position] for position in group}) == 1
+    def is_one_file(group: list[int]) -> bool:
+        return len({facts[position] for position in group}) == 1
 
-        found = split([[position for position, fact in enumerate(facts) if fact]], lambda index: facts[index][-1:])
-        found = split(found, lambda index: _ends(paths[index]))
-        linked = [group for group in found if is_one_file(group)]
-        copied = split([group for group in found if not is_one_file(group)], lambda index: _digest(paths[index]))
+    found = split([[position for position, fact in enumerate(facts) if fact]], lambda position: facts[position][-1])
+    found = split(found, lambda position: _ends(paths[position]))
+    linked = [group for group in found if is_one_file(group)]
+    copied = split([group for group in found if not is_one_file(group)], lambda position: _digest(paths[position]))
     copied = [group for group in copied if is_one_file(group) or not _is_plain(paths[group[0]])]
     return sorted(linked + copied)
 

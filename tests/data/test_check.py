@@ -168,3 +168,20 @@ def test_numbers_that_are_not_finite_are_named_in_boxes_and_rotations(text: Any)
 def test_the_upright_box_around_a_rotated_one(degrees: float, first_pixel: int, expected: Any) -> None:
     box = (20 + first_pixel, 10 + first_pixel, 60, 30)
     assert upright(box, degrees, first_pixel) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "expected"), [(90.0, [10, 5, 30, 35]), ("450", [10, 5, 30, 35]), (0, None), (None, None)]
+)
+def test_boxes_rotated_in_cvat_are_read_upright_from_coco(tmp_path: Path, rotation: Any, expected: Any) -> None:
+    split(tmp_path, "train", [{"bbox": [5, 10, 30, 20], "attributes": {"occluded": False, "rotation": rotation}}])
+    data = Coco(str(tmp_path), "train", images=".")
+    assert data.target(0).boxes[0].tolist() == pytest.approx(expected or [5, 10, 35, 30])
+    assert data.problems.remarks.total() == (expected is not None)
+
+
+@pytest.mark.parametrize("rotation", ["left", [90], True, "1e999"])
+def test_a_rotation_that_is_not_a_number_is_a_problem(tmp_path: Path, rotation: Any) -> None:
+    split(tmp_path, "train", [{"attributes": {"rotation": rotation}}])
+    with pytest.raises(DataError, match=r"1 x malformed annotation.*number"):
+        Coco(str(tmp_path), "train", images=".")
