@@ -9,14 +9,15 @@ called.
 """
 
 import numpy as np
-from numba import njit
+
+from detkit.boxes.compiling import cached
 
 BLOCK = 128  # clusters tested before looking whether one of them may be better
 MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many divisions
 SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def fuse(boxes, weights, order, starts, iou_threshold):  # type: ignore[no-untyped-def]
     """Clusters and fuses within each group.
 
@@ -76,7 +77,7 @@ def fuse(boxes, weights, order, starts, iou_threshold):  # type: ignore[no-untyp
     return fused, sums[:count], members[:count], founders[:count]
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _best(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, iou_threshold):  # type: ignore[no-untyped-def]
     """Which fused box has the greatest IoU above the threshold, of equal ones the first; -1: none."""
     zero = np.float32(0.0)
@@ -102,7 +103,7 @@ def _best(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, i
     return best
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _any_above(  # type: ignore[no-untyped-def]
     lefts, tops, rights, bottoms, areas, left, top, right, bottom, factor, bound
 ):

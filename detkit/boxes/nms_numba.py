@@ -20,14 +20,13 @@ compiled (some ten seconds) or loaded from Numba's cache. All kernels are in thi
 notice changes in other files.
 """
 
-import logging
 import math
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-log = logging.getLogger(__name__)
+from detkit.boxes.compiling import cached, compiled, inlined
 
 NOT_FINITE = -1
 """`suppress` found NaN or infinity."""
@@ -64,28 +63,6 @@ def words_needed(count: int) -> int:
         + 84 * (count // 4 + 2)
         + 81 * (count // LANES + 2)
     )
-
-
-compiled = njit(nogil=True, error_model="numpy")  # NumPy's: no branch for a division by zero
-inlined = njit(nogil=True, error_model="numpy", forceinline=True)  # small, in the innermost loops
-
-
-def entry(signature, nogil=False):  # type: ignore[no-untyped-def]
-    """njit for what Python calls: with its types, compiled on import, or loaded from the cache where there is one."""
-
-    def decorate(function):  # type: ignore[no-untyped-def]
-        try:
-            return njit(signature, cache=True, nogil=nogil, error_model="numpy")(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            log.warning(
-                "Numba finds no folder to keep compiled code in, so that each process compiles NMS anew, for some ten "
-                "seconds. Set NUMBA_CACHE_DIR to a folder that can be written to."
-            )
-            return njit(signature, nogil=nogil, error_model="numpy")(function)
-
-    return decorate
 
 
 def _pointer_to(element):  # type: ignore[no-untyped-def]
@@ -533,7 +510,7 @@ def _float32_not_above(threshold):  # type: ignore[no-untyped-def]
     return np.nextafter(rounded, -INFINITY) if rounded > threshold else rounded
 
 
-@entry("int64(int64, int64, float64, int64[::1])")
+@cached("int64(int64, int64, float64, int64[::1])")
 def suppress_few(boxes_at, scores_at, iou_threshold, result):  # type: ignore[no-untyped-def]
     """`suppress` for up to RANK_SORT boxes of one image and class, all of which take part.
 
@@ -558,7 +535,7 @@ def suppress_few(boxes_at, scores_at, iou_threshold, result):  # type: ignore[no
     return kept
 
 
-@entry("int64(int64, int64, int64, int64, float64, float64, int64, float32[::1], int64[::1])", nogil=True)
+@cached("int64(int64, int64, int64, int64, float64, float64, int64, float32[::1], int64[::1])", nogil=True)
 def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_score, limit, memory, result):  # type: ignore[no-untyped-def]
     """Greedy NMS of N boxes within each image and class.
 

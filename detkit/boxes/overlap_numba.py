@@ -13,10 +13,11 @@ is searched among the bits: a maximum of integers is vectorised, one of floats i
 """
 
 import numpy as np
-from numba import njit
+
+from detkit.boxes.compiling import cached
 
 # By Numba's own rules a division by 0 raises, and a loop that can raise is not vectorised.
-compiled = njit(cache=True, nogil=True, error_model="numpy")
+compiled = cached(nogil=True)
 
 
 @compiled

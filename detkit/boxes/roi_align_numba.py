@@ -11,11 +11,12 @@ Numba is imported with this module, so only `detkit.boxes.roi_align` imports it,
 import math
 
 import numpy as np
-from numba import njit
 
-compiled = njit(cache=True, nogil=True, error_model="numpy")
+from detkit.boxes.compiling import cached
+
+compiled = cached(nogil=True)
 # For sums over channels: a product and a sum may be joined into one rounding. Of coordinates, torchvision rounds both.
-contracted = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+contracted = cached(nogil=True, fastmath={"contract"})
 
 
 @compiled

@@ -13,14 +13,15 @@ Numba is imported with this module, so only `detkit.boxes.soft_nms.soft_nms` imp
 import math
 
 import numpy as np
-from numba import njit
+
+from detkit.boxes.compiling import cached
 
 BLOCK = 128  # taken boxes tested before looking whether one of them decays the score
 MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many confirmations
 SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def take_and_decay(  # type: ignore[no-untyped-def]
     boxes, scores, order, starts, gaussian, sigma, iou_threshold, score_threshold, limit
 ):
@@ -96,7 +97,7 @@ def take_and_decay(  # type: ignore[no-untyped-def]
     return taken[:count], decayed
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _any_near(lefts, tops, rights, bottoms, bounds, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
     """Whether a taken box may overlap enough to decay; without division or a branch, so that it is vectorised."""
     zero = np.float32(0.0)
@@ -110,7 +111,7 @@ def _any_near(lefts, tops, rights, bottoms, bounds, left, top, right, bottom, bo
     return near
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _decay(  # type: ignore[no-untyped-def]
     lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, score, gaussian, sigma, iou_threshold
 ):
@@ -127,7 +128,7 @@ def _decay(  # type: ignore[no-untyped-def]
     return score
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _sift_down(heap, scores):  # type: ignore[no-untyped-def]
     """Moves the first entry to where it belongs: the best score on top, of equal ones the lower index."""
     if len(heap) == 0:
@@ -146,6 +147,6 @@ def _sift_down(heap, scores):  # type: ignore[no-untyped-def]
     heap[position] = index
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True, error_model="python")
 def _goes_first(a, b, scores):  # type: ignore[no-untyped-def]
     return scores[a] > scores[b] or (scores[a] == scores[b] and a < b)

@@ -12,7 +12,7 @@ neighbours. The lists of neighbours are chained, not rewritten: a member that is
 
 import numpy as np
 
-from detkit.proposals.kernels.compile import compiled, entry, inlined
+from detkit.boxes.compiling import cached, compiled, inlined
 
 COLOUR_BINS = 25
 TEXTURE_BINS = 10
@@ -48,7 +48,7 @@ def _half_bin(value, scale):  # type: ignore[no-untyped-def]
     return np.uint8(size + (TEXTURE_BINS if value < np.float32(0.0) else 0))
 
 
-@entry("uint8[:, ::1](uint8[:, :, ::1], float32[:, :, ::1], float64)")
+@cached("uint8[:, ::1](uint8[:, :, ::1], float32[:, :, ::1], float64)", nogil=True)
 def feature_bins(colours, planes, texture_scale):  # type: ignore[no-untyped-def]
     """The bin of each pixel in each histogram.
 
@@ -332,7 +332,7 @@ def _group(pairs, count, pixels, sizes, boxes, counts, colour_bins, use):  # typ
     return merges
 
 
-@entry("Tuple((int32[:, :, ::1], int32[:, :, ::1]))(int32[:, ::1], int64, uint8[:, ::1], boolean[:, ::1])")
+@cached("Tuple((int32[:, :, ::1], int32[:, :, ::1]))(int32[:, ::1], int64, uint8[:, ::1], boolean[:, ::1])", nogil=True)
 def group(labels, count, bins, strategies):  # type: ignore[no-untyped-def]
     """The hierarchies of regions.
 

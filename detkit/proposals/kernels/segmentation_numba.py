@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from detkit.proposals.kernels.compile import compiled, entry, inlined
+from detkit.boxes.compiling import cached, compiled, inlined
 
 STEPS = 16
 """The integers that a weight of one grey level is; fractions below are rounded."""
@@ -43,7 +43,7 @@ def _row_weights(planes, row, column, other_row, other_column, squares, weights)
         weights[i] = np.uint16(np.sqrt(squares[i]) * np.float32(STEPS) + np.float32(0.5))
 
 
-@entry("Tuple((uint32[::1], int64[::1]))(float32[:, :, ::1])")
+@cached("Tuple((uint32[::1], int64[::1]))(float32[:, :, ::1])", nogil=True)
 def sorted_edges(planes):  # type: ignore[no-untyped-def]
     """All edges of a picture, the lightest first, and of one weight in the order of the picture.
 
@@ -130,7 +130,7 @@ def _numbered(nodes, height, width):  # type: ignore[no-untyped-def]
     return labels.reshape((height, width)), count
 
 
-@entry("Tuple((int32[:, ::1], int64))(uint32[::1], int64[::1], int64, int64, int64, int64)")
+@cached("Tuple((int32[:, ::1], int64))(uint32[::1], int64[::1], int64, int64, int64, int64)", nogil=True)
 def segment(edges, starts, height, width, tolerance, min_size):  # type: ignore[no-untyped-def]
     """The regions of a picture.
 
