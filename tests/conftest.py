@@ -1,6 +1,8 @@
 """Shared by all tests: a tiny experiment on made-up pictures that trains in seconds."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,27 @@ augment: [{name: flip}, {name: photometric}]
 train: {epochs: 2, batch_size: 4, workers: 0, lr: 0.01, warmup_epochs: 0.5}
 name: tiny
 """
+
+
+HOME = tempfile.mkdtemp(prefix="detkit-home")
+
+
+def pytest_sessionstart() -> None:
+    """No test may depend on the home folder, or leave anything in it: settings, caches of weights and of networks."""
+    os.environ.update(HOME=HOME, XDG_CACHE_HOME=f"{HOME}/.cache", XDG_CONFIG_HOME=f"{HOME}/.config")
+    for name in ("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
+        os.environ.pop(name, None)
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the home folder of this session."""
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def empty_working_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may depend on what lies in the working folder, such as the runs of an earlier training."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture

@@ -130,8 +130,9 @@ def test_options_of_parts_are_strict(config: Path, overrides: list[str], message
         build_model(load_experiment([str(config)], overrides), ClassList.from_names(["a", "b"]))
 
 
+FOLDER = Path(__file__).parents[1] / "configs"
 # style.yaml trains nothing and has a schema of its own; tests/test_style_transfer.py reads it.
-CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if path.name != "style.yaml"]
+CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if path.name != "style.yaml"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -176,13 +177,14 @@ def test_precisions_have_the_names_that_predictions_know(short: str, precision: 
     assert TrainOptions(precision=short).precision == precision  # type: ignore[arg-type]
 
 
-def test_a_config_is_found_by_its_name() -> None:
+def test_a_config_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
     with pytest.raises(ConfigError, match=r"no config file 'ssd_bccd'. Did you mean 'configs/ssd_bccd.yaml'\?"):
         load_experiment(["ssd_bccd"], [])
 
 
 def test_what_may_be_null_is_named_in_words() -> None:
     with pytest.raises(ConfigError, match=r"'train\.cache' must be 'memory', 'disk' or null, but is 'ram'\."):
-        load_experiment(["configs/quickstart.yaml"], ["--train.cache", "ram"])
+        load_experiment([str(FOLDER / "quickstart.yaml")], ["--train.cache", "ram"])
     with pytest.raises(ConfigError, match=r"'train\.patience' must be a whole number or null, but is 'x'\."):
-        load_experiment(["configs/quickstart.yaml"], ["--train.patience", "x"])
+        load_experiment([str(FOLDER / "quickstart.yaml")], ["--train.patience", "x"])

@@ -140,7 +140,8 @@ def test_other_state_dicts_are_refused(reference: nn.Module) -> None:
 
 def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
     _, experiment, _ = convert_fcn(reference.state_dict())
-    config = load_experiment(["configs/fcn_resnet50.yaml"], ["--data.root", "/nowhere"])
+    path = Path(__file__).parents[2] / "configs" / "fcn_resnet50.yaml"
+    config = load_experiment([str(path)], ["--data.root", "/nowhere"])
     classes = ClassList.from_names(["a", "b"])
     mine = build_model(experiment, classes)
     trained = build_model(config, classes, load_weights=False)

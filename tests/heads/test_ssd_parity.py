@@ -1,5 +1,7 @@
 """detkit's SSD300 against torchvision's own, with random weights and real pictures."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,8 @@ def test_published_file_loads(reference: nn.Module, tmp_path: object) -> None:
 
 def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
     _, experiment, classes = convert_ssd300_vgg16(reference.state_dict())
-    config = load_experiment(["configs/ssd300_vgg16.yaml"], ["--data.root", "/nowhere"])
+    path = Path(__file__).parents[2] / "configs" / "ssd300_vgg16.yaml"
+    config = load_experiment([str(path)], ["--data.root", "/nowhere"])
     mine = build_model(experiment, classes)
     trained = build_model(config, ClassList.from_names(classes.names))
     assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in trained.state_dict().items()}
