@@ -96,6 +96,10 @@ class Folder(FileDataset):
         for path in sorted(folder.rglob("*")):
             if is_image(path):
                 pictures.append(Picture(path.relative_to(self._split).as_posix(), path, str(path)))
+            elif path.is_dir() and path.is_symlink():
+                self.problems.add_harmless(
+                    "link to a folder", str(path), "links within a class are not followed", "skipped"
+                )
             elif not path.is_dir():
                 self.problems.add_harmless("file that is no picture", str(path), "by the ending of its name", "skipped")
         return pictures

@@ -92,10 +92,12 @@ def check_splits(train: Dataset, val: Dataset, data: dict[str, Any], open_set: b
     border, paths = len(files), [*files, *_files(val)]
     if leaks := identical(paths, border):
         count = sum(position >= border for group in leaks for position in group)
+        first, last = paths[leaks[0][0]], paths[leaks[0][-1]]
+        copy = "" if first == last else f", which has the same content as '{first}'"
         raise DataError(
             f"{counted(count, 'image')} of the validation split {'is' if count == 1 else 'are'} in the training split "
-            f"too, so that the scores would be too good: '{paths[leaks[0][-1]]}' has the same content as "
-            f"'{paths[leaks[0][0]]}', for example. Remove them from one of the splits, or set data.allow_leaks to true."
+            f"too, so that the scores would be too good: '{last}'{copy}, for example. Remove them from one of the "
+            f"splits, or set data.allow_leaks to true."
         )
 
 

@@ -79,6 +79,13 @@ class TestFolder:
         with pytest.raises(DataError, match="has no folders"):
             Folder(str(tmp_path / "flat"), "train")
 
+    def test_links_to_folders_within_a_class_are_counted(self, root: Path) -> None:
+        before = len(datasets.build({"name": "folder", "root": str(root)}, "data", split="train"))
+        (root / "train/cat/loop").symlink_to(root / "train")
+        data = datasets.build({"name": "folder", "root": str(root)}, "data", split="train")
+        assert len(data) == before
+        assert "1 x link to a folder: skipped" in data.problems.summary()
+
     def test_check_counts_pictures_by_class(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert check({"name": "folder", "root": str(root)}) == 2  # each split lacks a class
         output = capsys.readouterr().out
