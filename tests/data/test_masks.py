@@ -9,7 +9,7 @@ from pycocotools import mask as reference
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detkit.data.coco import Coco
-from detkit.data.masks import area, decode, encode, tight_box
+from detkit.data.masks import _drawable, area, decode, encode, rle_from_polygons, tight_box
 from detkit.data.transforms import Augment, Fit, undo
 from detkit.types import Detections, Meta, Sample, Target
 
@@ -27,6 +27,46 @@ def test_run_lengths_equal_pycocotools() -> None:
         assert rle == {"size": [height, width], "counts": expected["counts"].decode()}
         assert area(rle) == mask.sum()
         assert (decode([rle, rle], (height, width)) == mask).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_polygons_equal_pycocotools_as_far_out_as_the_longer_side(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(200):
+        height, width = (int(side) for side in rng.integers(1, 90, 2))
+        longer, points = max(height, width), int(rng.integers(3, 12))
+        polygons = rng.uniform(-longer, 2 * longer, (2, 2 * points)).tolist()
+        expected = reference.merge(reference.frPyObjects(polygons, height, width))
+        assert rle_from_polygons(polygons, (height, width)) == expected
+
+
+@pytest.mark.parametrize("distance", [500, 1e4, 1e6])
+def test_polygons_far_out_are_cut_before_they_are_drawn(distance: float) -> None:
+    """Their memory would grow with the distance; the pixels are those of the part within the image."""
+    far = [-distance, 20.0, distance, 20.0, distance, 40.0, -distance, 40.0]
+    mask = decode([rle_from_polygons([far], (60, 80))], (60, 80))[0]
+    assert mask[20:40].all()
+    assert mask.sum() == 20 * 80
+    assert max(map(abs, _drawable(far, (60, 80)))) <= 160
+    # A frame around the image, as two turns in opposite directions: nothing of the image is inside.
+    outer = [-distance, -distance, distance, -distance, distance, distance, -distance, distance]
+    inner = [-9.0, -9.0, -9.0, 90.0, 90.0, 90.0, 90.0, -9.0]
+    frame = [*outer, *outer[:2], *inner, *inner[:2], *outer[:2]]
+    assert area(rle_from_polygons([frame], (60, 80))) == 0
+    # A triangle whose corners are far away in all directions, and one that lies outside.
+    triangle = [-distance, -distance, distance, -distance, 40.0, distance]
+    assert area(rle_from_polygons([triangle], (60, 80))) == 4800
+    outside = [distance, -distance, distance, distance, distance - 99, 0.0]
+    assert area(rle_from_polygons([outside], (60, 80))) == 0
+
+
+def test_a_slanted_edge_far_out_stays_within_a_pixel() -> None:
+    """y = x / 2 + 10, between points a hundred widths away."""
+    mask = decode([rle_from_polygons([[-8000.0, -3990, 8000, 4010, 8000, 9000, -8000, 9000]], (60, 80))], (60, 80))[0]
+    rows, columns = np.mgrid[:60, :80] + 0.5
+    below = rows - (columns / 2 + 10)
+    assert mask[below > 1].all()
+    assert not mask[below < -1].any()
 
 
 def pedestrians() -> Coco:
