@@ -220,8 +220,9 @@ def check_classes(model: ClassList, data: ClassList, source: str) -> None:
         f"only in the data: {', '.join(missing) or 'none'}; only in the checkpoint: {', '.join(extra) or 'none'}"
     )  # fmt: skip
     raise CheckpointError(
-        f"The checkpoint '{source}' was trained on other classes than this data set has: {difference}. Fix the order "
-        f"with --data.class_names, or to train on new classes start from its backbone and neck alone: "
+        f"The checkpoint '{source}' was trained on other classes than this data set has: {difference}. If the data set "
+        f"has all classes of the checkpoint, choose these: --data.class_names '[{', '.join(model.names)}]' "
+        f"--data.other_classes drop. To train on new classes, start from its backbone and neck alone: "
         f"--weights {source} --weights_parts '[backbone, neck]'."
     )
 
