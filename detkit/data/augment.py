@@ -12,8 +12,10 @@ import albumentations as A
 import cv2
 import numpy as np
 from albumentations.augmentations.crops.transforms import BaseCrop
+from albumentations.core.bbox_utils import BboxProcessor, calculate_bbox_areas_in_pixels, clip_bboxes
 
 from detkit.data.points import forget_outside
+from detkit.data.transforms import UNCUT
 from detkit.data.warp import RandomWarp, warp_boxes, warp_image, warp_mask, warp_points
 from detkit.errors import ConfigError, check_range, nearest
 from detkit.registry import augmentations
@@ -49,6 +51,30 @@ class _VerticalFlip(_SameScale, A.VerticalFlip):
         mirrored = keypoints.copy()
         mirrored[:, 1] = params["shape"][0] - keypoints[:, 1]
         return mirrored
+
+
+class VisibleBoxes(BboxProcessor):
+    """Drops the boxes of which a cut leaves too little. Albumentations' own also drops those that were not cut, but are
+    smaller than a pixel once their image is resized to the input.
+
+    The last column of a box says whether an earlier transform has cut it.
+    """
+
+    def filter(self, data: np.ndarray, shape: Any) -> np.ndarray:
+        if not len(data):
+            return data
+        clipped = clip_bboxes(data, shape)
+        whole, left = (calculate_bbox_areas_in_pixels(boxes, shape) for boxes in (data, clipped))
+        # Albumentations adds so much to keep from dividing by 0; of a box as small as that a part is as good as none.
+        inside = np.isclose(data[:, :4], clipped[:, :4], rtol=0).all(1)
+        visible = np.where(whole > 1e-3, left / (whole + 1e-7), inside)
+        clipped[:, -1] = np.maximum(clipped[:, -1], visible < UNCUT)
+        sides = (clipped[:, 2:4] - clipped[:, :2]) * [shape["width"], shape["height"]]
+        too_small = (clipped[:, -1] > 0) & (sides < 1 - 1e-7).any(1)
+        return clipped[(visible > 0) & (visible >= self.params.min_visibility) & ~too_small]
+
+    def check(self, data: np.ndarray, shape: Any) -> None:
+        """Accept boxes of no area, too: they were checked when the data set was read."""
 
 
 class ForgetPoints(A.NoOp):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detkit.data.transforms import PADDING_GREY, Mix
+from detkit.data.transforms import PADDING_GREY, UNCUT, Mix
 from detkit.data.warp import RandomWarp, Size, check_scale, translation_matrix, warp_boxes, warp_image, warp_mask
 from detkit.errors import ConfigError, check_range
 from detkit.registry import augmentations
@@ -206,9 +206,12 @@ def _cut_boxes(
     for matrix, limit in ((place.matrix, place.canvas), (cut, size)):
         whole = warp_boxes(now, matrix)
         now = np.clip(whole, 0, [limit[1], limit[0]] * 2)
-        visible *= _areas(now) / np.maximum(_areas(whole), 1e-12)
-    sides = now[:, 2:] - now[:, :2]
-    kept = torch.from_numpy(np.flatnonzero((visible > 0) & (visible >= min_visibility) & (sides >= 1).all(1)))
+        visible *= np.where(
+            _areas(whole) > 1e-12, _areas(now) / np.maximum(_areas(whole), 1e-12), (now == whole).all(1)
+        )
+    large = (now[:, 2:] - now[:, :2] >= 1).all(1)
+    # What becomes smaller than a pixel without being cut stays, as it does without augmentation.
+    kept = torch.from_numpy(np.flatnonzero((visible > 0) & (visible >= min_visibility) & (large | (visible >= UNCUT))))
     return torch.from_numpy(now).float()[kept], kept
 
 

@@ -26,6 +26,8 @@ from detkit.types import IGNORED_PIXEL, Detections, Meta, Sample, Target
 
 PADDING_GREY = 114
 BATCH_STRIDE = 32
+UNCUT = 0.999
+"""An object of which at least this part is left was not cut: what is missing is a rounding error."""
 
 Resize = Literal["stretch", "letterbox", "short_side", "crop"]
 
@@ -278,7 +280,8 @@ class Augment:
     Args:
         options: `[{name: flip, ...}, ...]`, parts of the registry of augmentations.
         fit: the network's input.
-        min_visibility: an object or proposal of which a smaller part is left after a crop is dropped.
+        min_visibility: an object or proposal of which a smaller part is left after a cut is dropped, as is one of which
+            the part that is left is less than a pixel wide or high. What becomes so small without a cut stays.
         points: the rule for pictures with points (detkit.data.points); None for those without.
 
     Raises:
@@ -294,6 +297,8 @@ class Augment:
     ) -> None:
         import albumentations as A
 
+        from detkit.data.augment import VisibleBoxes
+
         self.options, self.fit, self.min_visibility, self.points = options, fit, min_visibility, points
         built = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]
         self.mixes = [part for part in built if isinstance(part, Mix)]
@@ -305,8 +310,8 @@ class Augment:
         if points is not None:
             check_parts(self.mixes, parts, points)
             geometric = watched(geometric)
-        # Truths may touch the border to within a rounding error: clip, instead of refusing the picture.
-        boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, min_width=1, min_height=1, clip=True)
+        # Objects may touch the border to within a rounding error: clip, instead of refusing the image.
+        boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, clip=True)
         # A target of their own: some transforms look at the truths ("bboxes") to choose a window.
         self.pipeline = A.Compose(
             [*geometric, *_resize_parts(fit), *pixel_only],
@@ -314,6 +319,8 @@ class Augment:
             keypoint_params=None if points is None else A.KeypointParams("xy", remove_invisible=False),
             additional_targets={"proposals": "bboxes"},
         )
+        # Compose has no argument for a processor of one's own, and has given this one to all transforms already.
+        self.pipeline.processors["bboxes"].__class__ = VisibleBoxes
 
     def at(self, size: tuple[int, int]) -> "Augment":
         """The same for an input of another size."""
@@ -349,7 +356,7 @@ class Augment:
             given["keypoints"] = as_keypoints(target, sample.size)
         result = self.pipeline(**given)
         # Albumentations drops boxes but not their masks; the fifth column says which are left.
-        boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 5)
+        boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 6)
         kept = boxes[:, 4].long()
         masks = None
         if target.masks is not None:
@@ -366,7 +373,7 @@ class Augment:
             augmented = with_points(augmented, target, kept, result["keypoints"], size, self.points)
         proposals = None
         if sample.proposals is not None:
-            proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 5)[:, :4]
+            proposals = torch.from_numpy(result["proposals"].astype(np.float32)).reshape(-1, 6)[:, :4]
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
@@ -418,8 +425,8 @@ def _resize_parts(fit: Fit) -> list[Any]:
 
 
 def _numbered(boxes: Tensor) -> np.ndarray:
-    """(N, 4) boxes as (N, 5), the number of each behind it."""
-    return np.column_stack([boxes.numpy(), np.arange(len(boxes), dtype=np.float32)])
+    """(N, 4) boxes as (N, 6), behind each its number and whether it was cut."""
+    return np.column_stack([boxes.numpy(), np.arange(len(boxes), dtype=np.float32), np.zeros(len(boxes), np.float32)])
 
 
 def _largest_zoom(part: Any, size: tuple[int, int]) -> float:
