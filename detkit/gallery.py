@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detkit.data.image import find_images
+from detkit.data.sources import find_images
 from detkit.errors import ConfigError, DataError
 from detkit.predict import Predictor
 from detkit.predictions import Embedding

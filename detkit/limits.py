@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from detkit.data.image import find_images
+from detkit.data.sources import find_images
 from detkit.data.video import VideoReader, is_video
 from detkit.errors import ConfigError, DataError, check_range
 from detkit.files import make_folder, write_error

@@ -16,7 +16,8 @@ from detkit.bench.harness import Case, peak_rise
 from detkit.bench.report import short_count
 from detkit.boxes import nms
 from detkit.config import InputOptions
-from detkit.data.image import find_images, read_image
+from detkit.data.image import read_image
+from detkit.data.sources import find_images
 from detkit.errors import DetkitError, nearest
 from detkit.model import Model, build_model, load_tensors
 from detkit.published.read import CONVERTERS, PUBLISHED

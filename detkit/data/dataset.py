@@ -388,18 +388,20 @@ class FileDataset(Dataset):
             raise self.problems.nothing_left()
         decode = self.problems.policy != "fail"
 
-        def check(picture: Picture) -> tuple[int, int] | DataError:
+        notes: dict[int, list[str]] = {number: [] for number in range(len(pictures))}
+
+        def check(number: int) -> tuple[int, int] | DataError:
             try:
-                return check_image(picture.path, decode)
+                return check_image(pictures[number].path, decode, notes[number])
             except DataError as error:
                 return error
 
         with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-            results = list(pool.map(check, pictures))
+            results = list(pool.map(check, notes))
         usable = []
         ids: set[int | str] = set()
         files: dict[str, int | str] = {}
-        for picture, result in zip(pictures, results):
+        for picture, result, remarks in zip(pictures, results, notes.values()):
             file = os.path.abspath(picture.path)
             if picture.image_id in ids:
                 message = f"the image {picture.image_id!r} stands here twice"
@@ -413,6 +415,8 @@ class FileDataset(Dataset):
                 self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
             elif self._size_agrees(picture, result):
                 usable.append((picture, result))
+                for remark in remarks:
+                    self.problems.add_harmless("dark 16-bit image", picture.where, remark, "kept as it is")
             ids.add(picture.image_id)
             files.setdefault(file, picture.image_id)
         for first, *others in identical([picture.path for picture, _ in usable]):

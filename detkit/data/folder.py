@@ -18,7 +18,7 @@ from detkit.data.dataset import (
     missing_split,
     unknown_class,
 )
-from detkit.data.image import is_image
+from detkit.data.sources import is_image
 from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.types import ClassList, Target

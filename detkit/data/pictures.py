@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from detkit.data.dataset import Broken, FileDataset, Picture, check_root, missing_split
-from detkit.data.image import find_images
+from detkit.data.sources import find_images
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.registry import datasets
 from detkit.types import ClassList

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
@@ -22,8 +21,9 @@ from detkit.data.dataset import (
     missing_split,
     read_lines,
 )
-from detkit.data.image import IMAGE_SUFFIXES, check_image, find_images, image_size, is_image
+from detkit.data.image import IMAGE_SUFFIXES, check_image, open_image, stored_values
 from detkit.data.semantic import names_with_background
+from detkit.data.sources import find_images, is_image
 from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.types import IGNORED_PIXEL, ClassList, Target
@@ -188,25 +188,21 @@ def read_labels(path: Path, classes: ClassList) -> np.ndarray:
     """(H, W) uint8 labels of a mask, IGNORED_PIXEL among them.
 
     Raises:
-        DataError: it is no picture of numbers, or a number is no class; the message has the file and the pixel.
+        DataError: it is not an image of numbers, or a number is no class; the message has the file and the pixel.
     """
-    image_size(path)  # refuses what is no picture
-    try:
-        with Image.open(path) as image:
-            if image.mode not in MODES:
-                raise DataError(
-                    f"The mask '{path}' has colours (mode {image.mode}), but its pixels must be the numbers of "
-                    f"classes. Convert it to grey or to a palette in which colour 0 is '{classes.names[0]}'."
-                )
-            values = np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"The mask '{path}' cannot be decoded: it is cut off or damaged ({error}).") from error
+    with open_image(path) as image:
+        if image.mode not in MODES:
+            raise DataError(
+                f"The mask '{path}' has colours (mode {image.mode}), but its pixels must be the numbers of classes. "
+                f"Convert it to grey or to a palette in which colour 0 is '{classes.names[0]}'."
+            )
+        values = stored_values(image)
     wrong = (values >= len(classes)) & (values != IGNORED_PIXEL) | (values < 0)
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
         raise DataError(
             f"The mask '{path}' has {int(values[row, column])} in row {row}, column {column} (counted from 0), but "
             f"there are {len(classes)} classes: {classes}. {IGNORED_PIXEL} stands for what does not count. Name all "
-            f"classes in data.class_names, in the order of their numbers, or mend the mask."
+            f"classes in data.class_names, in the order of their numbers, or fix the mask."
         )
     return values.astype(np.uint8)

@@ -20,9 +20,10 @@ from detkit.data.dataset import (
     missing_split,
     read_lines,
 )
-from detkit.data.image import IMAGE_SUFFIXES, find_images, is_image
+from detkit.data.image import IMAGE_SUFFIXES
 from detkit.data.layouts import other_layout
 from detkit.data.masks import polygon_area, rle_from_polygons
+from detkit.data.sources import find_images, is_image
 from detkit.data.yolo_lines import (
     LabelLine,
     LineError,

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.image import check_image, find_images, image_size, read_image, rgb_uint8
+from detkit.data.image import check_image, image_size, read_image, rgb_uint8
+from detkit.data.sources import find_images
 from detkit.errors import DataError
 
 EXIF_ORIENTATION = 0x0112
