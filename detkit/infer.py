@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from detkit.data.image import find_images, read_image
+from detkit.data.image import read_image
+from detkit.data.sources import search
 from detkit.data.video import is_video
 from detkit.draw import write_image
 from detkit.errors import DataError, counted, printable
@@ -55,7 +57,7 @@ def infer(
         DataError: there is no picture, or one is broken and `skip_broken` is false.
         ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
     """
-    files = [] if is_video(source) else find_images(source)
+    sources = None if is_video(source) else search(source)
     choices = predictor.task.complete(options)
     check_options({**options, "batch": batch})
     check_output(output, source)
@@ -63,9 +65,13 @@ def infer(
     common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
     common |= {"choices": choices, "limits": limits}
     with claimed_output(output) as folder:
-        if is_video(source):
+        if sources is None:
             return infer_video(predictor, source, folder, **common)
-        return _infer_pictures(predictor, files, folder, root=source_folder(source), skip_broken=skip_broken, **common)
+        common |= {"root": source_folder(source), "skip_broken": skip_broken}
+        broken = _infer_pictures(predictor, sources.images, folder, **common)
+    if sources.passed_over:
+        Console().print(sources.summary())
+    return broken
 
 
 def _infer_pictures(
@@ -87,7 +93,8 @@ def _infer_pictures(
     ids = image_ids(names)
     results: list[dict[str, Any]] = []
     broken: list[DataError] = []
-    pictures = ahead(_read, files, batch + READ_AHEAD)
+    dark: list[str] = []
+    pictures = ahead(partial(_read, dark=dark), files, batch + READ_AHEAD)
 
     def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
         if save_images:
@@ -125,6 +132,8 @@ def _infer_pictures(
     ended = time.perf_counter()
     for message in broken:
         console.print(f"left out: {message}")
+    if dark:
+        console.print(f"dark: {counted(len(dark), 'image')} of 16 bits, the first: {dark[0]}")
     count = len(files) - len(broken)
     each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
     console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
@@ -139,12 +148,18 @@ def _limits(predictor: Predictor, options: Mapping[str, Any], batch: int) -> dic
     return limits
 
 
-def _read(file: Path) -> np.ndarray | DataError:
-    """The pixels, or why there are none: a value, so that reading ahead does not end at it."""
+def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:
+    """The pixels, or why there are none: a value, so that reading ahead does not end at it.
+
+    What `read_image` notes of the file is added to `dark`.
+    """
+    notes: list[str] = []
     try:
-        return read_image(file)
+        return read_image(file, notes=notes)
     except DataError as error:
         return error
+    finally:
+        dark += [f"{file}: {note}" for note in notes]
 
 
 def _sort_out(

@@ -168,7 +168,7 @@ def exchanges_sides(path: str | Path) -> bool:
     Raises:
         DataError: as `image_size`.
     """
-    with _open(path) as image:
+    with open_image(path) as image:
         return _orientation(image) in _SIDEWAYS
 
 
@@ -264,7 +264,8 @@ def _identify(file: IO[bytes], path: str | Path) -> Image.Image:
         # A decoder that Pillow was built without answers with a text.
         if opener is not None and (may_be_tga if accepts is None else accepts(start) is True):
             file.seek(0)
-            image = opener(file, str(path))
+            # Without the name Pillow maps no file into memory, which goes wrong for turned TIFFs and shrinking files.
+            image = opener(file, "")
             if name == "PNG" and "exif" not in image.info:
                 image.info.update(_late_exif(file))
             return image

@@ -60,6 +60,9 @@ def search(source: str | Path) -> Found:
         source: a file; a folder, which is searched with its subfolders for the endings in IMAGE_SUFFIXES, but not
             in hidden ones, and each only once, however many links lead to it; or a pattern such as
             "shots/**/*.png". A name that exists is taken literally, even if it looks like a pattern ("[ex]").
+
+    Raises:
+        DataError: there is no image; the message has what there is instead.
     """
     passed_over: dict[str, list[Path]] = defaultdict(list)
     path = Path(source)
@@ -78,25 +81,21 @@ def search(source: str | Path) -> Found:
             images.append(candidate)
         else:
             passed_over[reason].append(candidate)
-    return Found(sorted(images, key=lambda item: natural_key(item.as_posix())), passed_over)
+    found = Found(sorted(images, key=lambda item: natural_key(item.as_posix())), passed_over)
+    if not images:
+        is_folder = os.path.isdir(path)
+        what = "The folder" if is_folder else "There is no file or folder, and no image that matches the pattern,"
+        raise DataError(
+            f"{what} '{source}'{' holds no images' if is_folder else ''}"
+            f"{f' ({found.summary()})' if passed_over else ''}. Give an image, a folder or a pattern; files count as "
+            f"images by their endings: {' '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return found
 
 
 def find_images(source: str | Path) -> list[Path]:
-    """The images of `search`.
-
-    Raises:
-        DataError: there is none; the message has what there is instead.
-    """
-    found = search(source)
-    if found.images:
-        return found.images
-    is_folder = os.path.isdir(source)
-    what = "The folder" if is_folder else "There is no file or folder, and no image that matches the pattern,"
-    raise DataError(
-        f"{what} '{source}'{' holds no images' if is_folder else ''}"
-        f"{f' ({found.summary()})' if found.passed_over else ''}. Give an image, a folder or a pattern; files count as "
-        f"images by their endings: {' '.join(sorted(IMAGE_SUFFIXES))}."
-    )
+    """The images of `search`; the errors are the same."""
+    return search(source).images
 
 
 def is_image(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +23,8 @@ BT709, VIDEO_RANGE = 1, 1
 
 
 def is_video(source: str | Path) -> bool:
-    """Whether `source` names a video and not an image, by its ending alone."""
-    return Path(source).suffix.lower() in VIDEO_SUFFIXES
+    """Whether `source` names a video and not images, by its ending alone; a folder is never one."""
+    return Path(source).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(source)
 
 
 class VideoReader:
