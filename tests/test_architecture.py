@@ -1,6 +1,7 @@
 """Rules of the architecture, held by tests."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,13 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_layers_name_every_module_and_no_other() -> None:
     assert set(LEVEL) == {module_of(path) for path in FILES}
+
+
+def test_one_module_opens_images() -> None:
+    """Elsewhere neither the allow-list of decoders nor the limit of memory would hold."""
+    openers = re.compile(r"Image\.open\(|Image\.OPEN|imread|imdecode|imageio|torchvision\.io")
+    found = [path.relative_to(PACKAGE).as_posix() for path in FILES if openers.search(path.read_text(encoding="utf-8"))]
+    assert found == ["data/image.py"]
 
 
 @pytest.mark.parametrize(

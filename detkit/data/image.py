@@ -42,7 +42,7 @@ FORMAT_BYTES = {"TIFF": 10, "WEBP": 19, "AVIF": 13, "JPEG2000": 20}
 """Likewise, measured, of formats that are decoded by way of buffers of their own."""
 PROGRESSIVE_BYTES = 11
 """Likewise of a progressive JPEG, whose coefficients are kept until the last scan."""
-LARGEST_SCAN_COUNT = 50
+LARGEST_SCAN_COUNT = 40
 """Scans of a progressive JPEG, each of which goes over all pixels. Encoders write about 10."""
 DARK_BITS = 14
 """An image of 16-bit samples that uses no more bits than these comes out at a quarter of the brightness or less."""
@@ -413,9 +413,9 @@ def _eight_bit(image: Image.Image, stored_bits: int, name: str) -> tuple[np.ndar
     # Where PNG and PPM come as 32-bit integers, they are 16-bit ones of the file.
     if image.mode == "F" or (image.mode == "I" and image.format not in {"PNG", "PPM"}):
         raise DataError(
-            f"The image '{name}' has {stored_bits}-bit {'floating point' if image.mode == 'F' else 'or signed'} "
-            f"samples from {values.min()} to {values.max()}, which have no fixed range that could be brought to 8 "
-            f"bits. Convert it to 8 or 16 bits (unsigned) with the range that you want."
+            f"The image '{name}' has {'floating point' if image.mode == 'F' else 'signed or 32-bit integer'} samples "
+            f"from {values.min()} to {values.max()}, which have no fixed range that could be brought to 8 bits. "
+            f"Convert it to 8 or 16 bits (unsigned) with the range that you want."
         )
     grey = (values >> (stored_bits - 8)).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2), int(values.max()).bit_length()
