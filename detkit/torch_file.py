@@ -178,12 +178,12 @@ def _read_legacy(file: IO[bytes]) -> Any:
     """Before PyTorch 1.6: four pickles, the keys of the storages, then the bytes of these in that order."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages = _Storages(len(data), lambda key, content: None)
-        magic, protocol, system = (_Unpickler(storages).run(data) for _ in range(3))
-        if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
+        if _Unpickler(storages).run(data) != LEGACY_MAGIC or _Unpickler(storages).run(data) != LEGACY_PROTOCOL:
             raise DamagedError(
                 "it is a pickle that torch.save did not write, which detkit does not open. Save the tensors with "
                 "torch.save(model.state_dict(), 'weights.pth')"
             )
+        system = _Unpickler(storages).run(data)
         if not isinstance(system, dict) or not system.get("little_endian"):
             raise DamagedError("it was written on a machine with another order of bytes. Save it again on a usual one")
         content = _Unpickler(storages).run(data)

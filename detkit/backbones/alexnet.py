@@ -63,7 +63,7 @@ class AlexNet(Backbone):
             weights,
             "alexnet",
             full_names=full.state_dict().keys(),
-            download=lambda: models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True),
+            download=lambda: models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

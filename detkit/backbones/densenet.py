@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
 from detkit.registry import backbones
 
+OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 CHANNELS = {2: 256, 3: 512, 4: 1024, 5: 1024}
 
 
@@ -59,8 +61,9 @@ class DenseNet121(Backbone):
             weights,
             "densenet121",
             full_names=full.state_dict().keys(),
-            # Torchvision's file has names of an older layout, which its own loader translates.
-            download=lambda: models.densenet121(weights=models.DenseNet121_Weights.IMAGENET1K_V1).state_dict(),
+            download=lambda: with_current_names(
+                models.DenseNet121_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+            ),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -86,3 +89,8 @@ class DenseNet121(Backbone):
                 stages.append([])
             stages[-1].append(layer)
         return [nn.Sequential(*stage) for stage in stages]
+
+
+def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names of torchvision's code, which is newer than its published file."""
+    return {OLD_NAME.sub(r"\1\2.", name): tensor for name, tensor in state.items()}

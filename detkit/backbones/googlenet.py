@@ -84,7 +84,7 @@ class GoogLeNet(Backbone):
             weights,
             "googlenet",
             full_names=full.state_dict().keys(),
-            download=lambda: models.GoogLeNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True),
+            download=lambda: models.GoogLeNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

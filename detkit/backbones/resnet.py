@@ -74,7 +74,9 @@ class ResNet(Backbone):
             weights,
             self.network,
             full_names=full.state_dict().keys(),
-            download=lambda: models.get_model_weights(self.network).IMAGENET1K_V1.get_state_dict(check_hash=True),
+            download=lambda: models.get_model_weights(self.network).IMAGENET1K_V1.get_state_dict(
+                check_hash=True, weights_only=True
+            ),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

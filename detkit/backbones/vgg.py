@@ -88,7 +88,9 @@ class VGG(Backbone):
             weights,
             name,
             full_names=full.state_dict().keys(),
-            download=lambda: models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True),
+            download=lambda: models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(
+                check_hash=True, weights_only=True
+            ),
             package=vgg16_from_package if name == "vgg16" else None,
         )
 

@@ -79,7 +79,7 @@ def _read(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     try:
         with h5py.File(path) as file:
             return [(file[f"{name}/0"][()], file[f"{name}/1"][()]) for name in names]
-    except (OSError, KeyError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"The package {PACKAGE} does not hold what its version 2.0.0 does: '{path}': {error}. Install that one: "
             f"{INSTALL}."

@@ -98,7 +98,9 @@ class ResNetLayer4(RegionTrunk):
             weights,
             network,
             full_names=full.state_dict().keys(),
-            download=lambda: models.get_model_weights(network).IMAGENET1K_V1.get_state_dict(check_hash=True),
+            download=lambda: models.get_model_weights(network).IMAGENET1K_V1.get_state_dict(
+                check_hash=True, weights_only=True
+            ),
         )
 
     def forward(self, features: Tensor) -> Tensor:

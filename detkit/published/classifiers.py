@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detkit.backbones.densenet import with_current_names
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import unnamed_classes
@@ -27,8 +28,6 @@ HEAD_NAMES = (
     (r"aux2\.(.+)", r"head.auxiliary.1.\1"),
 )
 AUXILIARY_NAMES = ((".conv.conv.", ".conv."), (".conv.bn.", ".norm."), (".fc1.", ".hidden."), (".fc2.", ".predictor."))
-# DenseNet's published file is older than torchvision's code.
-OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
 def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
@@ -40,7 +39,7 @@ def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     Raises:
         CheckpointError: the tensors are of none of these networks.
     """
-    state = {OLD_DENSENET_NAME.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
+    state = with_current_names(state)
     network = _network(state)
     tensors = {_detkit_name(name, network): tensor for name, tensor in state.items()}
     for name in list(tensors):

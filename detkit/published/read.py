@@ -93,12 +93,12 @@ def read_published(source: str) -> Result:
         ConfigError: an option does not exist.
     """
     file, text = split_options(source)
-    options = _parsed(text, source)
-    coco, names = options.pop(COCO, None), options.pop(CLASS_NAMES, None)
-    tensors, experiment, classes = _read(source, file, coco, tuple(options))
+    given = _parsed(text, source)
+    options = {key: value for key, value in given.items() if key not in (COCO, CLASS_NAMES)}
+    tensors, experiment, classes = _read(source, file, given.get(COCO), tuple(options))
     if not file.startswith((TORCHVISION, MTCNN)):
-        _say_what_is_assumed(source, experiment, classes, coco, options)
-    return tensors, _changed(experiment, options), _named(classes, names, source)
+        _say_what_is_assumed(source, experiment, classes, given)
+    return tensors, _changed(experiment, options), _named(classes, given.get(CLASS_NAMES), source)
 
 
 def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -> Result:
@@ -213,27 +213,25 @@ def _named(classes: ClassList, names: Any, source: str) -> ClassList:
         raise CheckpointError(f"The option '{CLASS_NAMES}' of '{printable(source)}': {error}.") from None
 
 
-def _say_what_is_assumed(
-    source: str, experiment: Experiment, classes: ClassList, coco: bool | None, options: Mapping[str, Any]
-) -> None:
+def _say_what_is_assumed(source: str, experiment: Experiment, classes: ClassList, given: Mapping[str, Any]) -> None:
     """One line on what results depend on and the file does not tell, unless it is one of the published."""
-    join = "&" if options or coco is not None else "?"
+    shown, join = printable(source), "&" if given else "?"
     if classes.names[0] == "class 0":
         values = experiment_to_dict(experiment)
-        assumed = {key: value for key in ASSUMED if key not in options and (value := _value(values, key)) is not None}
+        assumed = [
+            f"{key}={value}" for key in ASSUMED if key not in given and (value := _value(values, key)) is not None
+        ]
+        unnamed = "" if CLASS_NAMES in given else f" The names of its classes follow as {CLASS_NAMES}=[NAME, ...]."
         if assumed:
             logger.warning(
-                "'%s' does not store how it was trained. Assumed: %s. Where that is wrong, and to name the classes, "
-                "add options to the path: '%s%sinput.size=[600, 1000]&data.class_names=[NAME, ...]'.",
-                printable(source), ", ".join(f"{key}={value}" for key, value in assumed.items()), printable(source),
-                join,
-            )  # fmt: skip
-    elif coco is None and experiment.head["name"] in OF_COCO and Path(source).name not in _names_of_coco_files():
+                f"'{shown}' does not store how it was trained. Assumed: {', '.join(assumed)}. Where that is wrong, add "
+                f"the right values to the path: '{shown}{join}{assumed[0]}'.{unnamed}"
+            )
+    elif COCO not in given and experiment.head["name"] in OF_COCO and Path(source).name not in _names_of_coco_files():
         logger.warning(
-            "'%s' has 91 classes and is read as a file of torchvision's that was trained on COCO. If it was trained on "
-            "91 other classes, add that to the path: '%s%scoco=false'.",
-            printable(source), printable(source), join,
-        )  # fmt: skip
+            f"'{shown}' has 91 classes and is read as a file of torchvision's that was trained on COCO. If it was "
+            f"trained on 91 other classes, add that to the path: '{shown}{join}{COCO}=false'."
+        )
 
 
 def _value(values: Any, key: str) -> Any:
