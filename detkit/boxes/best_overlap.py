@@ -1,7 +1,7 @@
 """Which anchors and truths overlap most, found without the (A, N) matrix of their IoUs.
 
 One pass over tiles of anchors: compiled code for float32 and float64 on the CPU, torch for all else. Both give the
-same results, those of `pairwise_iou` and of torch's max, to the bit.
+same results, those of `pairwise_iou` (with 0 for NaN) and of torch's max, to the bit.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ class TiledOverlaps:
         best_of_anchors = []
         begin = 0
         for tile in self._tiles:
-            iou = pairwise_iou(tile, self._truths)
+            iou = _known_iou(tile, self._truths)
             best_of_anchors.append(iou.max(1))
             value, index = iou.max(0)
             if begin == 0:
@@ -52,14 +52,14 @@ class TiledOverlaps:
     def attain_best(self) -> Tensor:
         """(A,) bool, the anchors that have the largest IoU of some truth, all that tie; none for an IoU of 0."""
         some = self.truth_iou > 0
-        return torch.cat([((pairwise_iou(tile, self._truths) == self.truth_iou) & some).any(1) for tile in self._tiles])
+        return torch.cat([((_known_iou(tile, self._truths) == self.truth_iou) & some).any(1) for tile in self._tiles])
 
     def best_free(self, truth: int, free: Tensor) -> tuple[float, int]:
         """The largest IoU of a truth with an anchor that is `free`, (A,) bool, and the first that has it.
 
         -1 and 0 where none is free.
         """
-        iou = torch.cat([pairwise_iou(tile, self._truths[truth : truth + 1])[:, 0] for tile in self._tiles])
+        iou = torch.cat([_known_iou(tile, self._truths[truth : truth + 1])[:, 0] for tile in self._tiles])
         value, index = torch.where(free, iou, -1).max(0)
         return float(value), int(index)
 
@@ -98,6 +98,11 @@ class CompiledOverlaps:
 
     def covered(self, part: float) -> Tensor:
         return torch.from_numpy(self._kernels.largest_cover(self._anchors, self._truths)) >= part
+
+
+def _known_iou(anchors: Tensor, truths: Tensor) -> Tensor:
+    """(A, N) IoUs; 0 and not NaN where boxes are so large that their areas are infinite, which makes no match."""
+    return pairwise_iou(anchors, truths).nan_to_num(0)
 
 
 def find_overlaps(anchors: Tensor, truths: Tensor) -> TiledOverlaps | CompiledOverlaps:

@@ -10,7 +10,11 @@ centres and c the diagonal of that smallest box:
            v = 4 / pi^2 (atan(w_a / h_a) - atan(w_b / h_b))^2 and alpha = v / (1 - iou + v) is held constant
            in the gradient.
 
-A quotient whose denominator is 0 counts as 0, with gradient 0: boxes without area give numbers, never NaN.
+A quotient whose denominator is 0 counts as 0, with gradient 0: boxes without area give numbers, never NaN. A box that
+holds NaN gives NaN, as in torchvision, and so do two whose intersection is infinite: their overlap is not known, and 0
+would say that it is.
+
+Integers are computed in float64, which holds coordinates up to 2^53 exactly, where float32 ends at 2^24.
 """
 
 import math
@@ -41,18 +45,20 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor
         kind: which form; see the module.
 
     Returns:
-        (N, M), float32, or float64 where the boxes are; differentiable.
+        (N, M), float32, or float64 where one of the arguments is; differentiable.
 
     Raises:
         ValueError: for a shape that is not (N, 4), or an unknown kind.
     """
     _check_boxes(boxes_a, "boxes_a")
     _check_boxes(boxes_b, "boxes_b")
+    iou = None
     if kind == "iou" and len(boxes_a) * len(boxes_b) > SMALL:
         arrays = _plain_arrays(at_least_float32(boxes_a), at_least_float32(boxes_b))
-        if arrays is not None:
-            return _compiled_pairwise_iou(*arrays)
-    return _overlap(boxes_a[:, None], boxes_b[None], kind)
+        iou = None if arrays is None else _compiled_pairwise_iou(*arrays)
+    if iou is None:
+        iou = _overlap(boxes_a[:, None], boxes_b[None], kind)
+    return iou.to(_result_dtype(boxes_a, boxes_b))
 
 
 def elementwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
@@ -64,7 +70,8 @@ def elementwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Ten
         kind: which form; see the module.
 
     Returns:
-        (N,), float32, or float64 where the boxes are; differentiable, without NaN in the gradient.
+        (N,), float32, or float64 where one of the arguments is; differentiable, without NaN in the gradient where the
+        boxes are finite.
 
     Raises:
         ValueError: for shapes that are not (N, 4) or differ, or an unknown kind.
@@ -73,7 +80,7 @@ def elementwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Ten
     _check_boxes(boxes_b, "boxes_b")
     if len(boxes_a) != len(boxes_b):
         raise ValueError(f"boxes_a and boxes_b must be equally many, but are {len(boxes_a)} and {len(boxes_b)}")
-    return _overlap(boxes_a, boxes_b, kind)
+    return _overlap(boxes_a, boxes_b, kind).to(_result_dtype(boxes_a, boxes_b))
 
 
 def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
@@ -87,12 +94,14 @@ def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
         crowds: (M, 4) xyxy.
 
     Returns:
-        (N, M) in 0..1; 0 for a box without area.
+        (N, M) in 0..1, float32, or float64 where one of the arguments is; 0 for a box without area, NaN where a box or
+        a crowd holds NaN.
     """
     _check_boxes(boxes, "boxes")
     _check_boxes(crowds, "crowds")
+    dtype = _result_dtype(boxes, crowds)
     boxes, crowds = at_least_float32(boxes), at_least_float32(crowds)
-    return _ratio(_intersection(boxes[:, None], crowds[None]), area(boxes)[:, None])
+    return _ratio(_intersection(boxes[:, None], crowds[None]), area(boxes)[:, None]).to(dtype)
 
 
 def _plain_arrays(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
@@ -112,13 +121,17 @@ def _plain_arrays(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
         return None  # Tensors without memory of their own, as in torch.vmap.
 
 
-def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor:
-    """The (N, M) IoUs written straight away, where `_overlap` makes some ten tensors of that size."""
+def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor | None:
+    """The (N, M) IoUs written straight away, where `_overlap` makes some ten tensors of that size; None where an area
+    is not finite, since the compiled code knows no NaN."""
     # Numba takes half a second to import: whoever compares few boxes does not wait for it.
     from detkit.boxes.overlap_numba import columns, pairwise
 
+    columns_a, columns_b = columns(a), columns(b)
+    if not (np.isfinite(columns_a[-1]).all() and np.isfinite(columns_b[-1]).all()):
+        return None
     iou = np.empty(len(a) * len(b), dtype=a.dtype)
-    pairwise(columns(a), columns(b), iou)
+    pairwise(columns_a, columns_b, iou)
     return torch.from_numpy(iou).reshape(len(a), len(b))
 
 
@@ -174,14 +187,21 @@ def _shape_angle(boxes: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 with gradient 0 where the denominator is not positive."""
-    positive = denominator > 0
-    return torch.where(positive, numerator, 0) / torch.where(positive, denominator, 1)
+    """numerator / denominator, 0 with gradient 0 where the denominator is 0 or less, and NaN where it is NaN."""
+    nothing = denominator <= 0
+    return torch.where(nothing, 0, numerator) / torch.where(nothing, 1, denominator)
 
 
 def at_least_float32(boxes: Tensor) -> Tensor:
+    """The boxes in a dtype that overlaps can be computed in: float64 for integers, which float32 may round."""
+    if not boxes.is_floating_point():
+        return boxes.double()
     # The area of a box of 300 x 300 pixels overflows float16.
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
+def _result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
 def _check_boxes(boxes: Tensor, name: str) -> None:

@@ -66,7 +66,7 @@ def match_sim_ota(
     in_square = _inside(points, _squares(truths), centre_radius * strides)
     chosen = (in_truth | in_square).any(0).nonzero().flatten()
     if len(chosen):
-        iou = pairwise_iou(truths, boxes[chosen])
+        iou = pairwise_iou(truths, boxes[chosen]).nan_to_num(0)  # a prediction that is no box overlaps nothing
         cost = _class_cost(class_logits[chosen], objectness[chosen], labels)
         cost = cost - IOU_WEIGHT * (iou + SMALLEST_IOU).log()
         outside = ~(in_truth & in_square)[:, chosen]

@@ -169,11 +169,12 @@ def assign(
     if len(target):
         with torch.no_grad():
             boxes = predicted_boxes(outputs.values[image], outputs.cells, outputs.anchors)
-            negative &= pairwise_iou(boxes, target.boxes).amax(1) <= ignore_above
+            # Not so of NaN: a diverged network shall not count as nothing to learn, but stop the training.
+            negative &= ~(pairwise_iou(boxes, target.boxes).amax(1) > ignore_above)
             crowds = target.boxes[target.ignored]
             if len(crowds):
                 covered = intersection_over_area(clip(boxes, outputs.size), crowds).amax(1)
-                negative &= covered < IGNORED_COVER
+                negative &= ~(covered >= IGNORED_COVER)
     negative[places] = False
     return Assignment(positives, members[latest], members, rows, negative)
 

@@ -64,7 +64,77 @@ def test_compiled_iou_is_torchs_to_the_bit(counts, dtype):
         bits = torch.int32 if dtype == torch.float32 else torch.int64
         assert torch.equal(result.view(bits), pair_by_pair(a, b).view(bits))
         a, b = (strange_boxes(n, seed + i * 100, dtype) for i, n in enumerate(counts))
-        assert torch.equal(pairwise_iou(a, b), pair_by_pair(a, b))
+        assert torch.equal(pairwise_iou(a, b).view(bits), pair_by_pair(a, b).view(bits))
+        known = [boxes[boxes.abs().amax(1) <= 1e19] for boxes in (a, b)]  # no NaN, and areas that are finite
+        assert torch.equal(pairwise_iou(*known).view(bits), pair_by_pair(*known).view(bits))
+
+
+@pytest.mark.parametrize("count", [20, 90])  # in torch, and where finite boxes go to compiled code
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_gives_nan(kind, dtype, count):
+    a, b = (random_boxes(count, seed).to(dtype) for seed in (1, 2))
+    a[3, 2] = b[5, 0] = b[7] = math.nan
+    result = pairwise_iou(a, b, kind)
+    expected = torch.zeros(count, count, dtype=torch.bool)
+    expected[3] = expected[:, 5] = expected[:, 7] = True
+    assert torch.equal(result.isnan(), expected)
+    assert torch.equal(elementwise_iou(a, b, kind).isnan(), expected.diagonal())
+
+
+@pytest.mark.parametrize("count", [40, 200])
+def test_nan_and_infinite_boxes_as_torchvision(count):
+    """But for two boxes without area, whose 0 / 0 is 0 here."""
+    for seed in range(5):
+        a, b = (strange_boxes(count, seed + i * 100, torch.float32) for i in range(2))
+        a, b = (boxes[~(boxes[:, 2:] < boxes[:, :2]).any(1)] for boxes in (a, b))  # torchvision's inverted differ
+        some = ops.box_area(a)[:, None] + ops.box_area(b) != 0
+        result, expected = pairwise_iou(a, b)[some], ops.box_iou(a, b)[some]
+        assert result.isnan().any()
+        assert (result > 0).any()
+        torch.testing.assert_close(result, expected, equal_nan=True)
+    infinite = torch.tensor([[0.0, 0, math.inf, math.inf], [0, 0, 10, 10]])
+    assert pairwise_iou(infinite, infinite).isnan().tolist() == [[True, False], [False, False]]
+
+
+def test_part_of_a_box_that_is_nan_is_not_known():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, math.nan, 10, 10], [3, 3, 3, 3]])
+    assert intersection_over_area(boxes, boxes).isnan().tolist() == [[False, True, False], [True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [1, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_integers_are_not_rounded(kind, count, dtype):
+    """Of 2^24 + 1 float32 makes 2^24: boxes beside each other became one, and narrow ones lost their area."""
+    corner = 2**24 + 1
+    a = torch.tensor([[corner, 0, corner + 1, 2]], dtype=dtype).repeat(count, 1)
+    b = torch.tensor([[corner, 0, corner + 1, 1], [corner + 1, 0, corner + 2, 2]], dtype=dtype).repeat(count, 1)
+    near = torch.tensor([corner, 0, corner, 0], dtype=dtype)
+    expected = pairwise_iou((a - near).double(), (b - near).double(), kind)
+    result = pairwise_iou(a, b, kind)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected.float())
+    assert {round(float(value), 3) for value in result.unique()} == {
+        "iou": {0.0, 0.5}, "giou": {0.0, 0.5}, "diou": {-0.125, 0.45}, "ciou": {-0.125, 0.447}
+    }[kind]  # fmt: skip
+    torch.testing.assert_close(elementwise_iou(a[:1], b[:1], kind), expected[0, :1].float())
+    assert pairwise_iou(a.double(), b, kind).dtype == torch.float64
+    torch.testing.assert_close(pairwise_iou(a, b.double(), kind), expected)
+
+
+def test_integers_beside_halves_and_none_at_all():
+    whole = torch.tensor([[0, 0, 300, 300]])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        result = pairwise_iou(whole, torch.tensor([[0.0, 0, 150, 300]], dtype=dtype))
+        assert (result.dtype, result.item()) == (torch.float32, 0.5)
+    assert pairwise_iou(whole[:0], whole).shape == (0, 1)
+    assert pairwise_iou(whole[:0], whole).dtype == torch.float32
+    corner = 2**24 + 1
+    inside = intersection_over_area(
+        torch.tensor([[corner, 0, corner + 2, 1]]), torch.tensor([[corner, 0, corner + 1, 1]])
+    )
+    assert (inside.dtype, inside.item()) == (torch.float32, 0.5)
 
 
 def test_any_layout_and_dtype_of_many_boxes():

@@ -406,6 +406,22 @@ def test_nan_and_wrong_masks_are_refused(matcher):
         matcher(boxes, boxes[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e200, math.inf])
+def test_overlaps_that_are_not_known_match_nothing(size, dtype):
+    """The IoU of two boxes whose areas are infinite is NaN; to both kinds of code it is no overlap."""
+    huge = torch.tensor([[0.0, 0, size, size], [-size, -size, size, size]], dtype=torch.float64)
+    anchors = torch.cat((random_boxes(40, 2).double(), huge)).to(dtype)
+    truths = anchors[[3, 40, 7, 41]]
+    assert pairwise_iou(anchors, truths)[40, 1].isnan()
+    for overlaps in (TiledOverlaps(anchors, truths), CompiledOverlaps(anchors, truths)):
+        assert overlaps.truth_iou.tolist() == [1, 0, 1, 0]
+        assert overlaps.truth_anchor.tolist()[::2] == [3, 7]
+        assert overlaps.anchor_iou[40:].tolist() == [0, 0]
+        assert overlaps.attain_best().nonzero().flatten().tolist() == [3, 7]
+        assert overlaps.best_free(1, torch.arange(42) >= 40) == (0, 40)
+
+
 def test_swapped_thresholds_are_refused():
     with pytest.raises(ValueError, match=r"low must not be above high, but they are 0.7 and 0.3"):
         match_two_thresholds(random_boxes(2, 1), random_boxes(2, 2), low=0.7, high=0.3)

@@ -190,6 +190,16 @@ def test_extreme_logits_keep_the_costs_finite() -> None:
     assert far.positive.sum() >= 1
 
 
+def test_a_prediction_that_is_nan_is_one_that_overlaps_nothing() -> None:
+    tensors = problem(2, 4)
+    for broken in (torch.arange(len(tensors["points"])) % 3 == 0, ~match_sim_ota(**tensors).positive):
+        boxes = {value: tensors["boxes"].masked_fill(broken[:, None], value) for value in (math.nan, -1e6)}
+        match, expected = (match_sim_ota(**{**tensors, "boxes": boxes[value]}) for value in boxes)
+        assert torch.equal(match.positive, expected.positive)
+        assert torch.equal(match.truth_index, expected.truth_index)
+        assert (match.positive & ~broken).any()
+
+
 def test_single_precision_tells_cells_outside_apart() -> None:
     """A truth smaller than a cell has no cell inside both; of those around it the cheapest must win all the same."""
     points, strides = cells(96, 128)

@@ -129,6 +129,14 @@ def test_losses_equal_plain_loops() -> None:
             assert float(mine[name]) == pytest.approx(value, rel=1e-4, abs=1e-4), (seed, name)
 
 
+def test_nan_beside_a_crowd_alone_is_seen() -> None:
+    """A box that is NaN overlaps nothing that would make its place ignored: training must stop at it."""
+    outputs = random_outputs(torch.Generator().manual_seed(0), images=1)
+    broken = outputs._replace(values=torch.full_like(outputs.values, math.nan))
+    crowd = Target(torch.tensor([[10.0, 10, 60, 50]]), torch.tensor([0]), crowd=torch.tensor([True]))
+    assert make().loss(broken, (crowd,))["objectness"].isnan()
+
+
 def test_two_truths_at_one_place_are_two_classes_of_one_box() -> None:
     """The later truth gives the box; the classes of both count, as each class is a question of its own."""
     outputs = random_outputs(torch.Generator().manual_seed(0), images=1)
