@@ -71,6 +71,30 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.25, gamma
     return -weight * torch.exp(gamma * F.logsigmoid(-right)) * F.logsigmoid(right)
 
 
+def weigh_background(losses: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Keep images without objects from outweighing the others, where the sum of `losses` is divided by the positives.
+
+    An image without objects adds negatives to that sum and nothing to what it is divided by, so that a batch of such
+    images would count a hundred times as much as one with objects. Therefore all negatives of a batch together count
+    as much as those of its images with a positive: of 30 negatives in the one image that has positives and 8 in each
+    of 15 others, each counts 30 / 150 = 0.2. In a batch without positives the mean over the images counts, and 1 at
+    most, which bounds its gradient.
+
+    Args:
+        losses: (B, A), 0 or more.
+        positive: (B, A) bool, anchors that answer for an object.
+        negative: (B, A) bool, background anchors that count.
+
+    Returns:
+        (B, A), the losses, of negatives times a constant; the same to the bit where every image has a positive.
+    """
+    counts = negative.sum(1)
+    beside_objects = (counts * positive.any(1)).sum()
+    alone = torch.where(negative, losses.detach(), 0.0).sum().clamp(min=len(losses)).reciprocal()
+    weight = torch.where(beside_objects > 0, beside_objects / counts.sum().clamp(min=1), alone)
+    return torch.where(negative, weight * losses, losses)
+
+
 def gram_matrix(features: Tensor) -> Tensor:
     """How strongly the channels of a map occur together: its style, without where anything is.
 

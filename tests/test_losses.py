@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
-from detkit.losses import sigmoid_focal_loss
+from detkit.losses import sigmoid_focal_loss, weigh_background
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 1.0), (0.0, 5.0), (1.0, 1.5)])
@@ -53,6 +53,55 @@ def test_focal_loss_of_extreme_logits_is_finite_with_its_gradient(gamma: float) 
     assert float(loss[-1]) == pytest.approx(0.75 * 1e4)
     assert loss[4] == loss[5] == 0
     assert sigmoid_focal_loss(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)).shape == (0, 3)
+
+
+def of_images(*counts: int, width: int = 40) -> torch.Tensor:
+    """(B, width) bool, so many true in each image."""
+    return torch.arange(width) < torch.tensor(counts)[:, None]
+
+
+def test_background_counts_as_much_as_that_of_images_with_objects() -> None:
+    """The example of the docstring; positives and what is ignored stay as they are."""
+    positive, negative = of_images(10, *[0] * 15), of_images(30, *[8] * 15).flip(1)
+    losses = 1 + torch.rand(16, 40, generator=torch.Generator().manual_seed(0))
+    losses.requires_grad_()
+    weighed = weigh_background(losses, positive, negative)
+    torch.testing.assert_close(weighed[negative], 0.2 * losses[negative])
+    assert torch.equal(weighed[~negative], losses[~negative])
+    weighed.sum().backward()
+    torch.testing.assert_close(losses.grad, torch.where(negative, 0.2, 1.0))
+
+
+@pytest.mark.parametrize("images", [1, 2, 16])
+def test_background_beside_objects_is_the_same_to_the_bit(images: int) -> None:
+    losses = torch.rand(images, 40, generator=torch.Generator().manual_seed(0))
+    for negatives in (0, 1, 7, 39):
+        positive, negative = of_images(*[1] * images), of_images(*range(negatives, negatives + images)) & ~of_images(1)
+        assert torch.equal(weigh_background(losses, positive, negative), losses)
+
+
+@pytest.mark.parametrize(
+    ("images", "loss", "total"), [(1, 0.01, 0.08), (16, 0.01, 0.08), (16, 50.0, 1.0), (1, 9.0, 1.0)]
+)
+def test_background_alone_counts_as_one_image_and_one_at_most(images: int, loss: float, total: float) -> None:
+    negative = of_images(*[8] * images)
+    weighed = weigh_background(torch.full((images, 40), loss), of_images(*[0] * images), negative)
+    assert float(weighed[negative].sum()) == pytest.approx(total)
+
+
+def test_background_is_learned_where_all_anchors_of_the_objects_are_positive() -> None:
+    positive, negative = of_images(40, 0, 0), of_images(0, 8, 8)
+    weighed = weigh_background(torch.ones(3, 40), positive, negative)
+    assert float(weighed[negative].sum()) == pytest.approx(1)
+    assert torch.equal(weigh_background(torch.ones(3, 40), positive, of_images(0, 0, 0)), torch.ones(3, 40))
+
+
+def test_background_that_is_nan_stays_so() -> None:
+    """For training stops at it; NaN in what does not count changes nothing."""
+    losses = torch.ones(2, 40)
+    losses[1, 0] = float("nan")
+    assert weigh_background(losses, of_images(0, 0), of_images(8, 8))[1, 0].isnan()
+    assert weigh_background(losses, of_images(0, 0), of_images(8, 0))[0, :8].sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("truth", [torch.zeros(3, dtype=torch.bool), torch.zeros(4)])

@@ -17,7 +17,7 @@ from detkit.errors import ConfigError, check_range
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.per_size import PerSize
-from detkit.losses import BoxLoss, box_loss, sigmoid_focal_loss
+from detkit.losses import BoxLoss, box_loss, sigmoid_focal_loss, weigh_background
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Target
 
@@ -141,20 +141,21 @@ class RetinaNet(Head):
     def loss(self, outputs: RetinaNetOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class` (focal) and `box`, each summed and divided by the positives of the batch.
 
+        Images without objects are weighed as detkit.losses.weigh_background says.
+
         Raises:
             ValueError: there is not one target for each image.
         """
         check_count(targets, outputs.sizes)
         anchors = outputs.anchors
         true_classes = torch.zeros_like(outputs.logits, dtype=torch.bool)
-        counted = true_classes.new_zeros(true_classes.shape[:2])
+        is_positive, is_negative = (true_classes.new_zeros(true_classes.shape[:2]) for _ in range(2))
         boxes_loss = outputs.offsets.sum() * 0.0
-        positives = 0
         for image, target in enumerate(targets):
             match = match_two_thresholds(
                 anchors, target.boxes, target.ignored, low=self.background_below, high=self.foreground_from
             )
-            counted[image] = ~match.ignored
+            is_positive[image], is_negative[image] = match.positive, match.negative
             positive = match.positive.nonzero().flatten()
             truth = match.truth_index[positive]
             true_classes[image, positive, target.labels[truth]] = True
@@ -163,11 +164,11 @@ class RetinaNet(Head):
             boxes_loss = boxes_loss + box_loss(
                 outputs.offsets[image, positive], matched, true_offsets, self.box_loss, DEVIATIONS, BETA
             )
-            positives += len(positive)
         focal = sigmoid_focal_loss(outputs.logits, true_classes, self.alpha, self.gamma).sum(-1)
-        normaliser = max(positives, 1)
+        focal = weigh_background(focal, is_positive, is_negative)
+        normaliser = is_positive.sum().clamp(min=1)
         return {
-            "class": torch.where(counted, focal, 0.0).sum() / normaliser,
+            "class": torch.where(is_positive | is_negative, focal, 0.0).sum() / normaliser,
             "box": self.box_weight * boxes_loss / normaliser,
         }
 

@@ -16,7 +16,7 @@ from detkit.errors import CheckpointError
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.per_size import PerSize
-from detkit.losses import BoxLoss, box_loss
+from detkit.losses import BoxLoss, box_loss, weigh_background
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
 
@@ -119,6 +119,8 @@ class SSD(Head):
     def loss(self, outputs: SSDOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class` (cross-entropy) and `box`, each summed and divided by the positives of the batch.
 
+        Negatives of images without objects are weighed as detkit.losses.weigh_background says; torchvision has none.
+
         Raises:
             ValueError: there is not one target for each image.
         """
@@ -139,10 +141,11 @@ class SSD(Head):
             )
         cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1), classes.flatten(), reduction="none")
         cross_entropy = cross_entropy.view_as(classes)
-        counted = positive | self._negatives(cross_entropy.detach(), positive, ignored)
+        negative = self._negatives(cross_entropy.detach(), positive, ignored)
+        cross_entropy = weigh_background(cross_entropy, positive, negative)
         normaliser = positive.sum().clamp(min=1)
         return {
-            "class": cross_entropy[counted].sum() / normaliser,
+            "class": cross_entropy[positive | negative].sum() / normaliser,
             "box": self.box_weight * boxes_loss / normaliser,
         }
 
@@ -153,7 +156,7 @@ class SSD(Head):
         """(B, A) bool: the background anchors whose loss counts."""
         if self.negatives_per_positive is None:
             return ~(positive | ignored)
-        # A picture without objects has no positives to count by; its worst anchors still teach background.
+        # An image without objects has no positives to count by; its worst anchors still teach background.
         return hard_negatives(losses, positive, ignored, self.negatives_per_positive, minimum=MINIMUM_NEGATIVES)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from detkit.boxes.sim_ota import match_sim_ota
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import ALL, Head, Postprocess, check_count
 from detkit.heads.per_size import PerSize
+from detkit.losses import weigh_background
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
 
@@ -141,7 +142,8 @@ class YOLOX(Head):
     def loss(self, outputs: YOLOXOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the positives of the batch.
 
-        The classes of a positive are to be as probable as its box overlaps the truth.
+        The classes of a positive are to be as probable as its box overlaps the truth. Images without objects are
+        weighed as detkit.losses.weigh_background says.
 
         Raises:
             ValueError: there is not one target for each image.
@@ -150,16 +152,18 @@ class YOLOX(Head):
         boxes = outputs.boxes()
         matches = [self._match(outputs, boxes, image, target) for image, target in enumerate(targets)]
         positive = torch.stack([match.positive for match in matches])
-        counted = ~torch.stack([match.ignored for match in matches])
+        negative = torch.stack([match.negative for match in matches])
         owners = [match.truth_index[match.positive] for match in matches]
         truths = torch.cat([target.boxes[owner] for target, owner in zip(targets, owners)])
         labels = torch.cat([target.labels[owner] for target, owner in zip(targets, owners)])
         normaliser = positive.sum().clamp(min=1)
         iou = elementwise_iou(boxes[positive], truths)
         class_truths = F.one_hot(labels, self.num_classes) * iou.detach()[:, None]
+        objectness = _cross_entropy(outputs.objectness, positive.float(), reduction="none")
+        objectness = weigh_background(objectness, positive, negative)
         losses = {
             "box": self.box_weight * (1 - iou.square()).sum(),
-            "objectness": _cross_entropy(outputs.objectness[counted], positive[counted].float()),
+            "objectness": objectness[positive | negative].sum(),
             "class": _cross_entropy(outputs.class_logits[positive], class_truths),
         }
         if self.l1_weight:
@@ -234,5 +238,5 @@ def _encode(truths: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
     return torch.cat((centres, (boxes[:, 2:] / strides + SMALLEST_SIDE).log()), dim=1)
 
 
-def _cross_entropy(logits: Tensor, truths: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, truths, reduction="sum")
+def _cross_entropy(logits: Tensor, truths: Tensor, reduction: str = "sum") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, truths, reduction=reduction)

@@ -90,7 +90,8 @@ def test_loss_equals_a_plain_loop(seed: int) -> None:
     boxes = torch.cat((corners, corners + 8 + 25 * torch.rand(4, 2, generator=generator)), 1)
     labels = torch.tensor([2, 0, 1, 1])
     targets = (Target(boxes, labels), Target.empty(), Target(boxes[:1], labels[:1]))
-    class_sum = box_sum = 0.0
+    box_sum = 0.0
+    object_sums, background_sums, negatives = ([0.0] * 3 for _ in range(3))
     positives = between = 0
     for image, target in enumerate(targets):
         overlap = box_iou(outputs.anchors, target.boxes) if len(target) else torch.zeros(len(outputs.anchors), 1)
@@ -108,10 +109,14 @@ def test_loss_equals_a_plain_loop(seed: int) -> None:
                 offsets = encode(target.boxes[truth][None], outputs.anchors[index][None], deviations=ONES)[0]
                 mine = outputs.offsets[image, index]
                 box_sum += float(F.smooth_l1_loss(mine, offsets, reduction="sum", beta=1 / 9))
-            class_sum += float(sigmoid_focal_loss(outputs.logits[image, index], wanted, 0.3, 1.5, "sum"))
+            sums = object_sums if positive else background_sums
+            sums[image] += float(sigmoid_focal_loss(outputs.logits[image, index], wanted, 0.3, 1.5, "sum"))
+            negatives[image] += not positive
     assert positives > 10
     assert between > 0
     losses = network.loss(outputs, targets)
+    # The second image has no object: together its negatives and those of the others count as much as the others' alone.
+    class_sum = sum(object_sums) + sum(background_sums) * (negatives[0] + negatives[2]) / sum(negatives)
     assert float(losses["class"]) == pytest.approx(class_sum / positives, rel=1e-4)
     assert float(losses["box"]) == pytest.approx(2 * box_sum / positives, rel=1e-4)
 
