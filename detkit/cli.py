@@ -107,7 +107,7 @@ def check(arguments: list[str]) -> None:
     from detkit.registry import heads
     from detkit.tasks.base import task_of
 
-    outcome = {"fail": "stops at those", "skip": "leaves those out", "repair": "repairs or leaves out those"}
+    outcome = {"fail": "stops at them", "skip": "leaves them out", "repair": "repairs them or leaves them out"}
     files = experiment.data.get("data", experiment.data)  # of crops, where the files are named
     policy = str(files.get("broken", "fail"))
     if policy not in outcome:
@@ -119,7 +119,7 @@ def check(arguments: list[str]) -> None:
     if problems:
         raise DetkitError(
             f"{counted(problems, 'problem')} found, listed above. With data.broken = {policy}, as "
-            f"this config has it, training {outcome[policy]} that are marked 'repair'."
+            f"this config has it, training {outcome[policy]}."
         )
 
 

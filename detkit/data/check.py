@@ -38,7 +38,8 @@ def check(
         check_data: what else the task demands of a split, given the data set and its name.
 
     Returns:
-        The number of problems; those that `broken` decides on are printed with "repair".
+        The number of problems that `broken` decides on, which are printed with "repair"; harmless ones are printed, but
+        not counted, because training goes on with them.
 
     Raises:
         DataError: training would refuse the data whatever its policy.
@@ -54,7 +55,7 @@ def check(
         for problem in dataset.problems.found:
             policy = "" if problem.harmless else "repair: "
             console.print(f"{problem.kind}: {problem.where}: {problem.message} -> {policy}{problem.action}")
-        problems += len(dataset.problems.found)
+        problems += sum(not problem.harmless for problem in dataset.problems.found)
         console.print(_statistics(dataset, f"{split} ({data.get(split, split)})", console))
         for line in dataset.problems.counts():
             console.print(line)

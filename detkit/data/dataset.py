@@ -40,6 +40,8 @@ LEFT_OUT_BOX = "left out the box"
 LEFT_OUT_IMAGE = "left out the image"
 FATAL = "fatal"
 OUTSIDE = "box outside the image"
+MOST_NAMES = 10
+"""Classes that a remark names."""
 
 
 @dataclass(frozen=True)
@@ -387,8 +389,9 @@ class FileDataset(Dataset):
             self.problems.raise_if_fatal()
             raise self.problems.nothing_left()
         decode = self.problems.policy != "fail"
-
-        notes: dict[int, list[str]] = {number: [] for number in range(len(pictures))}
+        repeats = _repeats(pictures)
+        # A list may name one image a thousand times; it is read once.
+        notes: dict[int, list[str]] = {number: [] for number in range(len(pictures)) if number not in repeats}
 
         def check(number: int) -> tuple[int, int] | DataError:
             try:
@@ -397,28 +400,21 @@ class FileDataset(Dataset):
                 return error
 
         with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-            results = list(pool.map(check, notes))
+            results = dict(zip(notes, pool.map(check, notes)))
         usable = []
-        ids: set[int | str] = set()
-        files: dict[str, int | str] = {}
-        for picture, result, remarks in zip(pictures, results, notes.values()):
-            file = os.path.abspath(picture.path)
-            if picture.image_id in ids:
-                message = f"the image {picture.image_id!r} stands here twice"
-                self.problems.add("duplicate image", picture.where, message, LEFT_OUT_IMAGE)
-            elif file in files:
-                message = f"its file '{picture.path}' is that of the image {files[file]!r} already"
-                self.problems.add("duplicate image", picture.where, message, LEFT_OUT_IMAGE)
-            elif isinstance(result, DataError):
+        for number, picture in enumerate(pictures):
+            if number in repeats:
+                self.problems.add("duplicate image", picture.where, repeats[number], LEFT_OUT_IMAGE)
+                continue
+            result = results[number]
+            if isinstance(result, DataError):
                 # os.path, since Path.is_file raises for a name that is too long.
                 kind = "unreadable image" if os.path.isfile(picture.path) else "missing image"
                 self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
             elif self._size_agrees(picture, result):
                 usable.append((picture, result))
-                for remark in remarks:
+                for remark in notes[number]:
                     self.problems.add_harmless("dark 16-bit image", picture.where, remark, "kept as it is")
-            ids.add(picture.image_id)
-            files.setdefault(file, picture.image_id)
         for first, *others in identical([picture.path for picture, _ in usable]):
             message = f"it has the same content as '{usable[first][0].path}'"
             for other in others:
@@ -537,6 +533,18 @@ class FileDataset(Dataset):
         self.problems.raise_if_fatal()
         if not self._records:
             raise self.problems.nothing_left()
+        if "boxes" in self.fields:
+            self._name_absent_classes()
+
+    def _name_absent_classes(self) -> None:
+        """Say which classes have no object: a name in data.class_names may be misspelt."""
+        seen = {label for record in self._records for label in record.labels.tolist()}
+        names = [name for label, name in enumerate(self.classes.names) if label not in seen]
+        if "semantic" in self.fields:
+            names = [name for name in names if name != BACKGROUND]
+        if names:
+            shown = ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
+            self.problems.remarks[f"class without an object in this split: {shown}"] = len(names)
 
 
 @dataclass(frozen=True)
@@ -705,6 +713,22 @@ def number(value: object) -> float:
 def as_box(values: Sequence[float]) -> Box:
     """Four numbers as a box."""
     return cast(Box, tuple(values))
+
+
+def _repeats(pictures: Sequence[Picture]) -> dict[int, str]:
+    """The positions of images whose id or file an earlier one has, with the message for each."""
+    ids: set[int | str] = set()
+    files: dict[str, int | str] = {}
+    found = {}
+    for number, picture in enumerate(pictures):
+        file = os.path.abspath(picture.path)
+        if picture.image_id in ids:
+            found[number] = f"the image {picture.image_id!r} stands here twice"
+        elif file in files:
+            found[number] = f"its file '{picture.path}' is that of the image {files[file]!r} already"
+        ids.add(picture.image_id)
+        files.setdefault(file, picture.image_id)
+    return found
 
 
 def _short(value: object) -> str:

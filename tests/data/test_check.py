@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detkit.cli import main
 from detkit.data.check import check
 from detkit.data.coco import Coco
 from detkit.data.crops import Crops
@@ -92,10 +93,39 @@ def test_check_refuses_images_of_both_splits_and_what_the_task_refuses(tmp_path:
 def test_harmless_problems_are_told_from_those_that_the_policy_decides_on(tmp_path: Path, capsys: Any) -> None:
     data = split(tmp_path, "train", [{}, {}, {"bbox": [1, 2, 0, 3]}])
     split(tmp_path, "val", [{}])
-    assert check(data, BOXES) == 2
+    assert check(data, BOXES) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert "-> left out the box" in output
     assert "-> repair: left out the box" in output
+
+
+def test_check_does_not_fail_for_what_training_goes_on_with(tmp_path: Path, capsys: Any) -> None:
+    data = split(tmp_path, "train", [{}, {}])
+    split(tmp_path, "val", [{}])
+    config = tmp_path / "check.yaml"
+    config.write_text(f"{{data: {json.dumps(data)}, backbone: {{name: small_ssd}}, head: {{name: ssd}}}}")
+    assert main(["check", str(config)]) == 0
+    assert "duplicate object" in capsys.readouterr().out
+    split(tmp_path, "train", [{}, {}, {"bbox": [1, 2, 0, 3]}])
+    assert main(["check", str(config)]) == 1
+    assert "1 problem found, listed above. With data.broken = fail, as this config has it, training stops at them" in (
+        capsys.readouterr().err
+    )
+
+
+def test_classes_without_an_object_are_named(tmp_path: Path, capsys: Any) -> None:
+    data = split(tmp_path, "train", [{"segmentation": POLYGON}], ("cat", "dog", "cow"))
+    split(tmp_path, "val", [{}], ("cat", "dog", "cow"))
+    remark = "2 x class without an object in this split: dog, cow"
+    assert check(data, BOXES) == 0
+    assert capsys.readouterr().out.count(remark) == 2
+    options = {"root": data["root"], "images": "."}
+    chosen = Coco(split="train", class_names=("dog",), other_classes="drop", **options)
+    assert "1 x class without an object in this split: dog" in chosen.problems.summary()
+    assert remark in Coco(split="train", semantic=True, **options).problems.summary()  # "background" is no object
+    many = tuple(f"class {number}" for number in range(13))
+    split(tmp_path, "train", [{}], many)
+    assert Coco(split="train", **options).problems.summary().endswith("class 9, class 10 ...")
 
 
 @pytest.mark.parametrize("policy", ["skip", "repair"])

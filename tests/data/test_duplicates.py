@@ -11,6 +11,7 @@ from PIL import Image
 
 from detkit.data.coco import Coco
 from detkit.data.duplicates import identical
+from detkit.data.image import check_image
 from detkit.data.splits import open_train_and_val
 from detkit.errors import ConfigError, DataError
 
@@ -170,3 +171,18 @@ def test_objects_that_differ_in_anything_are_two(tmp_path: Path, change: dict[st
     data = Coco(str(tmp_path), "train", images=".")
     assert len(data.target(0)) == 2
     assert data.problems.found == []
+
+
+def test_an_image_that_a_list_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a.png", 0)
+    coco(tmp_path, "train", {1: "a.png", 2: "./a.png", 3: "none.png", 4: "x/../a.png"})
+    read = []
+    monkeypatch.setattr(
+        "detkit.data.dataset.check_image",
+        lambda path, *rest: (read.append(os.path.normpath(path)), check_image(path, *rest))[1],
+    )
+    data = Coco(split="train", broken="repair", root=str(tmp_path), images=".")
+    assert sorted(read) == [str(tmp_path / "a.png"), str(tmp_path / "none.png")]
+    found = data.problems.found
+    assert [problem.kind for problem in found] == ["duplicate image", "missing image", "duplicate image"]
+    assert "that of the image 1 already" in found[0].message

@@ -87,7 +87,7 @@ class TestFolder:
         assert "1 x link to a folder: skipped" in data.problems.summary()
 
     def test_check_counts_pictures_by_class(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert check({"name": "folder", "root": str(root)}) == 2  # each split lacks a class
+        assert check({"name": "folder", "root": str(root)}) == 0  # that each split lacks a class is harmless
         output = capsys.readouterr().out
         assert "train (train): 3 images" in output
         assert "class without pictures" in output

@@ -133,7 +133,7 @@ def test_missing_files_and_splits_are_named(tmp_path):
     with pytest.raises(DataError, match=r"The key 'empty' in '.*' is 'null', which is not a split\. Give it a folder"):
         Yolo(root, "empty")
     (tmp_path / "images/val").mkdir()
-    with pytest.raises(DataError, match=r"images/val' holds no pictures"):
+    with pytest.raises(DataError, match=r"images/val' holds no images"):
         Yolo(root, "val")
     (tmp_path / "none.txt").touch()
     with pytest.raises(DataError, match="has no images"):
@@ -246,7 +246,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
     for name in ("gone", "sub/gone", "other/gone", "photo", "empty"):
         (labels / name).parent.mkdir(exist_ok=True)
         (labels / f"{name}.txt").write_text("" if name == "empty" else BOX)
-    (tmp_path / "images/train/photo.avif").write_bytes(b"x")
+    (tmp_path / "images/train/photo.heic").write_bytes(b"x")
     (labels / "c.TXT").write_text(BOX)
     (labels / "wide.txt").write_bytes(BOX.encode("utf-16"))
     (labels / "classes.txt").write_text("cat\ndog\n")
@@ -263,7 +263,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
         *[("label file without an image", "left out the label file")] * 5,
     ]
     (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
-    assert image.where == str(tmp_path / "images/train/photo.avif")
+    assert image.where == str(tmp_path / "images/train/photo.heic")
     assert "the ending '.avif' is not among those that are read: .bmp" in image.message
 
 
