@@ -24,6 +24,7 @@ from detkit.data import masks as mask_coding
 from detkit.data.duplicates import identical
 from detkit.data.image import check_image, exchanges_sides, read_image
 from detkit.data.semantic import BACKGROUND, painted
+from detkit.data.sources import search
 from detkit.errors import DataError, counted, nearest
 from detkit.files import read_text
 from detkit.types import ClassList, Meta, Sample, Target
@@ -377,6 +378,13 @@ class FileDataset(Dataset):
                 digest.update(values.tobytes())
         objects = sum(len(record.labels) for record in self._records)
         return super().fingerprint() | {"objects": objects, "digest": digest.hexdigest()}
+
+    def images_of(self, source: str | Path) -> list[Path]:
+        """The images of `detkit.data.sources.search`; the files that it passes over become one line of the report."""
+        found = search(source)
+        if found.passed_over:
+            self.problems.add_harmless("source with other files", str(source), found.summary(), "read the images")
+        return found.images
 
     def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
         """The pictures that can be used, each with its true (height, width); problems are recorded.

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from detkit.data.dataset import Broken, FileDataset, Picture, check_root, missing_split
-from detkit.data.sources import find_images
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.registry import datasets
 from detkit.types import ClassList
@@ -36,7 +35,11 @@ class Pictures(FileDataset):
         super().__init__(f"The pictures in '{root}' (split '{split}')", broken)
         self.fields = frozenset()
         self.classes = ClassList((), ())
-        files = _of_folder(root, split) if val_fraction is None else _of_fraction(root, split, val_fraction)
+        if val_fraction is None:
+            files = self.images_of(_split_folder(root, split))
+        else:
+            _check_fraction(split, val_fraction)
+            files = _part(self.images_of(Path(root).expanduser()), root, split, val_fraction)
         base = Path(root).expanduser()
         pictures = [
             Picture(path.relative_to(base).as_posix() if base in path.parents else path.as_posix(), path, str(path))
@@ -47,21 +50,23 @@ class Pictures(FileDataset):
         self.finish()
 
 
-def _of_folder(root: str, split: str) -> list[Path]:
+def _split_folder(root: str, split: str) -> Path:
     folder = check_root(root, _LAYOUT) / split
     if not folder.is_dir():
         raise missing_split(split, folder, [path.name for path in folder.parent.iterdir() if path.is_dir()])
-    return find_images(folder)
+    return folder
 
 
-def _of_fraction(root: str, split: str, fraction: float) -> list[Path]:
+def _check_fraction(split: str, fraction: float) -> None:
     if not 0 < fraction < 1:
         raise ConfigError(f"'data.val_fraction' must lie between 0 and 1, both excluded, but is {fraction}.")
     if split not in SPLITS:
         raise ConfigError(
             f"With data.val_fraction the splits are train and val, but this one is '{split}'. {nearest(split, SPLITS)}"
         )
-    files = find_images(Path(root).expanduser())
+
+
+def _part(files: list[Path], root: str, split: str, fraction: float) -> list[Path]:
     if len(files) < 2:
         raise DataError(f"There is one picture in '{root}', which cannot be split into training and validation.")
     count = min(max(round(fraction * len(files)), 1), len(files) - 1)

@@ -23,7 +23,7 @@ from detkit.data.dataset import (
 )
 from detkit.data.image import IMAGE_SUFFIXES, check_image, open_image, stored_values
 from detkit.data.semantic import names_with_background
-from detkit.data.sources import find_images, is_image
+from detkit.data.sources import is_image
 from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.types import IGNORED_PIXEL, ClassList, Target
@@ -130,7 +130,7 @@ class MaskFolders(SemanticMasks):
                     f"'{{split}}' in it becomes '{split}'."
                 )
         pairs = []
-        for file in find_images(folders[0]):
+        for file in self.images_of(folders[0]):
             name = file.relative_to(folders[0]).with_suffix("")
             mask = folders[1] / f"{name}.png"
             pairs.append((Picture(name.as_posix(), file, str(file)), mask))

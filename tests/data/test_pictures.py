@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detkit.data.splits import open_split, open_train_and_val
 from detkit.draw import write_image
@@ -72,3 +73,12 @@ def test_mistakes_are_named(photos: Path) -> None:
         datasets.build({**build, "root": str(photos / "nowhere")}, "data", split="train")
     with pytest.raises(DataError, match="The head needs boxes"):
         open_split({**build, "train": "a"}, "train", frozenset({"boxes"}))
+
+
+def test_other_files_and_dark_images_have_a_line_in_the_report(photos: Path) -> None:
+    (photos / "film.mp4").write_bytes(b"x")
+    Image.fromarray(np.full((5, 5), 4000, dtype=np.uint16)).save(photos / "a" / "12_bits.png")
+    data = {"name": "pictures", "root": str(photos), "val_fraction": 0.5}
+    lines = [dataset.problems.summary() for dataset in open_train_and_val(data, NOTHING)]
+    assert all("files that are not images: 1 (.txt)" in line and "1 (.mp4)" in line for line in lines)
+    assert sum("1 x dark 16-bit image: kept as it is" in line and "12_bits.png" in line for line in lines) == 1

@@ -264,7 +264,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
     ]
     (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
     assert image.where == str(tmp_path / "images/train/photo.heic")
-    assert "the ending '.avif' is not among those that are read: .bmp" in image.message
+    assert "the ending '.heic' is not among those that are read: .apng" in image.message
 
 
 def test_labels_of_another_split_or_of_a_list_are_not_missing_an_image(tmp_path):
