@@ -6,10 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from detkit.errors import DetkitError, counted, nearest
+from detkit.errors import DetkitError, counted, nearest, printable
+from detkit.files import REMEDIES
+from detkit.terminal import Console, drop_output, tolerate_any_text
 
 
 def train(arguments: list[str]) -> None:
@@ -27,19 +29,18 @@ def train(arguments: list[str]) -> None:
     if experiment is None:
         return
     from detkit.engine.train import train as run
-    from detkit.terminal import Console
 
     folder = run(experiment, resume)
     if folder is None:
         return
-    Console().print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
+    _print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
     _evaluate(str(folder.best), [])
 
 
 def evaluate(arguments: list[str]) -> None:
     """Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
     if _wants_help(arguments) or not arguments or arguments[0].startswith("--"):
-        print(EVAL_HELP)
+        _print(EVAL_HELP)
         if not _wants_help(arguments):
             raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
         return
@@ -61,7 +62,6 @@ def infer(arguments: list[str]) -> None:
 
     from detkit.limits import check_options, check_output, check_source
     from detkit.runs import resolve_checkpoint
-    from detkit.terminal import Console
 
     # A mistake that can be told without the model shall not cost the time to import torch and to load it.
     checkpoint = resolve_checkpoint(options.checkpoint)
@@ -108,8 +108,8 @@ def check(arguments: list[str]) -> None:
     from detkit.tasks.base import task_of
 
     outcome = {"fail": "stops at them", "skip": "leaves them out", "repair": "repairs them or leaves them out"}
-    files = experiment.data.get("data", experiment.data)  # of crops, where the files are named
-    policy = str(files.get("broken", "fail"))
+    inner = experiment.data.get("data")  # of crops, where the files are named
+    policy = str((inner if isinstance(inner, dict) else experiment.data).get("broken", "fail"))
     if policy not in outcome:
         raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, outcome)}")
     head: Any = heads.get(str(experiment.head.get("name")))
@@ -126,7 +126,7 @@ def check(arguments: list[str]) -> None:
 def models(arguments: list[str]) -> None:
     """List heads with their tasks, backbones and necks: detkit models."""
     if _wants_help(arguments):
-        print("usage: detkit models\n\nNames for a config's head, backbone and neck, those of installed packages too.")
+        _print("usage: detkit models\n\nNames for a config's head, backbone and neck, those of installed packages too.")
         return
     if arguments:
         raise DetkitError(f"detkit models takes no arguments, but got '{arguments[0]}'.")
@@ -135,22 +135,22 @@ def models(arguments: list[str]) -> None:
     from detkit.registry import backbones, heads, necks
 
     for title, registry in (("heads", heads), ("backbones", backbones), ("necks", necks)):
-        print(f"{title}:")
+        _print(f"{title}:")
         for name in registry.names():
             part = registry.get(name)
             # Of a part without a docstring inspect would give its base class's.
             paragraph = (inspect.cleandoc(part.__doc__ or "").split("\n\n")[0]).replace("\n", " ")
             task = f"{getattr(part, 'task', ''):10}" if registry is heads else ""
-            print(f"  {name:16} {task}{paragraph.split('. ')[0].removesuffix('.')}".rstrip())
+            _print(f"  {name:16} {task}{paragraph.split('. ')[0].removesuffix('.')}".rstrip())
 
 
 def bench(arguments: list[str]) -> None:
     """Time detkit beside other libraries, results checked first: detkit bench BENCHMARK [--quick]."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: detkit bench BENCHMARK [--OPTION VALUE ...]\n")
+        _print("usage: detkit bench BENCHMARK [--OPTION VALUE ...]\n")
         for name, (summary, _) in BENCHMARKS.items():
-            print(f"  {name:11} {summary}")
-        print("\n`detkit bench BENCHMARK --help` lists its options.")
+            _print(f"  {name:11} {summary}")
+        _print("\n`detkit bench BENCHMARK --help` lists its options.")
         if not arguments:
             raise DetkitError("detkit bench needs the name of a benchmark first, for example: detkit bench nms --quick")
         return
@@ -208,36 +208,27 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for a user's mistake, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print("usage: detkit COMMAND ...\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:6} {(command.__doc__ or '').strip()}")
-        print("\n`detkit COMMAND --help` lists a command's options.")
-        return 0
-    if given[0] == "--version":
-        from detkit import __version__
-
-        print(__version__)
-        return 0
+    tolerate_any_text()
     try:
-        if given[0] not in COMMANDS:
-            raise DetkitError(f"There is no command '{given[0]}'. {nearest(given[0], COMMANDS)}")
-        COMMANDS[given[0]](given[1:])
+        status = _run(given)
+        _flush()
     except DetkitError as error:
-        print(f"detkit: {error}", file=sys.stderr)
-        return 1
+        status = _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(
-            f"detkit: {error.strerror}: '{error.filename}'. Check the path, the space and the rights.", file=sys.stderr
-        )
-        return 1
+        name = "" if error.filename is None else f": '{error.filename}'"
+        remedy = REMEDIES.get(error.errno, "Check the path, the free space and the permissions.")
+        status = _fail(f"{error.strerror}{name}. {remedy}")
+    except ValueError as error:
+        if "null" not in str(error):  # Python's words for a path that holds NUL
+            raise
+        status = _fail(f"A path holds a NUL character ({error}). Correct it.")
     except KeyboardInterrupt:
-        hint = " The run goes on from its last whole epoch with --resume RUN." if given[0] == "train" else ""
-        print(f"detkit: stopped.{hint}", file=sys.stderr)
-        return 130
-    return 0
+        hint = " The run goes on from its last whole epoch with --resume RUN." if given[:1] == ["train"] else ""
+        _fail(f"stopped.{hint}")
+        status = 130
+    return status
 
 
 def entry(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -250,14 +241,61 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
     status = 1  # until the command has ended in another way than by an exception
 
     def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            _flush()
+            sys.stderr.flush()
         os._exit(status)
 
     if given[:1] == ["infer"]:
         atexit.register(leave)  # the first to be registered is the last to be called
     status = main(given)
     sys.exit(status)
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        _print("usage: detkit COMMAND ...\n")
+        for name, command in COMMANDS.items():
+            _print(f"  {name:6} {(command.__doc__ or '').strip()}")
+        _print("\n`detkit COMMAND --help` lists a command's options.")
+    elif given[0] == "--version":
+        from detkit import __version__
+
+        _print(__version__)
+    elif given[0] in COMMANDS:
+        COMMANDS[given[0]](given[1:])
+    else:
+        raise DetkitError(f"There is no command '{given[0]}'. {nearest(given[0], COMMANDS)}")
+    return 0
+
+
+def _print(text: str) -> None:
+    Console().print(text)
+
+
+def _fail(text: str) -> int:
+    """Say on standard error why the command ends; returns its exit status."""
+    with suppress(OSError):
+        print(f"detkit: {printable(text)}", file=sys.stderr)
+    with suppress(OSError):
+        _flush()
+    return 1
+
+
+def _flush() -> None:
+    """Write out what was printed. What cannot be written is dropped, or Python would try again, in vain, at its end.
+
+    Raises:
+        OSError: the disk is full. That the reader of a pipe has gone is no error.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+    except OSError:
+        drop_output()
+        raise
 
 
 @contextmanager
@@ -329,7 +367,6 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.predict import to_device
     from detkit.proposals.dataset import check_needed, with_proposals
     from detkit.tasks.base import task_of
-    from detkit.terminal import Console
 
     model = load_model(path)
     experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
@@ -393,9 +430,9 @@ def _experiment_help(command: str, extra: str) -> None:
     from detkit.config import Experiment
     from detkit.schema import print_options
 
-    print(f"usage: detkit {command} CONFIG.yaml [CONFIG2.yaml ...] [--KEY VALUE ...]\n{extra}\n")
-    print("--config CONFIG is a YAML file too; of several, later ones win. --print_config shows the outcome.\n")
-    print(print_options(Experiment), end="")
+    _print(f"usage: detkit {command} CONFIG.yaml [CONFIG2.yaml ...] [--KEY VALUE ...]\n{extra}\n")
+    _print("--config CONFIG is a YAML file too; of several, later ones win. --print_config shows the outcome.\n")
+    _print(print_options(Experiment).rstrip())
 
 
 def _experiment(configs: list[str], overrides: list[str], command: str) -> Any:
@@ -411,7 +448,7 @@ def _experiment(configs: list[str], overrides: list[str], command: str) -> Any:
     if show:
         import yaml
 
-        print(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False), end="")
+        _print(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False).rstrip())
         return None
     return experiment
 

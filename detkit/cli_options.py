@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from detkit.errors import ConfigError, DetkitError
+from detkit.terminal import Console
 
 Options = TypeVar("Options")
 
@@ -107,7 +108,7 @@ def parse_options(
     names = option_names(schema)
     if "-h" in arguments or "--help" in arguments:
         usage = f"{first.upper()} " if positional else ""
-        print(f"usage: detkit {command} {usage}[--OPTION VALUE ...]\n\n{print_options(schema)}", end="")
+        Console().print(f"usage: detkit {command} {usage}[--OPTION VALUE ...]\n\n{print_options(schema).rstrip()}")
         return None
     if positional and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]

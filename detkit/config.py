@@ -290,7 +290,7 @@ def load_experiment(
         ConfigError: a file is missing or malformed, a key is unknown (with the nearest valid one),
             a value has the wrong type.
     """
-    merged: dict[str, Any] = plain(base or {}, "experiment")
+    merged: dict[str, Any] = plain(base or {}, "")
     for config in configs:
         values = read_yaml(config)
         _check_keys(values, config)
@@ -315,7 +315,7 @@ def experiment_from_dict(values: Any) -> Experiment:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"An experiment has keys and values (data, backbone, head, ...), but is {shown(values)}.")
-    values = plain(values, "experiment")
+    values = plain(values, "")
     _check_keys(values, "the experiment")
     for options, key in _paths(values):
         # A run is evaluated and resumed from other folders than it was started in.
@@ -330,7 +330,7 @@ def experiment_from_dict(values: Any) -> Experiment:
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
     """Plain lists, dicts and numbers, for YAML and JSON."""
-    values: dict[str, Any] = plain(dataclasses.asdict(experiment), "experiment")
+    values: dict[str, Any] = plain(dataclasses.asdict(experiment), "")
     return values
 
 
@@ -418,7 +418,7 @@ def _check_key(dotted: str, where: str) -> None:
     """Refuse a key that is neither an option of the schema nor inside a part."""
     top = option_names(Experiment)
     first, _, rest = dotted.partition(".")
-    if first not in top:
+    if first not in top or (rest and first not in (*OF_PARTS, *GROUPS)):
         valid = top | {f"{group}.{name}" for group, schema in GROUPS.items() for name in option_names(schema)}
         raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(dotted, valid)}")
     if rest and first in GROUPS and rest not in option_names(GROUPS[first]):

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from detkit.errors import ConfigError, DetkitError, nearest
-from detkit.schema import convert, option_names, option_type, required_names
+from detkit.schema import convert, option_names, option_type, required_names, shown
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 PLUGINS = "detkit.parts"
@@ -78,8 +78,8 @@ class Registry:
             ConfigError: no part has this name; the message has the nearest one.
         """
         self._import_package()
-        if name not in self._parts:
-            raise ConfigError(f"There is no {self.kind} named '{name}'. {nearest(name, self._parts)}")
+        if not isinstance(name, str) or name not in self._parts:  # a config's name may be anything
+            raise ConfigError(f"There is no {self.kind} named {shown(name)}. {nearest(str(name), self._parts)}")
         return self._parts[name]
 
     def build(self, options: Mapping[str, Any], path: str, also_valid: Collection[str] = (), **injected: Any) -> Any:
@@ -97,7 +97,7 @@ class Registry:
         """
         if "name" not in options:
             raise ConfigError(f"'{path}' needs a 'name'. Valid names: {', '.join(self.names())}.")
-        part = self.get(str(options["name"]))
+        part = self.get(options["name"])
         given = {key: value for key, value in options.items() if key != "name"}
         return build_part(part, given, path, f"{self.kind} '{options['name']}'", also_valid, **injected)
 

@@ -44,7 +44,7 @@ def split_options(source: str) -> tuple[str, str]:
 def runs_near(path: Path) -> list[Path]:
     """Folders of runs with a checkpoint, and checkpoint files: in `path`, in the folder it is or would be in, and in
     `runs`; those with a name more like that of `path` first."""
-    folders = [path, next(folder for folder in path.parents if folder.is_dir()), Path("runs")]
+    folders = [path, next((folder for folder in path.parents if folder.is_dir()), path), Path("runs")]
     runs: dict[Path, Path] = {}
     for folder in folders:
         found = [file.parents[1] for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{BEST.as_posix()}")]

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -35,16 +36,16 @@ DEEPEST = 50
 """Levels that a value may be nested. Configs have up to ten; Python's own limit ends far above."""
 
 
-def option_names(part: Callable[..., Any]) -> set[str]:
+def option_names(part: Callable[..., Any]) -> frozenset[str]:
     """The keyword arguments that `part` takes."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name for name, parameter in inspect.signature(part).parameters.items() if parameter.kind not in kinds}
+    return frozenset(name for name, parameter in _signature(part).parameters.items() if parameter.kind not in kinds)
 
 
-def required_names(part: Callable[..., Any]) -> set[str]:
+def required_names(part: Callable[..., Any]) -> frozenset[str]:
     """The keyword arguments of `part` without a default."""
-    parameters = inspect.signature(part).parameters
-    return {name for name in option_names(part) if parameters[name].default is inspect.Parameter.empty}
+    empty = inspect.Parameter.empty
+    return frozenset(name for name in option_names(part) if _signature(part).parameters[name].default is empty)
 
 
 def option_type(part: Callable[..., Any], name: str) -> Any:
@@ -54,7 +55,7 @@ def option_type(part: Callable[..., Any], name: str) -> Any:
         ConfigError: the annotation names something that its module does not have.
     """
     function: Any = typing.cast(Any, part).__init__ if isinstance(part, type) else part
-    annotation = inspect.signature(part).parameters[name].annotation
+    annotation = _signature(part).parameters[name].annotation
     if annotation is inspect.Parameter.empty:
         return Any
     # Only this one: the arguments that the program supplies may have types that are imported for type checkers alone.
@@ -113,23 +114,28 @@ def plain(value: Any, path: str, depth: int = DEEPEST) -> Any:
 
     Args:
         value: such a value; tuples become lists.
-        path: its key, for messages.
+        path: its key, for messages; empty for a whole config.
         depth: levels that it may be nested.
 
     Raises:
-        ConfigError: it holds something else, such as bytes, or a key that is not text, or is nested too deeply.
+        ConfigError: it holds something else, such as bytes or nan, or a key that is not text, or is nested too deeply.
     """
+    where = f"'{path}'" if path else "The config"
     if depth == 0:
-        raise ConfigError(f"'{path}' is nested deeper than {DEEPEST} levels. Write it with fewer.")
+        raise ConfigError(f"{where} is nested deeper than {DEEPEST} levels. Write it with fewer.")
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise ConfigError(f"'{path}' has the key {shown(key)}, but keys must be text. Write it in quotes.")
-        return {key: plain(item, f"{path}.{key}", depth - 1) for key, item in value.items()}
+                raise ConfigError(f"{where} has the key {shown(key)}, but keys must be text. Write it in quotes.")
+        return {key: plain(item, f"{path}.{key}" if path else key, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a number, but is {shown(value)}.")
     if not isinstance(value, (str, int, float, types.NoneType)):
-        raise ConfigError(f"'{path}' must be text, a number, true, false, null, a list or a mapping, but is {value!r}.")
+        raise ConfigError(
+            f"{where} must be text, a number, true, false, null, a list or a mapping, but is {shown(value)}."
+        )
     return value
 
 
@@ -259,6 +265,9 @@ def option_docs(schema: type[Any]) -> dict[str, str]:
             names, _, text = entry.partition(":")
             described |= dict.fromkeys((name.strip() for name in names.split(",")), " ".join(text.split()))
     return described
+
+
+_signature = functools.cache(inspect.signature)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ class Console(rich.console.Console):
     """
 
     def __init__(self, quiet: bool = False, **options: Any) -> None:
-        super().__init__(quiet=quiet, highlight=False, soft_wrap=True, markup=False, **options)
+        super().__init__(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)

@@ -1,6 +1,9 @@
 """The command line, as a user meets it: what it writes, and one paragraph for each mistake."""
 
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detkit.cli import main
-from detkit.config import load_experiment
+from detkit.cli import COMMANDS, main
+from detkit.config import Experiment, InputOptions, TrainOptions, load_experiment
 from detkit.data.shapes import Shapes
+from detkit.errors import DetkitError
 from detkit.model import build_model
 from detkit.types import ClassList
 
@@ -312,6 +316,75 @@ def test_a_process_that_ends_early_ends_as_any_other(what: str, status: int, err
     assert result.returncode == status
     assert result.stdout == "begun at the end\n"
     assert result.stderr.endswith(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some space"),
+        (OSError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: 'a/b'. Change its permissions"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error. Check the path"),
+        (ValueError("embedded null byte"), "A path holds a NUL character"),
+        (DetkitError("a \x1b[2J name"), "a \\x1b[2J name"),
+    ],
+)
+def test_errors_of_the_system_are_one_paragraph(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    def command(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "check", command)
+    fails(run("check"), text)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, f"{'deep/' * 900}x", "~nobody/x", "\udce4"])
+def test_paths_that_cannot_be(run: Run, tiny_config: Path, checkpoint: Path, path: str) -> None:
+    fails(run("train", f"{path}.yaml"))
+    fails(run("check", tiny_config, "--data", "{name: voc}", "--data.root", path))
+    fails(run("eval", path))
+    fails(run("infer", path, "--source", checkpoint))
+    fails(run("infer", checkpoint, "--source", path))
+    tiny_config.write_text(json.dumps({"data": {"name": "voc", "root": path}}))
+    fails(run("check", tiny_config))
+
+
+def test_folders_without_one_above_them_are_no_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("/", ".", ""):
+        fails(run("eval", folder))
+
+
+def test_no_reader_and_no_space(tmp_path: Path) -> None:
+    """The output of a command whose reader goes away is dropped; on a full disk the command fails, in one paragraph."""
+    command = [sys.executable, "-m", "detkit.cli", "train", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert result.returncode == 1
+            assert (
+                result.stderr == "detkit: No space left on device. Free some space on that disk, or write elsewhere.\n"
+            )
+            assert subprocess.run([*command[:-2], "trian"], stdout=full, stderr=full).returncode == 1
+
+
+def test_help_lists_every_option_with_its_default(run: Run) -> None:
+    status, output, _ = run("train", "--help")
+    assert status == 0
+    text = " ".join(output.split())
+    for schema, prefix in ((Experiment, ""), (TrainOptions, "train."), (InputOptions, "input.")):
+        for field in dataclasses.fields(schema):
+            if field.name not in ("train", "input"):
+                assert f"--{prefix}{field.name} {field.name.upper()} " in text
+    assert "learning rate at its peak, for batch_size pictures a step. (a number; default: 0.01)" in text
+    assert "(a whole number or 'all'; default: 0)" in text
+    status, output, _ = run("bench", "learning", "--help")
+    assert "--rounds ROUNDS have no use here. (a whole number or null; default: null)" in " ".join(output.split())
 
 
 def test_two_processes_share_an_epoch_and_one_folder(tiny_config: Path, tmp_path: Path) -> None:

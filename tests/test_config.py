@@ -1,10 +1,15 @@
 """Configs: merged, overridden, strict."""
 
+import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
-from detkit.config import TrainOptions, experiment_from_dict, experiment_to_dict, load_experiment
+from detkit.config import TrainOptions, experiment_from_dict, experiment_to_dict, load_experiment, read_yaml
 from detkit.errors import ConfigError
 from detkit.model import build_model
 from detkit.proposals.dataset import check_needed
@@ -188,3 +193,137 @@ def test_what_may_be_null_is_named_in_words() -> None:
         load_experiment([str(FOLDER / "quickstart.yaml")], ["--train.cache", "ram"])
     with pytest.raises(ConfigError, match=r"'train\.patience' must be a whole number or null, but is 'x'\."):
         load_experiment([str(FOLDER / "quickstart.yaml")], ["--train.patience", "x"])
+
+
+WRONG: list[Any] = [
+    None, True, [], {}, [None], -1, 2**70, 10**400, 3.7, float("nan"), float("inf"), "", "x", "a\0b", "~nobody/x",
+    "1" * 5000, {"class_path": "os.system", "init_args": {}}, {"name": None}, {"name": {"a": 1}}, [[[]]], {1: 2}, b"x",
+]  # fmt: skip
+
+
+def places(values: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield from places(value, (*at, key)) if isinstance(value, (dict, list)) else [(*at, key)]
+
+
+def test_any_value_in_any_place_gives_an_experiment_or_an_error() -> None:
+    """For each value of each config some of those that are likely to break it: no exception but ConfigError."""
+    random = Random(0)
+    outcomes = {True: 0, False: 0}
+    for path in random.sample(CONFIGS, 12):
+        values = read_yaml(str(path))
+        for at in places(values):
+            changed: dict[Any, Any] = {"whole": copy.deepcopy(values)}
+            inner: Any = changed
+            for key in (keys := ["whole", *at])[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = random.choice(WRONG)
+            try:
+                experiment = experiment_from_dict(changed["whole"])
+            except ConfigError:
+                outcomes[False] += 1
+            else:
+                known = experiment_to_dict(experiment)
+                assert experiment_to_dict(experiment_from_dict(json.loads(json.dumps(known)))) == known
+                outcomes[True] += 1
+    assert min(outcomes.values()) > 50
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.lr", None, "'train.lr' must be a number, but is null."),
+        ("train.lr", True, "'train.lr' must be a number, but is true."),
+        ("train.lr", float("inf"), "'train.lr' must be a number, but is Infinity."),
+        ("train.epochs", True, "'train.epochs' must be a whole number, but is true."),
+        ("train.epochs", 3.0, "'train.epochs' must be a whole number, but is 3.0."),
+        ("train.epochs", 2**63, "Whole numbers may have up to 64 bits."),
+        ("train.milestones", [3, "x"], "'train.milestones[1]' must be a whole number, but is 'x'."),
+        ("train.milestones", 3, "'train.milestones' must be a list of whole numbers, but is 3."),
+        ("train.freeze", "al", "'train.freeze' must be a whole number or 'all', but is 'al'. Did you mean 'all'?"),
+        ("train.freeze_norms", 1, "'train.freeze_norms' must be true or false, but is 1."),
+        ("input.size", [320], "'input.size' must be a list of 2 whole numbers, but is [320]."),
+        ("input.multi_scale", [1, 2, 3], "'input.multi_scale' must be a list of 2 numbers or null, but is [1, 2, 3]."),
+        ("train", None, "'train' must be a mapping of keys to values, but is null."),
+        ("name", 3, "'name' must be text, but is 3. Write it in quotes."),
+        ("name", "a\0b", "It holds a NUL character"),
+        ("augment", {"name": "flip"}, "'augment' must be a list of mappings of keys to values, but is {"),
+        ("augment", ["flip"], "'augment[0]' must be a mapping of keys to values, but is 'flip'."),
+        ("augment", [{"horizontal": 1}], "'augment[0]' needs a 'name'"),
+        ("head", {"name": ["ssd"]}, "'head.name' must be text, but is [\"ssd\"]."),
+        ("head", {}, "'head' needs a 'name'"),
+        ("data.x", {1: 2}, "'data.x' has the key 1, but keys must be text"),
+        (
+            "data.x",
+            [float("nan")],
+            "'data.x[0]' must be a number, but is NaN",
+        ),
+        ("data.x", b"x", "'data.x' must be text, a number"),
+        ("train.class_path", "os.system", "'train.class_path' in the experiment is not a key of the config."),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(key: str, value: Any, message: str) -> None:
+    values: dict[str, Any] = {
+        **{"data": {"name": "shapes"}, "backbone": {"name": "small_ssd"}, "head": {"name": "ssd"}},
+        **{"train": {}, "input": {}},
+    }  # fmt: skip
+    *groups, last = key.split(".")
+    for group in groups:
+        values = {**values, group: dict(values[group])}
+    (values[groups[0]] if groups else values)[last] = value
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_dict(values)
+    assert message in str(caught.value)
+
+
+def test_deep_nesting_is_an_error() -> None:
+    deep: Any = 1
+    for _ in range(900):
+        deep = [deep]
+    parts = {"backbone": {"name": "small_ssd"}, "head": {"name": "ssd"}}
+    with pytest.raises(ConfigError, match="nested deeper than 50 levels"):
+        experiment_from_dict({**parts, "data": {"name": "shapes", "size": deep}})
+
+
+def test_overrides_are_read_by_the_type_of_their_option(config: Path) -> None:
+    texts = ["--name", "2024", "--runs=1.50", "--weights", "null", "--train.lr", "1e-3", "--train.freeze_norms"]
+    texts += ["--data.root", "010", "--train.seed", "-0", "--train", "{epochs: 3, lr: 5}", "--head.anchors", "null"]
+    texts += ["--head.anchors.sizes", "[[8]]", "--input.size", "[32, 64]"]
+    experiment = load_experiment([str(config)], texts)
+    assert (experiment.name, experiment.runs, experiment.weights) == ("2024", "1.50", None)
+    assert (experiment.train.lr, experiment.train.epochs, experiment.train.freeze_norms) == (5.0, 3, True)
+    assert experiment.data["root"] == str(Path("010").absolute())
+    assert experiment.head["anchors"] == {"sizes": [[8]]}
+    assert experiment.input.size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--train.lr"], "'--train.lr' needs a value"),
+        (["train.lr", "3"], "'train.lr' is not an option"),
+        (["--train.lr", "1", "2"], "'2' is not an option"),
+        (["--train.lr", "[1"], "value of '--train.lr' is not valid YAML"),
+        (["--train.lr", "&a [*a]"], "contains the alias itself"),
+        (["--train.lr", "!!python/object/apply:os.getcwd []"], "value of '--train.lr' is not valid YAML"),
+        (["--name.x", "1"], "'name.x' in the command line is not a key"),
+        (["--augment.0.horizontal", "1"], "'augment.0.horizontal' in the command line is not a key"),
+        (["--head.name.x", "1"], "'--head.name.x' sets a key within 'head.name', which has no keys"),
+        (["--train", "{class_path: a.b}"], "'train.class_path' in the command line is not a key"),
+        (["--config", "x.yaml"], "'config' in the command line is not a key"),
+    ],
+)
+def test_wrong_overrides_are_named(config: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment([str(config)], overrides)
+    assert message in str(caught.value)
+
+
+def test_a_config_of_aliases_takes_no_memory(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 10)]
+    config.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="once its aliases are expanded"):
+        load_experiment([str(config)])

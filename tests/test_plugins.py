@@ -81,6 +81,58 @@ def test_without_the_package_there_is_no_such_head(tiny_config: Path) -> None:
     assert "There is no head named 'brightest'" in result.stderr
 
 
+def test_the_first_look_up_of_many_threads_finds_every_part(tmp_path: Path) -> None:
+    """Those of packages and those within parts (anchors of a head) too: a thread waits for the one that imports."""
+    code = """
+import sys, threading
+import torch
+from detkit.config import experiment_from_dict
+from detkit.model import build_model
+from detkit.registry import heads, tasks
+from detkit.types import ClassList
+sys.setswitchinterval(1e-5)
+faults, begin = [], threading.Barrier(12)
+parts = {"data": {"name": "shapes"}, "backbone": {"name": "small_ssd"}}
+def look_up(head):
+    try:
+        begin.wait()
+        build_model(experiment_from_dict({**parts, "head": head}), ClassList.from_names(["a"]), load_weights=False)
+        tasks.get(heads.get(head["name"]).task)
+    except Exception as error:
+        faults.append(repr(error))
+kinds = [{"name": "brightest"}, {"name": "ssd", "anchors": {"name": "default_boxes"}}, {"name": "retinanet"}]
+threads = [threading.Thread(target=look_up, args=(kinds[number % 3],)) for number in range(12)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(faults), *faults[:3])
+"""
+    environment = install(tmp_path, HEAD)
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.stdout == "0\n", result.stdout + result.stderr
+
+
+def test_modules_with_parts_may_look_parts_up_while_they_are_imported(tmp_path: Path) -> None:
+    source = HEAD + "\nfrom detkit.registry import backbones, necks\nbackbones.get('resnet18'), necks.names()\n"
+    assert "  brightest " in detkit(install(tmp_path, source), "models").stdout
+
+
+def test_types_for_type_checkers_alone_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """Of the arguments that detkit supplies; an option needs a type that can be checked."""
+    source = HEAD.replace("(self, channels,", "(self, channels: 'Absent',")
+    environment = install(tmp_path, source)
+    code = (
+        "from detkit.registry import heads\n"
+        "given = {'channels': (4,), 'strides': (8,), 'num_classes': 2}\n"
+        "print(heads.build({'name': 'brightest', 'scale': 2}, 'head', **given).scale)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout == "2.0\n", result.stderr
+    (tmp_path / "toy_head.py").write_text(source.replace("scale: float", "scale: 'Absent'"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "ConfigError: The option 'scale' of" in result.stderr
+
+
 def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     result = detkit(install(tmp_path, "import nothing_of_this_name\n"), "models")
     assert result.returncode == 1

@@ -248,7 +248,7 @@ def _data_options(options: ProposalsOptions) -> list[dict[str, Any]]:
 
 
 def _title(data: Mapping[str, Any], split: str) -> str:
-    return f"{Path(str(data['root'])).name if 'root' in data else data['name']} {split}"
+    return f"{Path(str(data['root'])).name if 'root' in data else data.get('name')} {split}"
 
 
 def _pictures(dataset: Dataset, options: ProposalsOptions) -> list[Picture]:
