@@ -194,7 +194,7 @@ class TestBadInput:
         fails(run("eval"), "needs a run's folder")
         fails(run("eval", checkpoint, "--head.nms_threshold", "0.3"), "'--head.nms_threshold' cannot be changed")
         fails(run("train", tiny_config, "--resume", ""), "--resume needs the folder")
-        fails(run("infer", checkpoint, "--source", tiny_config.parent), "no pictures")
+        fails(run("infer", checkpoint, "--source", tiny_config.parent), "no images")
 
     def test_a_misspelt_key_in_a_config(self, run: Run, tiny_config: Path) -> None:
         tiny_config.write_text(tiny_config.read_text().replace("warmup_epochs", "warm_up_epochs"))
@@ -260,7 +260,7 @@ class TestBadInput:
         (tmp_path / "coco" / "train").mkdir()
         (tmp_path / "coco" / "annotations" / "instances_train.json").write_text('{"images": [\n')
         data = ("--data", f'{{name: coco, root: "{tmp_path / "coco"}"}}')
-        fails(run("train", tiny_config, *data), "instances_train.json:2")
+        fails(run("train", tiny_config, *data), "instances_train.json", "line 2")
 
     def test_a_checkpoint_of_another_class_list(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
         path = tmp_path / "other.safetensors"
