@@ -50,7 +50,7 @@ def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> 
             "out."
         )
     mirrors = (A.HorizontalFlip, A.VerticalFlip, A.Transpose, A.D4, A.SquareSymmetry)
-    for part in _single(parts):
+    for part in single_transforms(parts):
         name = type(part).__name__.lstrip("_")
         if rule.flip_pairs is None and isinstance(part, mirrors) and part.p > 0:
             raise ConfigError(
@@ -137,12 +137,12 @@ def _is_mirrored(frame: np.ndarray) -> bool:
     return bool(across[0] * down[1] - across[1] * down[0] < 0)
 
 
-def _single(parts: Sequence[Any]) -> Iterator[Any]:
+def single_transforms(parts: Sequence[Any]) -> Iterator[Any]:
     """The transforms of albumentations in `parts`, those within compositions too."""
     from albumentations import BaseCompose
 
     for part in parts:
         if isinstance(part, BaseCompose):
-            yield from _single(part.transforms)
+            yield from single_transforms(part.transforms)
         else:
             yield part

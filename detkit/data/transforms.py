@@ -20,7 +20,8 @@ from detkit.boxes.convert import clip
 from detkit.boxes.mask_paste import paste_masks
 from detkit.data.dataset import Dataset
 from detkit.data.points import PointRule, as_keypoints, check_parts, watched, with_points
-from detkit.errors import ConfigError
+from detkit.data.probe import check_result, check_usable, failure
+from detkit.errors import ConfigError, DetkitError
 from detkit.registry import augmentations
 from detkit.types import IGNORED_PIXEL, Detections, Meta, Sample, Target
 
@@ -283,9 +284,10 @@ class Augment:
         min_visibility: an object or proposal of which a smaller part is left after a cut is dropped, as is one of which
             the part that is left is less than a pixel wide or high. What becomes so small without a cut stays.
         points: the rule for pictures with points (detkit.data.points); None for those without.
+        tried: the parts are known to work; otherwise those of albumentations are tried on a made-up image.
 
     Raises:
-        ConfigError: a part or option is unknown, or the parts cannot carry points.
+        ConfigError: a part or option is unknown, a part cannot be used, or the parts cannot carry points.
     """
 
     def __init__(
@@ -294,6 +296,7 @@ class Augment:
         fit: Fit,
         min_visibility: float = 0.2,
         points: PointRule | None = None,
+        tried: bool = False,
     ) -> None:
         import albumentations as A
 
@@ -305,6 +308,8 @@ class Augment:
         parts = [part for part in built if not isinstance(part, Mix)]
         pixel_only = [part for part in parts if _changes_only_pixels(part)]
         geometric = [part for part in parts if not _changes_only_pixels(part)]
+        if not tried:
+            check_usable(parts)
         # All that come before the resize, which short_side leaves to the end.
         self._of_source = [*self.mixes, *(parts if fit.resize == "short_side" else geometric)]
         if points is not None:
@@ -324,7 +329,7 @@ class Augment:
 
     def at(self, size: tuple[int, int]) -> "Augment":
         """The same for an input of another size."""
-        return Augment(self.options, self.fit.at(size), self.min_visibility, self.points)
+        return Augment(self.options, self.fit.at(size), self.min_visibility, self.points, tried=True)
 
     def __call__(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample] | None = None) -> Sample:
         """The augmented sample, at the input's size unless that is short_side.
@@ -335,7 +340,7 @@ class Augment:
             others: what mixes draw their further pictures from; None to leave the mixes out.
 
         Raises:
-            DataError: a further picture cannot be read.
+            DataError: a further image cannot be read, or an augmentation fails on the image.
             ConfigError: pictures with semantic maps are to be mixed.
         """
         if others is not None:
@@ -354,7 +359,14 @@ class Augment:
             given["mask"] = target.semantic.numpy() + np.uint8(1)
         if self.points is not None and target.points is not None:
             given["keypoints"] = as_keypoints(target, sample.size)
-        result = self.pipeline(**given)
+        counts: dict[str, int] = {name: len(given[name]) for name in ("bboxes", "masks", "keypoints") if name in given}
+        try:
+            result = self.pipeline(**given)
+            check_result(result, counts, None if self.fit.resize == "short_side" else self.fit.size)
+        except (DetkitError, MemoryError):
+            raise
+        except Exception as error:
+            raise failure(error, sample.meta.source, sample.size) from error
         # Albumentations drops boxes but not their masks; the fifth column says which are left.
         boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 6)
         kept = boxes[:, 4].long()

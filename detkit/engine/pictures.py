@@ -1,4 +1,4 @@
-"""Pictures that show a person what a run learns from and what it has learned."""
+"""Images that show a person what a run learns from and what it has learned."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from detkit.data.dataset import Dataset
 from detkit.data.loader import Key, collate
 from detkit.draw import grid, write_image
 from detkit.engine.run_folder import RunFolder
+from detkit.errors import DataError
 from detkit.model import Model, load_model
 from detkit.sliding import predict
 from detkit.tasks.base import Task, task_of
@@ -20,10 +21,16 @@ SMALLEST_SIDE = 320
 
 
 def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: ClassList, count: int = 12) -> None:
-    """The first training pictures as the network gets them, augmented, with their truth."""
+    """Draw the first training images as the network gets them, augmented, with their ground truth.
+
+    Raises:
+        DataError: one of the images cannot be read.
+    """
     pictures = []
     for index in range(min(count, len(reader.dataset))):
         fitted = reader[Key(0, index)]
+        if isinstance(fitted, DataError):
+            raise fitted
         pixels = (fitted.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         factor = _enlargement(pixels)
         target = _enlarge_target(fitted.target, factor)
