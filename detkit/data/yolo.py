@@ -23,7 +23,7 @@ from detkit.data.dataset import (
 from detkit.data.image import IMAGE_SUFFIXES
 from detkit.data.layouts import other_layout
 from detkit.data.masks import polygon_area, rle_from_polygons
-from detkit.data.sources import find_images, is_image
+from detkit.data.sources import CLOSED, DEAD_LINK, KNOWN_FOLDER, UNREAD, Found, is_image, search
 from detkit.data.yolo_lines import (
     LabelLine,
     LineError,
@@ -100,12 +100,15 @@ class Yolo(FileDataset):
         if points:
             self._points, self.flip_pairs = self._yaml.points.count, self._yaml.flip_pairs
         self._evidence = PolygonEvidence()
-        files, folders = self._yaml.images_of(split)
+        files, searched = self._yaml.images_of(split)
+        for found in searched.values():
+            for reason in (UNREAD, DEAD_LINK, KNOWN_FOLDER, CLOSED):
+                self.problems.remarks[f"{reason}: passed over"] += len(found.passed_over.get(reason, ()))
         images = [Picture(self._yaml.image_id(file), file, where) for file, where in files]
         usable = self.check_pictures(images)
         label_files = {image.path: file for image in images if os.path.isfile(file := label_file(image.path))}
         self._check_labelled(images, label_files)
-        self._check_unused(set(label_files.values()), folders)
+        self._check_unused(set(label_files.values()), list(searched))
         owners: dict[Path, Path] = {}
         for image, size in usable:
             path = label_files.get(image.path)
@@ -263,8 +266,8 @@ class _DataFile:
         file = Path(os.path.normpath(file))
         return file.relative_to(self.base).as_posix() if file.is_relative_to(self.base) else file.as_posix()
 
-    def images_of(self, split: str) -> tuple[list[tuple[Path, str]], list[Path]]:
-        """The image files of a split, each with what names it, and the folders that were searched.
+    def images_of(self, split: str) -> tuple[list[tuple[Path, str]], dict[Path, Found]]:
+        """The image files of a split, each with what names it, and the folders that were searched for them.
 
         Raises:
             DataError: there is no such split, or it names something that is missing.
@@ -285,11 +288,11 @@ class _DataFile:
                 f"to splits that exist."
             )
         files: list[tuple[Path, str]] = []
-        folders = []
+        searched: dict[Path, Found] = {}
         for path in map(self._resolve, splits[split]):
             if os.path.isdir(path):
-                folders.append(path)
-                files += [(file, str(file)) for file in find_images(path)]
+                searched[path] = search(path)
+                files += [(file, str(file)) for file in searched[path].images]
             elif os.path.isfile(path):
                 files += [(self._listed(text, path), f"{path}:{line}") for line, text in read_lines(path)]
             elif not os.path.isdir(self.base):
@@ -299,7 +302,7 @@ class _DataFile:
                 )
             else:
                 raise missing_split(split, path, (key for key in splits if key != split))
-        return files, folders
+        return files, searched
 
     def _resolve(self, source: str) -> Path:
         # Roboflow writes ../train/images into a data.yaml that lies beside train.

@@ -264,6 +264,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
     ]
     (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
     assert image.where == str(tmp_path / "images/train/photo.heic")
+    assert any(line.startswith("1 x images of formats that are not read") for line in data.problems.counts())
     assert "the ending '.heic' is not among those that are read: .apng" in image.message
 
 
@@ -290,6 +291,20 @@ def test_images_beside_their_labels_with_other_text_files(tmp_path):
     (folder / "b.json").write_text("{}")
     with pytest.raises(DataError, match=r"1 x label file without an image.*obj/b\.txt: there is no image 'b\.\*' in"):
         Yolo(root, "train")
+
+
+def test_links_are_followed_once(tmp_path):
+    root = write(tmp_path, {"a.jpg": [BOX], "b.jpg": [BOX]})
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train/up").symlink_to("..")
+        (tmp_path / kind / "train/itself").symlink_to(".")
+    data = Yolo(root, "train")
+    assert (len(data), data.problems.unlabelled, kinds(data)) == (2, 0, [])
+    assert data.problems.counts() == ["2 x links to folders that are searched already: passed over"]
+    # The folders themselves may be links.
+    (tmp_path / "images").rename(tmp_path / "store")
+    (tmp_path / "images").symlink_to("store")
+    assert len(Yolo(root, "train").target(0)) == 1
 
 
 def test_two_images_of_one_label_file(tmp_path):
@@ -327,7 +342,7 @@ def test_an_image_listed_under_two_spellings_is_a_duplicate(tmp_path):
         Yolo(write(tmp_path, {}, train="list.txt"), "train")
 
 
-@pytest.mark.parametrize("line", ["a\0b.jpg", "..", ".", "/", "images", "~nobody/a.jpg"])
+@pytest.mark.parametrize("line", ["x" * 300 + ".jpg", "a\0b.jpg", "..", ".", "/", "images", "~nobody/a.jpg"])
 def test_hostile_lines_of_a_list_are_named(tmp_path, line):
     write(tmp_path, {"a.jpg": [BOX]})
     (tmp_path / "list.txt").write_text(f"images/train/a.jpg\n{line}\n")
