@@ -1,5 +1,6 @@
 """A model: backbone, neck and head as one network, with its classes, its input, and its file of weights."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from detkit.backbones.base import Backbone, Neck
 from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.data.transforms import BATCH_STRIDE, Fit
-from detkit.errors import CheckpointError, ConfigError, nearest
+from detkit.errors import CheckpointError, ConfigError, nearest, printable
+from detkit.files import parse_json, replacing
 from detkit.heads.base import Head
 from detkit.published.read import is_published, read_published
 from detkit.registry import backbones, heads, necks, without_weights
@@ -20,6 +22,10 @@ from detkit.runs import resolve_checkpoint
 from detkit.types import ClassList, Inputs
 
 FORMAT = "detkit 1"
+METADATA = frozenset({"format", "experiment", "class_names", "raw_ids"})
+"""Keys of the metadata that every checkpoint has."""
+LATER_METADATA = frozenset({"checksum", "run", "epoch"})
+"""Keys that checkpoints have had since there are checksums; `run` and `epoch` only those that a training wrote."""
 PARTS = ("backbone", "neck", "head")
 
 
@@ -105,9 +111,22 @@ class Model(nn.Module):
             for (in_backbone, decays), parameters in groups.items()
         ]
 
-    def save(self, path: Path) -> None:
-        """Write weights, experiment and classes to a .safetensors file."""
-        from safetensors.torch import save_file
+    def save(self, path: str | Path) -> None:
+        """Write weights, experiment and classes to a .safetensors file, whole or not at all.
+
+        Raises:
+            WriteError: the file cannot be written; an earlier one is left as it was.
+        """
+        with replacing(path) as file:
+            file.write(self.serialize()[0])
+
+    def serialize(self, **origin: str) -> tuple[bytes, str]:
+        """The content of the .safetensors file, and the checksum in its metadata.
+
+        Args:
+            origin: `run` and `epoch` that the weights come from.
+        """
+        from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {
@@ -115,11 +134,10 @@ class Model(nn.Module):
             "experiment": json.dumps(experiment_to_dict(self.experiment)),
             "class_names": json.dumps(self.classes.names),
             "raw_ids": json.dumps(self.classes.raw_ids),
+            **origin,
         }
-        # A run killed while it writes must leave the last good file behind.
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
+        metadata["checksum"] = _checksum(tensors, metadata)
+        return save(tensors, metadata), metadata["checksum"]
 
 
 def build_model(experiment: Experiment, classes: ClassList, load_weights: bool = True) -> Model:
@@ -164,34 +182,102 @@ def load_model(path: str | Path) -> Model:
         CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
     """
     tensors, experiment, classes = read_checkpoint(path)
-    model = build_model(experiment, classes, load_weights=False)
+    try:
+        model = build_model(experiment, classes, load_weights=False)
+    # The options come from the file, and a part may fail in any way on values that nobody has tried.
+    except Exception as error:
+        raise CheckpointError(f"The model that '{path}' describes cannot be built: {_described(error)}") from error
     load_tensors(model, tensors, str(path))
     return model.eval()
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """The tensors of a checkpoint file, the experiment that trained them, and its classes."""
-    from safetensors import SafetensorError, safe_open
+    """The tensors of a checkpoint file, the experiment that trained them, and its classes.
 
+    Raises:
+        CheckpointError: the file is missing or damaged, or is not a checkpoint of detkit.
+    """
     path = resolve_checkpoint(path)
     if is_published(path):
         return read_published(path)
-    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    return tensors, *described_model(path, metadata)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a checkpoint file of detkit, which match its checksum.
+
+    A file of an earlier version, which has no checksum, gets one in the metadata returned.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or is not a checkpoint of detkit.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
+    # Names that are not UTF-8 are a ValueError, types that torch does not have an AttributeError or a KeyError.
+    except (SafetensorError, OSError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"The checkpoint '{path}' cannot be read: {error}. It may be cut off; use another one."
+            f"The checkpoint '{path}' cannot be read: {_described(error)}. It may be cut off; use another one."
         ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"'{path}' is a safetensors file, but no checkpoint of detkit: its format is "
+            f"'{path}' is a safetensors file, but not a checkpoint of detkit: its format is "
             f"{metadata.get('format')!r}, not '{FORMAT}'. Weights of a backbone alone go to --backbone.weights."
         )
-    classes = ClassList(tuple(json.loads(metadata["class_names"])), tuple(json.loads(metadata["raw_ids"])))
-    return tensors, experiment_from_dict(json.loads(metadata["experiment"])), classes
+    for key in sorted(METADATA ^ metadata.keys()):
+        if key not in LATER_METADATA:
+            problem = "lacks the metadata" if key in METADATA else "has unknown metadata"
+            raise CheckpointError(f"The checkpoint '{path}' {problem} {key!r}. It is damaged; use another one.")
+    checksum = _checksum(tensors, metadata)
+    if metadata.setdefault("checksum", checksum) != checksum:
+        raise CheckpointError(
+            f"The checkpoint '{path}' is damaged: its content does not match its checksum. Use another one, or a copy."
+        )
+    return tensors, metadata
+
+
+def described_model(path: str | Path, metadata: Mapping[str, str]) -> tuple[Experiment, ClassList]:
+    """The experiment and the classes in the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: they are not valid.
+    """
+    names, ids, options = (
+        parse_json(metadata[key], f"metadata '{key}' of the checkpoint '{path}'", CheckpointError)
+        for key in ("class_names", "raw_ids", "experiment")
+    )
+    for key, values, kind in (("class_names", names, str), ("raw_ids", ids, int)):
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise CheckpointError(f"The metadata '{key}' of the checkpoint '{path}' is not a list of {kind.__name__}.")
+    if not isinstance(options, dict):
+        raise CheckpointError(f"The metadata 'experiment' of the checkpoint '{path}' does not hold keys and values.")
+    try:
+        return experiment_from_dict(options), ClassList(tuple(names), tuple(ids))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"The checkpoint '{path}' does not describe a model: {_described(error)} It is damaged; use another one."
+        ) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the names, types, shapes and values of tensors, and of all metadata but the checksum."""
+    names = sorted(tensors)
+    described = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    others = sorted((key, value) for key, value in metadata.items() if key != "checksum")
+    digest = hashlib.sha256(json.dumps([others, described]).encode())
+    for name in names:
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _described(error: Exception) -> str:
+    """An error of a library in one line, with its kind where its text alone would say little."""
+    text = printable(" ".join(str(error).split()))
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from detkit.data.dataset import Dataset
 from detkit.data.wrapper import DatasetWrapper
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, WriteError
 from detkit.types import Meta, Sample
 
 Place = Literal["memory", "disk"]
@@ -32,7 +32,8 @@ def with_cache(
             however it ends.
 
     Raises:
-        ConfigError: so much memory or disk cannot be had.
+        ConfigError: so much memory is not available.
+        WriteError: so much memory or disk is not available.
     """
     sizes = [[dataset.size(index) for index in range(len(dataset))] for dataset in (train_set, val_set)]
     cached, taken = [], 0
@@ -87,7 +88,8 @@ class PictureCache:
         bytes: of all these.
 
     Raises:
-        ConfigError: so much memory or disk cannot be had.
+        ConfigError: so much memory is not available.
+        WriteError: so much memory or disk is not available.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], bound: int, place: Place, folder: Path) -> None:
@@ -174,9 +176,9 @@ def _opened(place: Place, size: int, folder: Path) -> BinaryIO:
             file.truncate(size)
         return file
     except OSError as error:
-        raise ConfigError(
+        raise WriteError(
             f"'train.cache' {place} takes {size / 1e9:.2f} GB{f' in {str(folder)!r}' if place == 'disk' else ''}, "
-            f"which cannot be had ({error.strerror}). {remedy} null."
+            f"which are not available ({error.strerror}). {remedy} null."
         ) from None
 
 

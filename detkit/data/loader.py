@@ -5,20 +5,25 @@ that it is mixed with, so no two workers can repeat one another, and a resumed r
 The size of a batch is made from (seed, epoch, number of the batch).
 """
 
+import multiprocessing.queues
+import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
 from detkit.data.points import point_rule
 from detkit.data.transfer import Packed, pack
 from detkit.data.transforms import Augment, Fit, Fitted
-from detkit.errors import ConfigError, DataError
+from detkit.errors import ConfigError, DataError, DetkitError, WriteError
 from detkit.types import Batch
 
 
@@ -42,27 +47,71 @@ def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
     return Batch(fit.batch(images), sizes, targets, metas, None if proposals[0] is None else proposals)
 
 
-def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Packed | DataError:
-    """One batch, or the error of a picture that could not be read."""
+def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Packed | DetkitError:
+    """One batch, or the error of an image that could not be read, or of shared memory that is full."""
     fitted = []
     for item in items:
         if isinstance(item, DataError):
             return item
         fitted.append(item)
-    return pack(collate(fitted, fit))
+    packed = pack(collate(fitted, fit))
+    if get_worker_info() is not None:
+        try:
+            packed.share()
+        except RuntimeError as error:
+            return WriteError(
+                f"The shared memory of this machine (/dev/shm) has no room for a batch of {packed.nbytes / 1e6:.0f} MB "
+                f"({' '.join(str(error).split())}). Give it more (docker run --shm-size=8g), lower train.batch_size or "
+                f"train.workers, or set train.workers to 0."
+            )
+    return packed
 
 
 def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
     """The batches of a loader.
 
     Raises:
-        DataError: a picture could not be read. It comes from the worker as a value: raised there, it would arrive
+        DataError: an image could not be read. It comes from the worker as a value: raised there, it would arrive
             here with the worker's traceback for its message.
+        WriteError: the shared memory is full.
     """
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, DetkitError):
             raise batch
         yield batch.unpack()
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Turn the error of a worker process that has ended into one that says what to do.
+
+    DataLoader raises it wherever the program is at that moment, not only where it waits for a batch.
+
+    Raises:
+        DetkitError: a worker was killed, or could not send its batch.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = f"{error.__cause__ or ''} {error}"
+        if "DataLoader worker" not in text:
+            raise
+        killed = re.search(r"killed by signal: ([^.]+)\.", text)
+        raise DetkitError(
+            f"A process that reads images {f'was killed by the system ({killed[1]})' if killed else 'has ended'}, as "
+            "happens when memory or shared memory runs out. Lower train.workers, train.batch_size or train.cache_gb. A "
+            "training goes on from its last whole epoch with --resume RUN."
+        ) from None
+
+
+def _end_worker(error: BaseException, batch: Any) -> None:
+    """End a worker process that cannot send a batch: its queue would drop it, and the program wait for it for ever."""
+    print(f"detkit: a batch cannot be sent: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _start_worker(number: int) -> None:
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def training_loader(
@@ -293,5 +342,6 @@ def _loader(
         num_workers=workers,
         collate_fn=partial(_collate_read, fit=fit),
         pin_memory=pin,
+        worker_init_fn=_start_worker,
         persistent_workers=workers > 0 and sampler is not None,
     )

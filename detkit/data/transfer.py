@@ -35,6 +35,21 @@ class Packed:
     places: tuple[tuple[int, torch.dtype, torch.Size], ...]
     rest: bytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.images.nbytes + self.others.nbytes
+
+    def share(self) -> None:
+        """Move the tensors to shared memory now, where an error can be caught, and not when they are sent.
+
+        Raises:
+            RuntimeError: there is no room for them.
+        """
+        for tensor in (self.images, self.others):
+            if tensor.nbytes:
+                tensor.share_memory_()
+
     def pin_memory(self) -> "Packed":
         """The same in page-locked memory, for the loader."""
         return Packed(self.images.pin_memory(), self.others.pin_memory(), self.places, self.rest)

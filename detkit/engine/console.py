@@ -1,8 +1,11 @@
 """What a person sees of a run while it goes on: progress, a line for each epoch, metrics.csv and TensorBoard."""
 
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +17,7 @@ from detkit.data.dataset import Dataset
 from detkit.engine.evaluate import Evaluation
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.stages import Stopwatch, verdict
+from detkit.files import write_error
 from detkit.model import Model
 from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import usable_processors
@@ -54,11 +58,9 @@ class TrainingConsole:
         self._lr = 0.0
 
     def __enter__(self) -> "TrainingConsole":
-        from torch.utils.tensorboard import SummaryWriter
-
         self.progress.start()
         self._task = self.progress.add_task("training", total=None, status="")
-        self._events = SummaryWriter(str(self.folder.path)) if self.active else None
+        self._events = EventFile(self.folder.path) if self.active else None
         return self
 
     def __exit__(
@@ -90,8 +92,8 @@ class TrainingConsole:
         )
         if self._events is not None:
             for name, value in losses.items():
-                self._events.add_scalar(f"train/{name}", value, progress.step)
-            self._events.add_scalar("train/lr", lr, progress.step)
+                self._events.add(f"train/{name}", value, progress.step)
+            self._events.add("train/lr", lr, progress.step)
 
     @contextmanager
     def validation(self, pictures: int) -> Iterator[Callable[[int], None]]:
@@ -105,7 +107,7 @@ class TrainingConsole:
     def epoch(
         self, progress: Any, losses: dict[str, float], evaluation: Evaluation | None, seconds: float, waited: float
     ) -> None:
-        """After each epoch: a line here, a row in metrics.csv, TensorBoard's scalars.
+        """After each epoch: a line here, a row for metrics.csv, TensorBoard's scalars.
 
         Args:
             seconds: of training.
@@ -127,12 +129,13 @@ class TrainingConsole:
             line += "".join(f"  {name.replace('_', ' ')} {figures[name]:.3f}" for name in shown) + best
             if evaluation.scores.remark:
                 line += f"  ({evaluation.scores.remark})"
-        self.folder.append_metrics(row)
+        self.folder.add_metrics(row)
         self.console.print(line)
         if self._events is not None:
             for name, value in row.items():
                 if name not in ("epoch", "step", "lr") and value != "":
-                    self._events.add_scalar(f"epoch/{name}", value, progress.epoch)
+                    self._events.add(f"epoch/{name}", value, progress.epoch)
+            self._events.flush()
 
     def limits(self, watch: Stopwatch) -> None:
         """After the last epoch: where the time went, and what limits the run."""
@@ -158,6 +161,50 @@ class TrainingConsole:
             f"{fabric.device.type}, accumulated over {options.accumulate}\n"
             f"precision  {options.precision}{f' ({native})' if native else ''}"
         )
+
+
+class EventFile:
+    """A file of scalars for TensorBoard, in a folder.
+
+    Unlike TensorBoard's own writer it has no thread, in which the error of a full disk would be lost.
+
+    Raises:
+        WriteError: by all methods, if the file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        with self._naming():
+            self._records = RecordWriter(self._path.open("wb"))
+        self._write(file_version="brain.Event:2")
+
+    def add(self, tag: str, value: float, step: int) -> None:
+        """Add the value that a curve has at a step."""
+        self._write(step=step, summary={"value": [{"tag": tag, "simple_value": value}]})
+
+    def flush(self) -> None:
+        """Let readers see what has been added."""
+        with self._naming():
+            self._records.flush()
+
+    def close(self) -> None:
+        with self._naming():
+            self._records.close()
+
+    def _write(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+
+        with self._naming():
+            self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self._path, error) from error
 
 
 def _input(options: InputOptions) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from detkit.data.dataset import Dataset
-from detkit.data.loader import batches, evaluation_loader
+from detkit.data.loader import batches, evaluation_loader, naming_lost_workers
 from detkit.engine.feature_store import FeatureStore
 from detkit.model import Model
 from detkit.optimize import FastNetwork
@@ -65,7 +65,8 @@ def evaluate(
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
     arithmetic = torch.inference_mode() if network is None else network.arithmetic()
     scoring = task.scoring(dataset.classes, model.head, max_dets)
-    with scoring as evaluator, arithmetic, torch.random.fork_rng([device] if on_gpu else []):
+    fork = torch.random.fork_rng([device] if on_gpu else [])
+    with naming_lost_workers(), scoring as evaluator, arithmetic, fork:
         torch.manual_seed(0)
         for batch in batches(loader) if store is None else store.batches(loader, model):
             batch = batch.to(device) if known else _without_labels(batch.to(device))

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from detkit.config import Experiment
 from detkit.data.loader import Key, batches
-from detkit.errors import ConfigError, DetkitError
+from detkit.errors import ConfigError, WriteError
+from detkit.files import make_folder
 from detkit.model import Model
 from detkit.types import Batch, Meta, Target
 
@@ -69,7 +70,7 @@ def feature_stores(
         return
     folder = run / FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
+    make_folder(folder)
     try:
         yield FeatureStore(folder / "train", train_count), FeatureStore(folder / "val", val_count)
     finally:
@@ -115,7 +116,7 @@ class FeatureStore:
 
         Raises:
             DataError: a picture could not be read.
-            DetkitError: there is not enough space on the disk.
+            WriteError: there is not enough space on the disk.
         """
         numbers = [key.picture if isinstance(key, Key) else key for key in loader.sampler]
         device = model.mean.device
@@ -197,7 +198,7 @@ def _reserve(path: Path, size: int) -> None:
     """Make a file of `size` bytes whose place on the disk is certain: a full disk, met later, would kill the process.
 
     Raises:
-        DetkitError: there is no such space.
+        WriteError: there is no such space.
     """
     try:
         with path.open("wb") as file:
@@ -206,8 +207,8 @@ def _reserve(path: Path, size: int) -> None:
             else:
                 file.truncate(size)
     except OSError as error:
-        raise DetkitError(
-            f"The features to be stored take {size / 1e9:.2f} GB in '{path}', which cannot be had ({error.strerror}). "
-            "Make room, set 'runs' to another disk, take fewer 'levels' of the backbone or a smaller input.size, or "
-            "set train.store_features to false."
+        raise WriteError(
+            f"The features to be stored take {size / 1e9:.2f} GB in '{path}', which are not available "
+            f"({error.strerror}). Free some space, set 'runs' to another disk, take fewer 'levels' of the backbone or "
+            "a smaller input.size, or set train.store_features to false."
         ) from None

@@ -1,17 +1,32 @@
-"""The folder of one training run: config, metrics, checkpoints, pictures."""
+"""The folder of one training run: config, metrics, checkpoints, images.
+
+The training state is the one file that decides where a run stands. It is written first after each epoch, and holds what
+all the others can be made from again: a process that is killed at any moment leaves a run that can be resumed.
+"""
 
 import csv
+import errno
+import hashlib
+import io
+import itertools
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 from detkit.config import Experiment, experiment_to_dict, load_experiment
 from detkit.errors import CheckpointError, ConfigError
+from detkit.files import make_folder, read_text, replacing, write_error
 from detkit.torch_file import read_torch
 
-STATE_FORMAT = 1
+STATE_FORMAT, EARLIER_STATE_FORMAT = 2, 1
+"""The earlier one has no checksum."""
 MAY_CHANGE = frozenset(
     {"data.root", "data.data.root", "name", "proposals.cache", "proposals.path", "runs"}
     | {
@@ -22,7 +37,11 @@ MAY_CHANGE = frozenset(
 
 
 class RunFolder:
-    """runs/<task>/<name>, and where each thing lies in it."""
+    """runs/<task>/<name>, and where each thing lies in it.
+
+    Attributes:
+        rows: of metrics.csv, the names of the columns first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,32 +52,73 @@ class RunFolder:
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.state = self.checkpoints / "training_state.pt"
+        self.previous_state = self.checkpoints / "training_state_previous.pt"
+        self.rows: list[list[str]] = []
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, experiment: Experiment, task: str) -> "RunFolder":
-        """A new folder; a name that is taken gets a number: <name>2, <name>3 ..."""
+        """A new folder, held as by `acquire`; a name that is taken gets a number: <name>2, <name>3 ...
+
+        It is filled under another name first: a folder with the name of a run can always be resumed.
+
+        Raises:
+            WriteError: the folder cannot be made.
+        """
         parent = Path(experiment.runs) / task
-        number = 1
+        target = parent / experiment.name
+        folder = cls(target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part"))
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                path = parent / (experiment.name if number == 1 else f"{experiment.name}{number}")
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
-                    number += 1
+            make_folder(folder.pictures)
+            make_folder(folder.checkpoints)
+            folder.acquire()
+            folder.write_config(experiment)
+            run = cls(_renamed(folder.path, target))
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        run._lock = folder._lock
+        return run
+
+    def acquire(self) -> None:
+        """Hold the run for this process, until `release` or until the process ends, however it ends.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        path = self.path / "train.lock"
+        try:
+            self._lock = path.open("a+", encoding="utf-8")
+            # Unlike flock's, this lock does not pass to the processes that read images, which outlive a killed parent.
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                self._lock.seek(0)
+                raise ConfigError(
+                    f"The run '{self.path}' is being trained by the process {self._lock.read().strip() or '(unknown)'}."
+                    f" Wait for its end or stop it, then give --resume again."
+                ) from None
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n")
+            self._lock.flush()
         except OSError as error:
-            raise ConfigError(f"The folder of runs '{parent}' cannot be made: {error.strerror}. Set 'runs'.") from None
-        folder = cls(path)
-        folder.pictures.mkdir()
-        folder.checkpoints.mkdir()
-        folder.write_config(experiment)
-        return folder
+            raise write_error(path, error) from error
+
+    def release(self) -> None:
+        """Let other processes train the run."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write_config(self, experiment: Experiment) -> None:
         """Write config.yaml, from which `--resume` goes on."""
-        self.config.write_text(yaml.safe_dump(experiment_to_dict(experiment), sort_keys=False), encoding="utf-8")
+        with replacing(self.config, "w") as file:
+            yaml.safe_dump(experiment_to_dict(experiment), file, sort_keys=False)
 
     def check_same_experiment(self, experiment: Experiment) -> None:
         """Refuse to go on with other options than the run began with, but for those in MAY_CHANGE.
@@ -76,41 +136,136 @@ class RunFolder:
                     f"--weights {self.last} instead."
                 )
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line of metrics.csv; the first one writes the header."""
-        columns = list(row)
-        new = not self.metrics.exists()
-        if not new:
-            with self.metrics.open(newline="", encoding="utf-8") as file:
-                columns = next(csv.reader(file))
-        with self.metrics.open("a", newline="", encoding="utf-8") as file:
-            # A run that began with an earlier version of detkit keeps its columns.
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a row to those of metrics.csv; the first one names the columns, which a run keeps."""
+        if not self.rows:
+            self.rows.append(list(row))
+        values = (row.get(column) for column in self.rows[0])
+        self.rows.append(["" if value is None else str(value) for value in values])
+
+    def read_metrics(self, epoch: int) -> None:
+        """Take the rows up to an epoch from metrics.csv, for a run whose training state does not have them."""
+        if not self.metrics.is_file():
+            return
+        lines = read_text(self.metrics, "file").replace("\0", "").splitlines()
+        header, *rows = list(csv.reader(lines)) or [[]]
+        whole = {row[0]: row for row in rows if row and len(row) == len(header) and row[0].isdecimal()}
+        self.rows = [header, *(row for number, row in whole.items() if int(number) <= epoch)] if header else []
+
+    def write_metrics(self) -> None:
+        """Write metrics.csv."""
+        with replacing(self.metrics, "w", newline="") as file:
+            csv.writer(file).writerows(self.rows)
+
+    def write_checkpoint(self, path: Path, content: bytes) -> None:
+        """Write `last` or `best`."""
+        with replacing(path) as file:
+            file.write(content)
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write what `--resume` needs besides the weights, all at once or not at all."""
-        temporary = self.state.with_suffix(".part")
-        torch.save({"format": STATE_FORMAT, **state}, temporary)
-        temporary.replace(self.state)
-
-    def load_state(self) -> dict[str, Any]:
-        """What `save_state` wrote.
+        """Write what `--resume` needs besides the config; the state before it stays as the previous one.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            WriteError: it cannot be written; the earlier state is left as it was.
         """
-        if not self.state.is_file():
+        buffer = io.BytesIO()
+        torch.save({"format": STATE_FORMAT, **state}, buffer)
+        with replacing(self.state) as file:
+            file.write(_with_checksum(buffer.getbuffer()))
+            file.flush()
+            if self.state.exists():
+                self.state.replace(self.previous_state)
+
+    def recover(self) -> str:
+        """Put the previous training state in the place of one that is missing or damaged.
+
+        Also removes what a process that was killed was about to write. For a process that holds the run.
+
+        Returns:
+            A line that says so, empty if there was nothing to do.
+        """
+        for left in [*self.path.glob(".*.part"), *self.checkpoints.glob(".*.part")]:
+            with suppress(OSError):
+                left.unlink()
+        if not self.previous_state.is_file():
+            return ""
+        try:
+            if self.state.is_file():
+                _read_state(self.state)
+                return ""
+            reason = f"There is no training state '{self.state}'."
+        except CheckpointError as error:
+            reason = str(error)
+        try:
+            epoch = _read_state(self.previous_state)["progress"]["epoch"]
+            self.previous_state.replace(self.state)
+        except (CheckpointError, LookupError, TypeError):
+            return ""  # `load_state` says what is wrong with the newest
+        except OSError as error:
+            raise write_error(self.state, error) from error
+        return f"{reason} The run goes on from the one before it, of epoch {epoch}."
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` wrote; None for a run that has not finished its first epoch.
+
+        Raises:
+            CheckpointError: it cannot be read, or is missing though the run has checkpoints, or this is not a run.
+        """
+        if self.state.is_file():
+            try:
+                return _read_state(self.state)
+            except CheckpointError as error:
+                remedy = f"To go on without it, start a new run with --weights {self.last}."
+                raise CheckpointError(f"{error} {remedy}") from None
+        if not self.config.is_file():
             raise CheckpointError(
-                f"There is nothing to resume in '{self.path}': it has no {self.state.relative_to(self.path)}. Give "
-                "--resume the folder of a run that finished at least one epoch."
+                f"There is nothing to resume in '{self.path}': it has no {self.config.name}. Give --resume the folder "
+                "of a run."
             )
-        state: dict[str, Any] = read_torch(self.state, "training state")
-        if state.get("format") != STATE_FORMAT:
-            raise CheckpointError(f"The training state '{self.state}' has another format, {state.get('format')!r}.")
-        return state
+        for path in (self.last, self.best, self.metrics):
+            if path.exists():
+                raise CheckpointError(
+                    f"There is nothing to resume in '{self.path}': it has a {path.name}, but no training state "
+                    f"'{self.state}'. Put that file back, or start a new run with --weights {self.last}."
+                )
+        return None
+
+
+def _with_checksum(content: memoryview) -> bytes:
+    """A zip archive with the SHA-256 of all before it as its comment, the length of which is the last two bytes."""
+    begin = bytes(content[:-2]) + len(_comment(b"")).to_bytes(2, "little")
+    return begin + _comment(begin)
+
+
+def _comment(content: bytes | memoryview) -> bytes:
+    return b"sha256 " + hashlib.sha256(content).hexdigest().encode()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_torch(path, "training state")
+    form = state.get("format") if isinstance(state, dict) else None
+    if form not in (EARLIER_STATE_FORMAT, STATE_FORMAT):
+        raise CheckpointError(f"The training state '{path}' cannot be read: its format is {form!r}.")
+    if form == STATE_FORMAT:
+        content = memoryview(path.read_bytes())
+        length = len(_comment(b""))
+        if content[-length:] != _comment(content[:-length]):
+            raise CheckpointError(f"The training state '{path}' is damaged: it does not match its checksum.")
+    return state
+
+
+def _renamed(folder: Path, target: Path) -> Path:
+    """Rename a folder to `target`, or to that name with the first free number behind it."""
+    for number in itertools.count(1):
+        path = target if number == 1 else target.parent / f"{target.name}{number}"
+        try:
+            if not os.path.lexists(path):
+                return folder.rename(path)
+        except OSError as error:
+            # Another process was faster.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise write_error(path, error) from error
+    raise AssertionError
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import logging
 import math
 import time
+import uuid
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from detkit.config import Experiment, TrainOptions
 from detkit.data.cache import with_cache
-from detkit.data.dataset import Dataset
-from detkit.data.loader import EpochSampler, batches, training_loader
+from detkit.data.dataset import Dataset, fingerprint_change
+from detkit.data.loader import EpochSampler, batches, naming_lost_workers, training_loader
 from detkit.data.points import point_rule
 from detkit.data.reduced import with_reduced_decoding
 from detkit.data.splits import open_train_and_val
@@ -29,18 +30,19 @@ from detkit.engine.evaluate import Evaluation, evaluate
 from detkit.engine.feature_store import FeatureStore, check_storable, feature_stores
 from detkit.engine.memory import keep_freed_memory
 from detkit.engine.pictures import write_predictions, write_training_batch
+from detkit.engine.processes import ending_together, forget_children
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
 from detkit.engine.stages import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED, VALIDATION, Stopwatch
-from detkit.errors import ConfigError, DetkitError
+from detkit.errors import CheckpointError, ConfigError, DataError, DetkitError
 from detkit.heads.base import Head
-from detkit.model import Model, build_model, check_classes, read_checkpoint
+from detkit.model import Model, build_model, check_classes, described_model, read_tensors
 from detkit.optimize import bf16_instructions
 from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
 from detkit.tasks.base import task_of
 from detkit.terminal import Console
-from detkit.types import Batch
+from detkit.types import Batch, ClassList
 
 
 class LossNotFiniteError(DetkitError):
@@ -49,17 +51,28 @@ class LossNotFiniteError(DetkitError):
 
 @dataclass
 class Progress:
-    """Where a run stands; saved after each epoch."""
+    """Where a run stands; saved after each epoch.
+
+    Args:
+        best_checksum: of the best checkpoint; empty before the first evaluation.
+        run: an id that no other run has, which its checkpoints carry.
+    """
 
     epoch: int = 0
     step: int = 0
     best_score: float = -math.inf
     evaluations_since_best: int = 0
+    best_checksum: str = ""
+    run: str = ""
 
 
 @dataclass
 class Setup:
-    """Everything the loop works with."""
+    """Everything the loop works with.
+
+    Args:
+        data: the fingerprint of each split.
+    """
 
     fabric: Fabric
     options: TrainOptions
@@ -72,8 +85,14 @@ class Setup:
     sampler: EpochSampler
     steps_per_epoch: int
     watch: Stopwatch
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
     store: FeatureStore | None = None
     val_store: FeatureStore | None = None
+
+    @property
+    def evaluated(self) -> Model:
+        """The model that is evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
 
 
 def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None:
@@ -92,50 +111,68 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
     """
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     fabric, options = _launch(experiment.train, head)
-    # The run's config then says what was computed.
-    experiment = replace(experiment, train=options)
+    with ending_together(fabric), naming_lost_workers():
+        # The run's config then says what was computed.
+        return _train(fabric, replace(experiment, train=options), head, resume)
+
+
+def _train(fabric: Fabric, experiment: Experiment, head: type[Head], resume: str | None) -> RunFolder | None:
+    options = experiment.train
     if fabric.device.type == "cpu":
         keep_freed_memory()
     fabric.seed_everything(options.seed, verbose=False)
     check_needed(experiment.proposals, head.needs, str(experiment.head["name"]))
     check_storable(experiment)
+    console = Console(quiet=not fabric.is_global_zero)
+    folder, state = _run_to_resume(fabric, resume, console)
     train_set, val_set = _open_data(fabric, experiment, head)
-    setup = _set_up(fabric, experiment, train_set, load_weights=resume is None)
+    setup = _set_up(fabric, experiment, train_set, load_weights=state is None)
     for dataset in (train_set, val_set):
         task_of(head).check_head(setup.model.head, dataset)
-    progress = Progress()
-    folder = _run_folder(fabric, experiment, head.task, resume)
-    if resume is not None:
-        progress = _resume(setup, folder, experiment)
+    setup.data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+    progress = Progress(run=fabric.broadcast(uuid.uuid4().hex))
+    if folder is None:
+        folder = _new_run(fabric, experiment, head.task)
+    if state is not None:
+        progress = _resume(setup, folder, experiment, state, console)
     elif fabric.is_global_zero:
         task = task_of(head)
         write_training_batch(setup.loader.dataset, task, folder.pictures / "training_batch.jpg", train_set.classes)
-    with (
-        feature_stores(experiment, folder.path, len(train_set), len(val_set)) as (setup.store, setup.val_store),
-        TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as console,
-    ):
-        while progress.epoch < options.epochs and not _patience_is_over(progress, options):
-            started = time.perf_counter()
-            waited = setup.watch.seconds[PICTURES]
-            losses = _train_epoch(setup, progress, console)
-            seconds = time.perf_counter() - started
-            waited = setup.watch.seconds[PICTURES] - waited
-            progress.epoch += 1
-            evaluation = None
-            if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
-                evaluation = _validate(setup, progress, val_set, folder, console)
-                setup.watch.lap(VALIDATION)
-            random_states = fabric.all_gather(torch.get_rng_state())
-            if fabric.is_global_zero:
-                console.epoch(progress, losses, evaluation, seconds, waited)
-                _save(setup, progress, folder, random_states)
-            fabric.barrier()
-            setup.watch.lap(REST)
-        console.limits(setup.watch)
-    if not fabric.is_global_zero:
-        return None
-    write_predictions(folder, val_set)
-    return folder
+    try:
+        with (
+            feature_stores(experiment, folder.path, len(train_set), len(val_set)) as (setup.store, setup.val_store),
+            TrainingConsole(folder, experiment, setup.model, train_set, val_set, fabric) as reports,
+        ):
+            while progress.epoch < options.epochs and not _patience_is_over(progress, options):
+                _epoch(setup, progress, val_set, folder, reports)
+            reports.limits(setup.watch)
+        if not fabric.is_global_zero:
+            return None
+        write_predictions(folder, val_set)
+        return folder
+    finally:
+        folder.release()
+
+
+def _epoch(setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder, console: TrainingConsole) -> None:
+    """Train for one epoch, evaluate if it is time to, and save."""
+    fabric, options = setup.fabric, setup.options
+    started = time.perf_counter()
+    waited = setup.watch.seconds[PICTURES]
+    losses = _train_epoch(setup, progress, console)
+    seconds = time.perf_counter() - started
+    waited = setup.watch.seconds[PICTURES] - waited
+    progress.epoch += 1
+    evaluation = None
+    if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
+        evaluation = _validate(setup, progress, val_set, folder, console)
+        setup.watch.lap(VALIDATION)
+    random_states = fabric.all_gather(torch.get_rng_state())
+    if fabric.is_global_zero:
+        console.epoch(progress, losses, evaluation, seconds, waited)
+        _save(setup, progress, folder, random_states, is_best=evaluation is not None and _is_best(progress))
+    fabric.barrier()
+    setup.watch.lap(REST)
 
 
 def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptions]:
@@ -152,6 +189,7 @@ def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptio
         assert isinstance(precision, MixedPrecision)
         fabric.strategy.precision = _ExactInputs(precision.precision, precision.device)
     fabric.launch()
+    forget_children(fabric)
     return fabric, options
 
 
@@ -205,12 +243,34 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
     return train_set, val_set
 
 
-def _run_folder(fabric: Fabric, experiment: Experiment, task: str, resume: str | None) -> RunFolder:
-    """The run's folder, made by the first process and the same in all."""
-    path = resume
-    if path is None and fabric.is_global_zero:
-        path = str(RunFolder.create(experiment, task).path)
-    return RunFolder(Path(fabric.broadcast(path)))
+def _run_to_resume(
+    fabric: Fabric, resume: str | None, console: Console
+) -> tuple[RunFolder | None, dict[str, Any] | None]:
+    """The folder of the run to resume, held for this training, and its training state; None where there is none.
+
+    Raises:
+        CheckpointError: there is nothing to resume.
+        ConfigError: another process trains this run.
+    """
+    if resume is None:
+        return None, None
+    folder = RunFolder(Path(resume))
+    if fabric.is_global_zero and folder.config.is_file():
+        folder.acquire()
+        if line := folder.recover():
+            console.print(f"resume     {line}")
+    fabric.barrier()
+    state = folder.load_state()
+    if state is None:
+        console.print(f"resume     '{folder.path}' has not finished an epoch; it begins anew.")
+    return folder, state
+
+
+def _new_run(fabric: Fabric, experiment: Experiment, task: str) -> RunFolder:
+    """The folder of a new run, made by the first process and the same in all."""
+    folder = RunFolder.create(experiment, task) if fabric.is_global_zero else None
+    path = fabric.broadcast(None if folder is None else str(folder.path))
+    return RunFolder(Path(path)) if folder is None else folder
 
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
@@ -368,10 +428,10 @@ def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer
 def _validate(
     setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder, console: TrainingConsole
 ) -> Evaluation | None:
-    """Score the model on the first process, and keep it if it is the best so far."""
+    """Score the model on the first process, and note whether it is the best so far."""
     evaluation = None
     if setup.fabric.is_global_zero:
-        model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
+        model = setup.evaluated
         batch_size = setup.options.batch_size // (setup.options.accumulate * setup.fabric.world_size)
         with console.validation(len(val_set)) as advance:
             workers, store = setup.options.workers, setup.val_store
@@ -389,7 +449,6 @@ def _validate(
         score = task_of(model.head).score(evaluation.scores, model.head)
         if score > progress.best_score:
             progress.best_score, progress.evaluations_since_best = score, 0
-            model.save(folder.best)
             task_of(model.head).plot(evaluation.scores, folder.pictures)
         else:
             progress.evaluations_since_best += 1
@@ -403,13 +462,22 @@ def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
     return options.patience is not None and progress.evaluations_since_best >= options.patience
 
 
-def _save(setup: Setup, progress: Progress, folder: RunFolder, random_states: Any) -> None:
-    """The last weights, and what a resumed run needs to go on as if nothing had happened."""
-    model: Model = setup.average.model if setup.average is not None else setup.model  # type: ignore[assignment]
-    model.save(folder.last)
+def _is_best(progress: Progress) -> bool:
+    """Whether the last evaluation gave the best score so far."""
+    return progress.evaluations_since_best == 0
+
+
+def _save(setup: Setup, progress: Progress, folder: RunFolder, random_states: Any, is_best: bool) -> None:
+    """Save the training state, then what can be made from it: last weights, those of the best epoch, metrics.csv."""
+    content, checksum = _serialized(setup, progress)
+    if is_best:
+        progress.best_checksum = checksum
     folder.save_state(
         {
             "progress": asdict(progress),
+            "last": checksum,
+            "metrics": folder.rows,
+            "data": setup.data,
             "model": setup.model.state_dict(),
             "optimizer": setup.optimizer.state_dict(),
             "average": setup.average.model.state_dict() if setup.average is not None else None,
@@ -418,26 +486,126 @@ def _save(setup: Setup, progress: Progress, folder: RunFolder, random_states: An
             "random": random_states.cpu(),
         }
     )
+    for path in (folder.last, folder.best) if is_best else (folder.last,):
+        folder.write_checkpoint(path, content)
+    folder.write_metrics()
 
 
-def _resume(setup: Setup, folder: RunFolder, experiment: Experiment) -> Progress:
-    """Put weights, optimiser and random state back to the end of the run's last whole epoch.
+def _serialized(setup: Setup, progress: Progress) -> tuple[bytes, str]:
+    return setup.evaluated.serialize(run=progress.run, epoch=str(progress.epoch))
+
+
+def _resume(
+    setup: Setup, folder: RunFolder, experiment: Experiment, state: dict[str, Any], console: Console
+) -> Progress:
+    """Put weights, optimiser, random state and files back to the end of the run's last whole epoch.
 
     Raises:
-        CheckpointError: there is nothing to resume, or the data have other classes now.
+        CheckpointError: the state does not fit the model, the data have other classes now, a checkpoint is of another
+            run, or the best one is lost.
         ConfigError: the experiment differs in what cannot change within a run.
+        DataError: the images or their annotations have changed.
     """
-    state = folder.load_state()
     folder.check_same_experiment(experiment)
-    check_classes(read_checkpoint(folder.last)[2], setup.model.classes, str(folder.last))
-    setup.model.load_state_dict(state["model"])
-    setup.optimizer.load_state_dict(state["optimizer"])
-    if setup.average is not None and state["average"] is not None:
-        setup.average.model.load_state_dict(state["average"])
-        setup.average.updates = state["average_updates"]
-    setup.fabric.strategy.precision.load_state_dict(state["scaler"])
-    random_states = state["random"].view(-1, torch.get_rng_state().numel())
-    torch.set_rng_state(random_states[setup.fabric.global_rank % len(random_states)])
+    try:
+        progress = Progress(**state["progress"])
+        setup.model.load_state_dict(state["model"])
+        setup.optimizer.load_state_dict(state["optimizer"])
+        if setup.average is not None and state["average"] is not None:
+            setup.average.model.load_state_dict(state["average"])
+            setup.average.updates = state["average_updates"]
+        setup.fabric.strategy.precision.load_state_dict(state["scaler"])
+        random_states = state["random"].view(-1, torch.get_rng_state().numel())
+        # A copy, since torch takes no part of a larger tensor.
+        torch.set_rng_state(random_states[setup.fabric.global_rank % len(random_states)].clone())
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"The training state '{folder.state}' does not fit this model: {reason}") from error
     if setup.fabric.is_global_zero:
+        _check_same_data(setup, state.get("data", {}), folder)
+        _restore_files(setup, progress, folder, state, console)
         folder.write_config(experiment)
-    return Progress(**state["progress"])
+    progress.run, progress.best_checksum = setup.fabric.broadcast((progress.run, progress.best_checksum))
+    return progress
+
+
+def _check_same_data(setup: Setup, before: dict[str, dict[str, Any]], folder: RunFolder) -> None:
+    """Refuse to go on with other data than the run began with; where their files lie does not matter.
+
+    Raises:
+        CheckpointError: the classes have changed.
+        DataError: anything else has, with the counts.
+    """
+    for split, fingerprint in before.items():
+        if change := fingerprint_change(fingerprint, setup.data[split]):
+            check_classes(ClassList.from_names(fingerprint["classes"]), setup.model.classes, str(folder.last))
+            raise DataError(
+                f"The data of split '{split}' are not those that the run '{folder.path}' began with: {change}. Put them "
+                f"back as they were, or start a new run on the new data with --weights {folder.last}."
+            )
+
+
+def _restore_files(
+    setup: Setup, progress: Progress, folder: RunFolder, state: dict[str, Any], console: Console
+) -> None:
+    """Write what the state can make and what is missing, damaged or of another epoch.
+
+    Raises:
+        CheckpointError: a checkpoint is of another run or has other classes, or the best one is lost.
+    """
+    classes = setup.model.classes
+    last, _ = _problem(folder.last, progress.run, state.get("last", ""), classes)
+    best, metadata = "", {"checksum": ""}
+    if progress.best_score > -math.inf:
+        best, metadata = _problem(folder.best, progress.run, progress.best_checksum, classes)
+    progress.run = progress.run or uuid.uuid4().hex
+    content, checksum = _serialized(setup, progress)
+    lost = []
+    if last:
+        lost.append((folder.last, last))
+    if best and progress.best_checksum and progress.best_checksum == state["last"]:
+        lost.append((folder.best, best))
+        progress.best_checksum = checksum
+    # A best checkpoint of a later epoch is left where the newest state was lost; that epoch makes it again.
+    elif best and int(metadata.get("epoch", "0")) <= progress.epoch:
+        raise CheckpointError(
+            f"'{folder.best}' {best}, and cannot be made again. Put back the file of this run, or start a new run from "
+            f"its last weights, with --weights {folder.last}."
+        )
+    elif not best:
+        progress.best_checksum = metadata["checksum"]
+    for path, problem in lost:
+        folder.write_checkpoint(path, content)
+        console.print(f"resume     '{path}' {problem}; written again from the training state.")
+    if "metrics" in state:
+        folder.rows = state["metrics"]
+    else:
+        folder.read_metrics(progress.epoch)
+    folder.write_metrics()
+
+
+def _problem(path: Path, run: str, checksum: str, classes: ClassList) -> tuple[str, dict[str, str]]:
+    """In what a checkpoint is not the one that a run saved, empty for nothing, and its metadata.
+
+    Args:
+        run: the id of the run, empty where that is not known.
+        checksum: of the checkpoint, empty where that is not known.
+
+    Raises:
+        CheckpointError: it is of another run, or has other classes.
+    """
+    if not path.is_file():
+        return "is missing", {}
+    try:
+        metadata = read_tensors(path)[1]
+        _, found = described_model(path, metadata)
+    except CheckpointError:
+        return "is damaged", {}
+    check_classes(found, classes, str(path))
+    if run and metadata.get("run") != run:
+        raise CheckpointError(
+            f"'{path}' is a checkpoint of another run than the training state beside it. Put back the files of one run."
+        )
+    if checksum and metadata["checksum"] != checksum:
+        return f"is of another time (epoch {metadata.get('epoch', 'unknown')}) than the training state", metadata
+    return "", metadata

@@ -22,7 +22,7 @@ from detkit.data.loader import batches, evaluation_loader, training_loader
 from detkit.data.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.engine.train import train
-from detkit.errors import ConfigError
+from detkit.errors import ConfigError, WriteError
 from detkit.model import read_checkpoint
 from detkit.types import Sample, Target
 
@@ -162,7 +162,7 @@ def test_memory_and_disk_that_cannot_be_had_are_an_error(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match=r"disk takes .* cannot be had \(No space left on device\)"):
+    with pytest.raises(WriteError, match=r"disk takes .* not available \(No space left on device\)"):
         with_cache(folder, folder, "disk", 10**6, tmp_path)
 
 
