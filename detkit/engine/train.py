@@ -540,8 +540,8 @@ def _check_same_data(setup: Setup, before: dict[str, dict[str, Any]], folder: Ru
         if change := fingerprint_change(fingerprint, setup.data[split]):
             check_classes(ClassList.from_names(fingerprint["classes"]), setup.model.classes, str(folder.last))
             raise DataError(
-                f"The data of split '{split}' are not those that the run '{folder.path}' began with: {change}. Put them "
-                f"back as they were, or start a new run on the new data with --weights {folder.last}."
+                f"The data of split '{split}' are not those that the run '{folder.path}' began with: {change}. Put "
+                f"them back as they were, or start a new run on the new data with --weights {folder.last}."
             )
 
 

@@ -1,19 +1,21 @@
 """Trains runs and kills them at chosen moments, for test_kills.py: python kill_driver.py CONFIG FOLDER STEP LIMIT.
 
 Each run is trained in a fork of this process, which has imported everything but never trained (torch cannot train in a
-fork of a process that has). A fork kills itself, as `kill -9` does, before or after the nth call that changes what is on
-the disk: opening a file to write, fsync, renaming, making a folder. Then the run is resumed, and compared with one that
-nobody broke. One JSON line for each kill goes to standard output.
+fork of a process that has). A fork kills itself, as `kill -9` does, before or after the nth call that changes what is
+on the disk: opening a file to write, fsync, renaming, making a folder. Then the run is resumed, and compared with one
+that nobody broke. One JSON line for each kill goes to standard output.
 """
 
 import builtins
 import csv
+import importlib
 import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from detkit.config import Experiment, load_experiment
 from detkit.engine.train import train
 from detkit.model import read_checkpoint
 
+SLOW_IMPORTS = ("albumentations", "faster_coco_eval", "numba", "supervision", "tensorboard.compat.proto.event_pb2")
 WATCHED = ("os.fsync", "os.replace", "os.rename", "os.mkdir", "io.open", "builtins.open")
 MODULES = {"os": os, "io": io, "builtins": builtins}
 EPOCHS = 3
@@ -116,12 +119,13 @@ def train_and_count(config: str, runs: Path, moment: int | None, resume: bool, r
 
 def moments_of(config: str, runs: Path, resume: bool) -> int:
     report = runs.with_suffix(".count")
-    assert in_fork(lambda: train_and_count(config, runs, None, resume, report)) == 0
+    assert in_fork(partial(train_and_count, config, runs, None, resume, report)) == 0
     return int(report.read_text())
 
 
 def main(config: str, folder: Path, step: int, limit: int) -> None:
-    sys.stdout.flush()
+    for name in SLOW_IMPORTS:
+        importlib.import_module(name)
     whole = folder / "whole"
     moments = moments_of(config, whole, resume=False)
     run = run_of(whole)
@@ -130,7 +134,7 @@ def main(config: str, folder: Path, step: int, limit: int) -> None:
 
     def begun(runs: Path) -> None:
         """A run that was stopped after its first epoch."""
-        assert in_fork(lambda: train_and_count(config, runs, moments * 2 // 5, resume=False)) == -signal.SIGKILL
+        assert in_fork(partial(train_and_count, config, runs, moments * 2 // 5, False)) == -signal.SIGKILL
 
     resumed = folder / "resumed"
     begun(resumed)
@@ -141,9 +145,9 @@ def main(config: str, folder: Path, step: int, limit: int) -> None:
         runs = folder / f"killed{number}"
         if kind == "resume":
             begun(runs)
-        killed = in_fork(lambda: train_and_count(config, runs, moment, resume=kind == "resume"))
+        killed = in_fork(partial(train_and_count, config, runs, moment, kind == "resume"))
         run = run_of(runs)
-        status = in_fork(lambda: train(experiment(config, runs), None if run is None else str(run)))
+        status = in_fork(partial(train, experiment(config, runs), None if run is None else str(run)))
         run = run_of(runs)
         difference = same(expected, outcome(run)) if run is not None and status == 0 else f"exit status {status}"
         print(json.dumps({"kind": kind, "moment": moment, "killed": killed == -9, "problem": difference}), flush=True)
