@@ -447,7 +447,9 @@ def _validate(
         for each in (model, setup.model):
             task_of(each.head).keep(each.head, evaluation.scores)
         score = task_of(model.head).score(evaluation.scores, model.head)
-        if score > progress.best_score:
+        score = -math.inf if math.isnan(score) else score
+        # The first is the best so far, whatever its score.
+        if score > progress.best_score or not progress.best_checksum:
             progress.best_score, progress.evaluations_since_best = score, 0
             task_of(model.head).plot(evaluation.scores, folder.pictures)
         else:
@@ -556,7 +558,7 @@ def _restore_files(
     classes = setup.model.classes
     last, _ = _problem(folder.last, progress.run, state.get("last", ""), classes)
     best, metadata = "", {"checksum": ""}
-    if progress.best_score > -math.inf:
+    if progress.best_checksum or progress.best_score > -math.inf:
         best, metadata = _problem(folder.best, progress.run, progress.best_checksum, classes)
     progress.run = progress.run or uuid.uuid4().hex
     content, checksum = _serialized(setup, progress)
