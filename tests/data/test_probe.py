@@ -34,7 +34,7 @@ def own(transform: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (own("Normalize"), r"image of \([0-9, ]+3\) float32, but .*leave out what converts or normalises"),
+        (own("Normalize"), r"image of \([0-9, ]+3\) float32, but .*normalised after all augmentations.*Leave it out"),
         (own("Normalize", p=0.01), "float32"),
         (own("ToFloat"), "float32"),
         (own("FromFloat"), "float16"),
