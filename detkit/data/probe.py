@@ -71,8 +71,8 @@ def check_result(result: Mapping[str, Any], counts: Mapping[str, int], size: tup
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         form = f"{tuple(image.shape)} {image.dtype}" if hasattr(image, "shape") else type(image).__name__
         raise ValueError(
-            f"it makes an image of {form}, but it must stay (height, width, 3) uint8, which is converted and normalised "
-            f"after all augmentations"
+            f"it makes an image of {form}, but it must stay (height, width, 3) uint8, which is converted and "
+            f"normalised after all augmentations"
         )
     if size is not None and image.shape[:2] != size:
         raise ValueError(
