@@ -130,7 +130,7 @@ def parse_options(
             kind = Any if inner else option_type(schema, field(name))
             put(given, [field(name), *inner], from_text(text, kind, name), name)
         for name in sorted(required(schema) - set(given)):
-            raise ConfigError(f"'--{name}' is missing. Give it as --{name} VALUE")
+            raise ConfigError(f"'--{name}' is missing. Give it as --{name} VALUE.")
         return build(schema, {name: plain(value, f"--{name}") for name, value in given.items()}, "--")
     except ConfigError as error:
         several = " Several pictures are one text, a folder or a pattern in quotes: --source '*.jpg'"

@@ -410,7 +410,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
     for key, value in values.items():
         _check_key(f"{prefix}{key}", where)
-        if isinstance(value, dict) and not prefix and key in ("input", "train"):
+        if isinstance(value, dict) and not prefix and key in GROUPS:
             _check_keys(value, where, f"{key}.")
 
 

@@ -34,6 +34,8 @@ WORDS = {
 LISTS = (tuple, list, collections.abc.Sequence)
 DEEPEST = 50
 """Levels that a value may be nested. Configs have up to ten; Python's own limit ends far above."""
+LONGEST_KEY = 200
+"""Characters, so that messages, which name the key, stay readable."""
 
 
 def option_names(part: Callable[..., Any]) -> frozenset[str]:
@@ -81,7 +83,7 @@ def build(schema: type[Schema], values: collections.abc.Mapping[str, Any], prefi
         if key not in option_names(schema):
             raise ConfigError(f"'{prefix}{key}' is not a valid key. {nearest(str(key), option_names(schema))}")
     for key in sorted(required_names(schema) - set(values)):
-        raise ConfigError(f"'{prefix}{key}' is missing. Add it to the config, or give it as --{prefix}{key} VALUE")
+        raise ConfigError(f"'{prefix}{key}' is missing. Add it to the config, or give it as --{prefix}{key} VALUE.")
     return schema(**{key: convert(value, option_type(schema, key), prefix + key) for key, value in values.items()})
 
 
@@ -127,11 +129,13 @@ def plain(value: Any, path: str, depth: int = DEEPEST) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where} has the key {shown(key)}, but keys must be text. Write it in quotes.")
+            if len(key) > LONGEST_KEY:
+                raise ConfigError(f"{where} has the key {shown(key)}, but keys have up to {LONGEST_KEY} characters.")
         return {key: plain(item, f"{path}.{key}" if path else key, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} must be a number, but is {shown(value)}.")
+        raise ConfigError(f"{where} is {shown(value)}, but numbers must be finite.")
     if not isinstance(value, (str, int, float, types.NoneType)):
         raise ConfigError(
             f"{where} must be text, a number, true, false, null, a list or a mapping, but is {shown(value)}."
@@ -154,14 +158,14 @@ def given_options(arguments: list[str], is_switch: Callable[[str], bool]) -> Ite
         argument = rest.pop(0)
         name, equals, text = argument[2:].partition("=")
         if not argument.startswith("--") or not name:
-            raise ConfigError(f"'{argument}' is not an option. Options are written --NAME VALUE")
+            raise ConfigError(f"'{argument}' is not an option. Options are written as --NAME VALUE.")
         if not equals:
             if is_switch(name) and (not rest or rest[0].startswith("--")):
                 text = "true"
             elif rest:
                 text = rest.pop(0)
             else:
-                raise ConfigError(f"'--{name}' needs a value. Write --{name} VALUE")
+                raise ConfigError(f"'--{name}' needs a value: --{name} VALUE.")
         yield name, text
 
 
@@ -333,7 +337,7 @@ def _remedy(value: Any, annotation: Any) -> str:
     if isinstance(value, (bool, int, float)) and str in kinds:
         return " Write it in quotes."
     if isinstance(value, int) and not isinstance(value, bool) and {int, float} & set(kinds):
-        return " Whole numbers may have up to 64 bits."
+        return " That is too large."
     return ""
 
 

@@ -235,10 +235,10 @@ def test_any_value_in_any_place_gives_an_experiment_or_an_error() -> None:
     [
         ("train.lr", None, "'train.lr' must be a number, but is null."),
         ("train.lr", True, "'train.lr' must be a number, but is true."),
-        ("train.lr", float("inf"), "'train.lr' must be a number, but is Infinity."),
+        ("train.lr", float("inf"), "'train.lr' is Infinity, but numbers must be finite."),
         ("train.epochs", True, "'train.epochs' must be a whole number, but is true."),
         ("train.epochs", 3.0, "'train.epochs' must be a whole number, but is 3.0."),
-        ("train.epochs", 2**63, "Whole numbers may have up to 64 bits."),
+        ("train.epochs", 2**63, "9223372036854775808. That is too large."),
         ("train.milestones", [3, "x"], "'train.milestones[1]' must be a whole number, but is 'x'."),
         ("train.milestones", 3, "'train.milestones' must be a list of whole numbers, but is 3."),
         ("train.freeze", "al", "'train.freeze' must be a whole number or 'all', but is 'al'. Did you mean 'all'?"),
@@ -257,8 +257,9 @@ def test_any_value_in_any_place_gives_an_experiment_or_an_error() -> None:
         (
             "data.x",
             [float("nan")],
-            "'data.x[0]' must be a number, but is NaN",
+            "'data.x[0]' is NaN, but numbers must be finite.",
         ),
+        ("data." + "x" * 9999, 1, "(10,001 characters), but keys have up to 200 characters"),
         ("data.x", b"x", "'data.x' must be text, a number"),
         ("train.class_path", "os.system", "'train.class_path' in the experiment is not a key of the config."),
     ],
@@ -301,7 +302,7 @@ def test_overrides_are_read_by_the_type_of_their_option(config: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--train.lr"], "'--train.lr' needs a value"),
+        (["--train.lr"], "'--train.lr' needs a value: --train.lr VALUE."),
         (["train.lr", "3"], "'train.lr' is not an option"),
         (["--train.lr", "1", "2"], "'2' is not an option"),
         (["--train.lr", "[1"], "value of '--train.lr' is not valid YAML"),

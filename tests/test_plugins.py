@@ -96,11 +96,11 @@ parts = {"data": {"name": "shapes"}, "backbone": {"name": "small_ssd"}}
 def look_up(head):
     try:
         begin.wait()
-        build_model(experiment_from_dict({**parts, "head": head}), ClassList.from_names(["a"]), load_weights=False)
+        build_model(experiment_from_dict({**parts, "head": head}), ClassList.from_names(["a", "b"]), load_weights=False)
         tasks.get(heads.get(head["name"]).task)
     except Exception as error:
         faults.append(repr(error))
-kinds = [{"name": "brightest"}, {"name": "ssd", "anchors": {"name": "default_boxes"}}, {"name": "retinanet"}]
+kinds = [{"name": "brightest"}, {"name": "ssd", "anchors": {"name": "default_boxes"}}, {"name": "classify"}]
 threads = [threading.Thread(target=look_up, args=(kinds[number % 3],)) for number in range(12)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
