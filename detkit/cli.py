@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import json
 import os
 import shlex
 import sys
@@ -34,7 +35,8 @@ def train(arguments: list[str]) -> None:
     if folder is None:
         return
     _print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
-    _evaluate(str(folder.best), [])
+    # The checkpoint may be from before a resume with data elsewhere.
+    _evaluate(str(folder.best), ["--data", json.dumps(experiment.data)])
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -133,6 +133,11 @@ class Problems:
         }
         return [f"{count} x {remark}" for remark, count in counts.items() if count]
 
+    def reasons(self) -> str:
+        """All that was found, as a sentence after a space for an error about what is missing; empty for nothing."""
+        found = [*self._groups(), *self.counts()]
+        return f" In its files: {'; '.join(found)}." if found else ""
+
     def _groups(self) -> list[str]:
         groups: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.found:

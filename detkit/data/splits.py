@@ -21,10 +21,12 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
         needs: the fields of Target that the head reads.
 
     Raises:
-        ConfigError: an option is unknown.
+        ConfigError: an option is unknown, or class_names is empty.
         DataError: the data are broken, or lack a field that the head needs.
     """
     options = {key: value for key, value in data.items() if key not in OF_SPLITS}
+    if options.get("class_names") in ([], ()):
+        raise ConfigError("'data.class_names' lists no class. List some, or leave it out to take all.")
     injected: dict[str, Any] = {"split": str(data.get(split, split))}
     if "name" in options:
         # What costs time or memory to read is read only for a head that needs it.

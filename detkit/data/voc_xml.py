@@ -208,7 +208,8 @@ def _parse(path: Path) -> _Element:
         parser.Parse(content, True)
     # All but the first come from an encoding that expat does not know.
     except (expat.ExpatError, LookupError, ValueError, TypeError) as error:
-        hint = "" if _is_utf8(content) else "; it is not UTF-8 text: save it as UTF-8, and let its first line say so"
+        unknown_encoding = isinstance(error, LookupError) or "encoding" in str(error)
+        hint = "; save it as UTF-8, and let its first line say so" if unknown_encoding or not _is_utf8(content) else ""
         line = getattr(error, "lineno", None) or parser.CurrentLineNumber
         raise XmlError(f"the XML cannot be parsed ({error}){hint}", line) from None
     root = top.children[0]

@@ -34,7 +34,7 @@ from detkit.data.yolo_lines import (
     parse_numbers,
     read_label_file,
 )
-from detkit.errors import DataError, nearest
+from detkit.errors import DataError, counted, nearest
 from detkit.files import read_yaml
 from detkit.registry import datasets
 
@@ -107,6 +107,9 @@ class Yolo(FileDataset):
         images = [Picture(self._yaml.image_id(file), file, where) for file, where in files]
         usable = self.check_pictures(images)
         label_files = {image.path: file for image in images if os.path.isfile(file := label_file(image.path))}
+        if not usable:
+            self.problems.raise_if_fatal()
+            raise self.problems.nothing_left()
         self._check_labelled(images, label_files)
         self._check_unused(set(label_files.values()), list(searched))
         owners: dict[Path, Path] = {}
@@ -132,8 +135,9 @@ class Yolo(FileDataset):
         if not label_files:
             first = images[0].path
             raise DataError(
-                f"None of the {len(images)} images of {self.problems.source} has a label file: '{first}', for example, "
-                f"needs '{label_file(first)}'. Put the labels there; for images without objects, leave the file empty."
+                f"{self.problems.source} has {counted(len(images), 'image')}, but none has a label file: '{first}', "
+                f"for example, needs '{label_file(first)}'. Put the labels there; for images without objects, leave the "
+                f"file empty."
             )
 
     def _check_unused(self, used: set[Path], folders: list[Path]) -> None:

@@ -65,7 +65,7 @@ class Classify(Task[Classification]):
         if not any(_truth(dataset.target(index)) for index in range(len(dataset))):
             raise DataError(
                 f"No picture of the split '{split}' has a class, so there is nothing to learn or to score. Check what "
-                "the data call this split (detkit check)."
+                f"the data call this split.{dataset.problems.reasons()}"
             )
 
     def check_head(self, head: Head, dataset: Dataset) -> None:

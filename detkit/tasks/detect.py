@@ -134,7 +134,7 @@ class Detect(Task[Detections]):
         if not any((~dataset.target(index).ignored).any() for index in range(len(dataset))):
             raise DataError(
                 f"No picture of the split '{split}' has an object that counts, so there is nothing to learn or to "
-                f"score. Check what the data call this split, and its annotations (detkit check)."
+                f"score. Check what the data call this split, and its annotations.{dataset.problems.reasons()}"
             )
 
 

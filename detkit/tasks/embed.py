@@ -83,5 +83,6 @@ class Embed(Task[Embedding]):
         if len(counts) < 2 or max(counts.values()) < 2:
             raise DataError(
                 f"The split '{split}' has pictures of {len(counts)} classes, at most {max(counts.values(), default=0)} "
-                "of one. To learn or to score distances it takes two classes, and two pictures of one of them."
+                "of one. To learn or to score distances it takes two classes, and two pictures of one of "
+                f"them.{dataset.problems.reasons()}"
             )

@@ -89,7 +89,7 @@ class Landmarks(Task[Prediction]):
                 return
         raise DataError(
             f"No picture of the split '{split}' has a point that is visible, so there is nothing to learn or to score. "
-            "Check what the data call this split, and its annotations."
+            f"Check what the data call this split, and its annotations.{dataset.problems.reasons()}"
         )
 
     def check_head(self, head: Head, dataset: Dataset) -> None:

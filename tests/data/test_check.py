@@ -15,7 +15,7 @@ from detkit.data.crops import Crops
 from detkit.data.dataset import check_box, fingerprint_change, number, rotation_of, upright
 from detkit.data.splits import open_train_and_val
 from detkit.data.wrapper import DatasetWrapper
-from detkit.errors import DataError
+from detkit.errors import ConfigError, DataError
 
 BOXES = frozenset({"boxes"})
 
@@ -123,6 +123,8 @@ def test_classes_without_an_object_are_named(tmp_path: Path, capsys: Any) -> Non
     chosen = Coco(split="train", class_names=("dog",), other_classes="drop", **options)
     assert "1 x class without an object in this split: dog" in chosen.problems.summary()
     assert remark in Coco(split="train", semantic=True, **options).problems.summary()  # "background" is no object
+    with pytest.raises(ConfigError, match=r"'data\.class_names' lists no class"):
+        check({**data, "class_names": []}, BOXES)
     many = tuple(f"class {number}" for number in range(13))
     split(tmp_path, "train", [{}], many)
     assert Coco(split="train", **options).problems.summary().endswith("class 9, class 10 ...")

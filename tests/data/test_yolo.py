@@ -160,7 +160,7 @@ def test_malformed_yaml(tmp_path, text, message):
 def test_no_label_file_at_all_is_an_error(tmp_path):
     root = write(tmp_path, {"a.jpg": None, "b.jpg": None})
     with pytest.raises(
-        DataError, match=r"None of the 2 images .* has a label file: '.*a\.jpg', for example, needs '.*train/a\.txt'"
+        DataError, match=r"has 2 images, but none has a label file: '.*a\.jpg', for example, needs '.*train/a\.txt'"
     ):
         Yolo(root, "train")
 
@@ -409,3 +409,15 @@ def test_what_is_no_split_is_not_offered_as_one(tmp_path):
             Yolo(root, key)
     with pytest.raises(DataError, match=r"no split 'test'.*Valid: train, val\. "):
         Yolo(root, "test")
+
+
+def test_a_list_of_folders_and_what_folders_hide_are_named(tmp_path):
+    root = write(tmp_path, {"a.jpg": [BOX]})
+    (tmp_path / "images/train/b.jpg").symlink_to("nowhere")
+    counts = Yolo(root, "train").problems.counts()
+    assert "1 x links that lead nowhere: passed over" in counts
+    (tmp_path / "list.txt").write_text("images/train\n")
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: list.txt\n")
+    for policy in ("fail", "repair"):
+        with pytest.raises(DataError, match=r"missing image.*list\.txt:1: The image '.*train' does not exist"):
+            Yolo(root, "train", policy)

@@ -91,6 +91,11 @@ def test_data_without_an_object_that_counts_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(dataset, "target", lambda index: crowd)
     with pytest.raises(DataError, match="'val' has an object that counts"):
         Detect().check_data(dataset, "val")
+    dataset.problems.add_harmless("empty box", "a.txt:1", "it is empty", "left out the box")
+    with pytest.raises(
+        DataError, match=r"In its files: 1 x empty box: left out the box \(first: a\.txt:1: it is empty"
+    ):
+        Detect().check_data(dataset, "val")
 
 
 def test_a_target_keeps_what_is_of_the_picture_when_objects_are_chosen() -> None:
