@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,3 +396,16 @@ def test_two_processes_share_an_epoch_and_one_folder(tiny_config: Path, tmp_path
     assert result.returncode == 0, result.stderr
     assert "batch      4 pictures a step: 2 x 2 on cpu" in result.stdout
     assert [path.name for path in (tmp_path / "runs" / "detect").iterdir()] == ["tiny"]
+
+
+def test_training_ends_with_a_score_on_the_data_it_was_given(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A resumed run's best checkpoint may name the folder in which the data lay before.
+    asked: list[str] = []
+    folder = SimpleNamespace(best="best.safetensors", pictures="pictures")
+    monkeypatch.setattr("detkit.engine.train.train", lambda experiment, resume: folder)
+    monkeypatch.setattr("detkit.cli._evaluate", lambda checkpoint, arguments: asked.extend(arguments))
+    assert main(["train", str(tiny_config), "--data.val_count", "3"]) == 0
+    assert asked[0] == "--data"
+    assert json.loads(asked[1])["val_count"] == 3

@@ -136,8 +136,8 @@ class Yolo(FileDataset):
             first = images[0].path
             raise DataError(
                 f"{self.problems.source} has {counted(len(images), 'image')}, but none has a label file: '{first}', "
-                f"for example, needs '{label_file(first)}'. Put the labels there; for images without objects, leave the "
-                f"file empty."
+                f"for example, needs '{label_file(first)}'. Put the labels there; for images without objects, leave "
+                f"the file empty."
             )
 
     def _check_unused(self, used: set[Path], folders: list[Path]) -> None:
