@@ -367,11 +367,13 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     from detkit.files import write_json
     from detkit.model import check_classes, load_model
     from detkit.predict import to_device
-    from detkit.proposals.dataset import check_needed, with_proposals
+    from detkit.proposals.dataset import check_needed, with_proposals, without_new_cache
     from detkit.tasks.base import task_of
 
     model = load_model(path)
-    experiment = load_experiment([], rest, base=experiment_to_dict(model.experiment))
+    base = experiment_to_dict(model.experiment)
+    base["proposals"] = without_new_cache(base["proposals"])
+    experiment = load_experiment([], rest, base=base)
     check_needed(experiment.proposals, model.head.needs, str(experiment.head["name"]))
     dataset = in_order(open_split(experiment.data, "val", model.head.needs), model.classes.names)
     if not model.head.open_set:

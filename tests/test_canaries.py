@@ -234,3 +234,13 @@ def test_an_experiment_of_any_json_is_an_error_or_itself(trace: Path) -> None:
         for values in (payload, [payload], "x", None, 3, True, [], {}, {"data": payload, "backbone": {}, "head": []}):
             with pytest.raises(DetkitError):
                 experiment_from_dict(values)
+
+
+def test_a_checkpoint_does_not_say_where_a_cache_is_made(tmp_path: Path) -> None:
+    from detkit.proposals.dataset import without_new_cache
+
+    options = {"name": "selective_search", "cache": str(tmp_path / "new")}
+    assert without_new_cache(options) == {"name": "selective_search"}
+    assert without_new_cache({**options, "cache": str(tmp_path)}) == {**options, "cache": str(tmp_path)}
+    assert without_new_cache({"name": "file", "path": "x"}) == {"name": "file", "path": "x"}
+    assert without_new_cache(None) is None

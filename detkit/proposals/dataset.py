@@ -78,6 +78,16 @@ def check_needed(options: Mapping[str, Any] | None, needs: frozenset[str], head:
         )
 
 
+def without_new_cache(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The options of a source of proposals without its cache, unless that folder is there already.
+
+    They come from a checkpoint, which may be a stranger's: it may not say where a folder is made.
+    """
+    if options is None or os.path.isdir(str(options.get(CACHE_KEY) or ".")):
+        return options
+    return {key: value for key, value in options.items() if key != CACHE_KEY}
+
+
 def with_proposals(
     dataset: Dataset, options: Mapping[str, Any] | None, split: str, title: str, quiet: bool = False
 ) -> Dataset:
