@@ -22,7 +22,7 @@ from torch import Tensor
 from detkit.errors import CheckpointError, printable
 
 OPERATIONS = 1_000_000
-"""Steps that a pickle may have; a state dict has about 60 for each tensor."""
+"""Steps that a pickle may have, and one more for each 100 bytes of the file; a tensor takes about 75."""
 CALL_COST = 20
 """Steps that a call counts for: a tensor takes about a kilobyte, whatever its size."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -204,7 +204,7 @@ class _Unpickler:
 
     def __init__(self, storages: _Storages) -> None:
         self.storages = storages
-        self.steps = 0
+        self.left = OPERATIONS + storages.file_size // 100
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -296,9 +296,9 @@ class _Unpickler:
                 raise DamagedError(f"its pickle has the step {name}, which torch.save does not write")
 
     def _count(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > OPERATIONS:
-            raise DamagedError(f"its pickle has more than {OPERATIONS:,} steps. Save the state dict of the model alone")
+        self.left -= steps
+        if self.left < 0:
+            raise DamagedError("its pickle has more steps than tensors need. Save the state dict of the model alone")
 
     def _since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
