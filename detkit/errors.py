@@ -8,9 +8,21 @@ import math
 import re
 from collections.abc import Iterable
 
+LONGEST_MESSAGE = 2000
+"""Characters of an error; what a file holds is quoted in errors, and a file can hold anything."""
+
 
 class DetkitError(ValueError):
-    """A mistake in what detkit was given. The message names the file, line, key or image, and the remedy."""
+    """A mistake in what detkit was given. The message names the file, line, key or image, and the remedy.
+
+    Of a message of more than LONGEST_MESSAGE characters the middle is left out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} [...] {text[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(text)
 
 
 class ConfigError(DetkitError):

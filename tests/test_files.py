@@ -152,3 +152,12 @@ class TestWriting:
 
 def test_control_characters_are_printed_as_escapes() -> None:
     assert printable("a\x1b[31mb\tc\n\ud800") == "a\\x1b[31mb\tc\n\\ud800"
+
+
+@pytest.mark.parametrize("length", [0, 10, 2000, 2001, 50_000_000])
+def test_an_error_never_floods_the_terminal(length: int) -> None:
+    message = "x" * length
+    assert str(DataError(f"Start. {message} End."))[:6] == "Start."
+    assert str(DataError(f"Start. {message} End."))[-4:] == "End."
+    assert len(str(DataError(message))) <= 2010
+    assert str(DataError(message)) == message or length > 2000
