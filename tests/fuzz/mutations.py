@@ -57,6 +57,8 @@ VALUES: tuple[Any, ...] = (
     *([1e308] * 4, [-1, -1, 0, 0], {"counts": [1], "size": [1, 1]}, {"counts": "0", "size": [10**6, 10**6]}),
 )
 BYTES = (b"\x00", b"\xff", b"\x80", b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\x00" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff")
+LONGEST = 200_000
+"""Bytes of an input: a line repeated twice would else make one of a hundred megabytes."""
 NUMBER_OR_WORD = re.compile(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d+)?|[^\W\d]\w*|\S")
 
 
@@ -67,7 +69,7 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
         kinds += [_json] * 4
     for _ in range(rng.choice((1, 1, 2, 3))):
         content = rng.choice(kinds)(content, others, rng)
-    return content
+    return content[:LONGEST]
 
 
 def _is_text(content: bytes) -> bool:
