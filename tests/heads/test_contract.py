@@ -38,6 +38,7 @@ FEATURES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 POINTS = 5
 SIZES = ((64, 96), (50, 96), (64, 70))
+BATCH = 16
 SMALL_TRUNK = {"trunk": {"name": "mlp", "width": 16}}
 SMALL_RPN = {"anchors": {"name": "pyramid", "sizes": [[16.0], [40.0]]}, "train_proposals": 40, "proposals": 30}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -136,6 +137,11 @@ def head(request: pytest.FixtureRequest) -> Head:
     return built(request.param)
 
 
+@pytest.fixture(params=[case for case in IGNORING if heads.get(case[0]).task == "detect"], ids=case_id)  # type: ignore[attr-defined]
+def detector(request: pytest.FixtureRequest) -> Head:
+    return built(request.param)
+
+
 @pytest.fixture(params=IGNORING, ids=case_id)
 def ignoring_head(request: pytest.FixtureRequest) -> Head:
     return built(request.param)
@@ -158,11 +164,12 @@ def inputs() -> Inputs:
     return Inputs((64, 96), SIZES, tuple(proposals))
 
 
-def features(head: Head) -> list[torch.Tensor]:
+def features(head: Head, images: int = 3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     name = next(name for name in heads.names() if heads.get(name) is type(head))
     return [
-        torch.randn(3, count, 64 // stride, 96 // stride, generator=generator) for count, stride in zip(*maps(name))
+        torch.randn(images, count, 64 // stride, 96 // stride, generator=generator)
+        for count, stride in zip(*maps(name))
     ]
 
 
@@ -244,6 +251,61 @@ def test_pictures_with_more_objects_than_places_train(head: Head) -> None:
     gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+def two_objects(image: int) -> Target:
+    boxes = torch.tensor([[5.0, 5, 30, 40], [40, 10, 90, 50]]) + torch.tensor([[image, 0, image, 0], [0, image, 0, 0]])
+    return complete(Target(boxes, torch.tensor([image % 3, (image + 1) % 3])), image % 3)
+
+
+def gradient_norm(head: Head, batch: list[Target]) -> float:
+    """Of all parameters, from the first len(batch) of always the same images."""
+    torch.manual_seed(3)  # of what a loss samples
+    head.zero_grad()
+    count = len(batch)
+    proposals = inputs().proposals
+    assert proposals is not None
+    whole = Inputs((64, 96), ((64, 96),) * count, (proposals[0],) * count)
+    maps_of_batch = [feature[:count] for feature in features(head, BATCH)]
+    sum(head.loss(head(maps_of_batch, whole), tuple(batch)).values()).backward()  # type: ignore[union-attr]
+    norms = [parameter.grad.norm() for parameter in head.parameters() if parameter.grad is not None]
+    return float(torch.stack(norms).norm())
+
+
+@pytest.mark.parametrize("excited", [False, True], ids=["untrained", "excited"])
+def test_images_without_objects_do_not_outweigh_the_others(head: Head, excited: bool) -> None:
+    """The gradient of batches with few objects is no more than some times that of one with objects in every image."""
+    if excited:
+        excite(head)
+    full = [two_objects(image) for image in range(BATCH)]
+    crowd = complete(Target(torch.tensor([[5.0, 5, 30, 40]]), torch.tensor([0]), crowd=torch.tensor([True])))
+    hard = complete(Target(torch.tensor([[5.0, 5, 30, 40]]), torch.tensor([0]), difficult=torch.tensor([True])))
+    whole, alone = gradient_norm(head, full), gradient_norm(head, full[:1])
+    half = BATCH // 2
+    for name, batch in {
+        "half": full[:half] + [nothing()] * half,
+        "empty": [nothing()] * BATCH,
+        "crowd": [crowd] * BATCH,
+        "difficult": [hard] * BATCH,
+        "half crowd": full[:half] + [crowd] * half,
+    }.items():
+        norm = gradient_norm(head, batch)
+        assert norm <= 3 * whole, f"{name}: {norm:.3g}, with objects in every image {whole:.3g}"
+    one = gradient_norm(head, full[:1] + [nothing()] * (BATCH - 1))
+    assert one <= 2 * max(whole, alone), f"objects in one image: {one:.3g}, that image alone {alone:.3g}"
+    assert gradient_norm(head, [nothing()]) <= 3 * max(whole, alone)
+
+
+def test_an_image_with_very_many_objects_is_not_drowned(detector: Head) -> None:
+    """Nor does it drown the others: 500 objects in the first of the images, the others with none or with two."""
+    generator = torch.Generator().manual_seed(3)
+    corners = torch.rand(500, 2, generator=generator) * torch.tensor([60.0, 40])
+    sides = 2 + 20 * torch.rand(500, 2, generator=generator)
+    many = complete(Target(torch.cat((corners, corners + sides), 1), torch.arange(500) % 3), 0)
+    full = [two_objects(image) for image in range(BATCH)]
+    alone, whole = gradient_norm(detector, [many]), gradient_norm(detector, full)
+    assert gradient_norm(detector, [many] + [nothing()] * (BATCH - 1)) <= 2 * max(alone, whole)
+    assert gradient_norm(detector, [many, *full[1:]]) <= 2 * max(alone, whole)
 
 
 def excite(head: Head) -> None:

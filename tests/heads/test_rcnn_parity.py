@@ -79,8 +79,10 @@ def test_same_detections(reference: nn.Module, crop: tuple[int, int]) -> None:
         assert (both >= torch.minimum(0.99 * either, either - 1.0)).all()
 
 
-def test_same_losses(reference: nn.Module) -> None:
-    """All anchors and proposals sampled, so that nothing is left to chance: the four or five losses are equal."""
+@pytest.mark.parametrize("targets", ["full", "half", "empty"])
+def test_same_losses(reference: nn.Module, targets: str) -> None:
+    """All anchors and proposals sampled, so that nothing is left to chance: the four or five losses are equal, also
+    where half of the images or all have no object."""
     image = as_tensor(photograph()[:192, :256])
     boxes = torch.tensor([[20.0, 30, 120, 180], [100, 90, 250, 180], [5, 5, 60, 50]])
     labels = torch.tensor([2, 0, 5])
@@ -98,17 +100,23 @@ def test_same_losses(reference: nn.Module) -> None:
     reference.roi_heads.fg_bg_sampler.positive_fraction = 1.0
     model.head.rpn.samples = model.head.regions.samples = 10**6
     model.head.rpn.positive_fraction = model.head.regions.positive_fraction = 1.0
-    truth = [{"boxes": boxes, "labels": labels + 1, "masks": masks.to(torch.uint8)}]
+    truth, nothing = Target(boxes, labels, masks=masks), replace(Target.empty(), masks=masks[:0])
+    batch = {"full": [truth], "half": [truth, nothing], "empty": [nothing, nothing]}[targets]
+    wanted = [
+        {"boxes": one.boxes, "labels": one.labels + 1, "masks": one.masks.to(torch.uint8)}  # type: ignore[union-attr]
+        for one in batch
+    ]
     try:
         with torch.no_grad():
-            images, truths = reference.transform([image], truth)
+            images, truths = reference.transform([image] * len(batch), wanted)
             features = reference.backbone(images.tensors)
             proposals, first = reference.rpn(images, features, truths)
             _, second = reference.roi_heads(features, proposals, images.image_sizes, truths)
     finally:
         reference.rpn.training = reference.roi_heads.training = False
     with torch.no_grad():
-        mine = model.head.loss(model(image[None], ((192, 256),)), (Target(boxes, labels, masks=masks),))
+        outputs = model(torch.stack([image] * len(batch)), ((192, 256),) * len(batch))
+        mine = model.head.loss(outputs, tuple(batch))
     expected = {
         "objectness": first["loss_objectness"],
         "proposal_box": first["loss_rpn_box_reg"],
@@ -117,7 +125,7 @@ def test_same_losses(reference: nn.Module) -> None:
     } | ({"mask": second["loss_mask"]} if "loss_mask" in second else {})
     assert mine.keys() == expected.keys()
     for name, value in expected.items():
-        assert value > 0
+        assert (value > 0) == (targets != "empty" or name in ("objectness", "class"))
         torch.testing.assert_close(mine[name], value, rtol=2e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 

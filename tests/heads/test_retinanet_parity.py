@@ -64,20 +64,37 @@ def test_same_detections(reference: nn.Module, crop: tuple[int, int]) -> None:
     torch.testing.assert_close(found.boxes, expected["boxes"][counterpart], rtol=0, atol=1e-2)
 
 
-def test_same_losses(reference: nn.Module) -> None:
+@pytest.mark.parametrize("targets", ["full", "half", "empty"])
+def test_same_losses(reference: nn.Module, targets: str) -> None:
+    """But for half of the images without objects, which torchvision divides by 1 each and not by the positives."""
     image = as_tensor(photograph()[:192, :256])
     boxes = torch.tensor([[20.0, 30, 120, 180], [100, 90, 250, 180], [5, 5, 60, 50]])
     labels = torch.tensor([2, 0, 5])
+    truth, nothing = Target(boxes, labels), Target.empty()
+    batch = {"full": [truth], "half": [truth, nothing], "empty": [nothing, nothing]}[targets]
     # In training mode torchvision loses batch norm's running values; only the model's own switch is turned.
     reference.training = True
     try:
         with torch.no_grad():
-            theirs = reference([image], [{"boxes": boxes, "labels": labels}])
+            theirs = reference([image] * len(batch), [{"boxes": one.boxes, "labels": one.labels} for one in batch])
     finally:
         reference.training = False
     model = converted(reference)
     with torch.no_grad():
-        mine = model.head.loss(model(image[None], ((192, 256),)), (Target(boxes, labels),))
+        outputs = model(torch.stack([image] * len(batch)), ((192, 256),) * len(batch))
+        mine = model.head.loss(outputs, tuple(batch))
+    if targets == "half":
+        with torch.no_grad():
+            alone = model.head.loss(model(image[None], ((192, 256),)), (truth,))
+        torch.testing.assert_close(mine["box"], 2 * theirs["bbox_regression"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine["class"], alone["class"], rtol=0.1, atol=0)
+        assert theirs["classification"] > 3 * mine["class"]
+        return
+    if targets == "empty":
+        assert theirs["classification"] > 1
+        assert mine["box"] == theirs["bbox_regression"] == 0
+        torch.testing.assert_close(mine["class"], torch.tensor(1.0))
+        return
     for name, value in (("class", theirs["classification"]), ("box", theirs["bbox_regression"])):
         assert value > 0
         torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5)

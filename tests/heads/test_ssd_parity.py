@@ -64,19 +64,40 @@ def test_same_boxes_labels_and_scores(reference: nn.Module, size: tuple[int, int
         assert distance.amin(1).max() < tolerance
 
 
-def test_same_losses(reference: nn.Module) -> None:
-    """Same matching, hard negatives and smooth L1: losses equal torchvision's on the same truths."""
+BOXES = torch.tensor([[20.0, 30.0, 120.0, 200.0], [100.0, 90.0, 290.0, 280.0], [5.0, 5.0, 40.0, 30.0]])
+LABELS = torch.tensor([3, 17, 60])
+
+
+def both_losses(reference: nn.Module, targets: list[Target]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """detkit's and torchvision's, of so many copies of one image."""
     model = converted(reference)
     image = torch.from_numpy(photograph(300, 300, 3)).permute(2, 0, 1).float() / 255
-    boxes = torch.tensor([[20.0, 30.0, 120.0, 200.0], [100.0, 90.0, 290.0, 280.0], [5.0, 5.0, 40.0, 30.0]])
-    labels = torch.tensor([3, 17, 60])
+    count = len(targets)
     reference.train()
-    theirs = reference([image], [{"boxes": boxes, "labels": labels + 1}])
+    with torch.no_grad():
+        theirs = reference([image] * count, [{"boxes": one.boxes, "labels": one.labels + 1} for one in targets])
     reference.eval()
     with torch.no_grad():
-        mine = model.head.loss(model(image[None], ((300, 300),)), (Target(boxes, labels),))
-    torch.testing.assert_close(mine["box"], theirs["bbox_regression"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mine["class"], theirs["classification"], rtol=1e-4, atol=1e-4)
+        mine = model.head.loss(model(torch.stack([image] * count), ((300, 300),) * count), tuple(targets))
+    return mine, {"box": theirs["bbox_regression"], "class": theirs["classification"]}
+
+
+def test_same_losses(reference: nn.Module) -> None:
+    """Same matching, hard negatives and smooth L1: losses equal torchvision's on the same truths."""
+    for targets in ([Target(BOXES, LABELS)], [Target(BOXES, LABELS), Target(BOXES[:2], LABELS[1:])]):
+        mine, theirs = both_losses(reference, targets)
+        torch.testing.assert_close(mine["box"], theirs["box"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine["class"], theirs["class"], rtol=1e-4, atol=1e-4)
+
+
+def test_losses_where_images_have_no_object(reference: nn.Module) -> None:
+    """To torchvision such an image is nothing; here its hardest negatives share the weight of the others'."""
+    mine, theirs = both_losses(reference, [Target(BOXES, LABELS), *[Target.empty()] * 3])
+    torch.testing.assert_close(mine["box"], theirs["box"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine["class"], theirs["class"], rtol=0.1, atol=0)
+    mine, theirs = both_losses(reference, [Target.empty()] * 2)
+    assert theirs["class"] == theirs["box"] == mine["box"] == 0
+    assert 0 < mine["class"] <= 1 + 1e-5
 
 
 def test_published_file_loads(reference: nn.Module, tmp_path: object) -> None:
