@@ -95,6 +95,25 @@ def weigh_background(losses: Tensor, positive: Tensor, negative: Tensor) -> Tens
     return torch.where(negative, weight * losses, losses)
 
 
+def weigh_empty_images(losses: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Let the images without a positive count as one negative in all, where the sum of `losses` is divided by the
+    positives of the batch.
+
+    For hard negatives, chosen by the number of positives: in the images with objects they count as in Liu et al. 2016,
+    "SSD", section 2.2, and the others, which torchvision leaves out, still teach background.
+
+    Args:
+        losses: (B, A), 0 or more.
+        positive: (B, A) bool, anchors that answer for an object.
+        negative: (B, A) bool, background anchors that count.
+
+    Returns:
+        (B, A), the losses, of images without a positive divided by the number of their negatives and by B.
+    """
+    count = negative.sum(1, keepdim=True).clamp(min=1) * len(losses)
+    return torch.where(positive.any(1, keepdim=True), losses, losses / count)
+
+
 def gram_matrix(features: Tensor) -> Tensor:
     """How strongly the channels of a map occur together: its style, without where anything is.
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
-from detkit.losses import sigmoid_focal_loss, weigh_background
+from detkit.losses import sigmoid_focal_loss, weigh_background, weigh_empty_images
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 1.0), (0.0, 5.0), (1.0, 1.5)])
@@ -108,3 +108,14 @@ def test_background_that_is_nan_stays_so() -> None:
 def test_focal_loss_refuses_another_truth(truth: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"truth must be \(4,\) bool, but got"):
         sigmoid_focal_loss(torch.zeros(4), truth)
+
+
+def test_images_without_a_positive_count_as_one_negative_in_all() -> None:
+    losses = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
+    positive, negative = of_images(2, 0, 0, 0), of_images(30, 8, 8, 0)
+    weighed = weigh_empty_images(losses, positive, negative)
+    assert torch.equal(weighed[0], losses[0])
+    expected = sum(losses[image][negative[image]].mean() for image in (1, 2)) / 4
+    torch.testing.assert_close(weighed[1:][negative[1:]].sum(), expected)
+    everywhere = of_images(1, 1, 1, 1)
+    assert torch.equal(weigh_empty_images(losses, everywhere, negative), losses)

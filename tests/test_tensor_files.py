@@ -95,7 +95,6 @@ def test_a_prefix_of_some_names_stays(tmp_path: Path) -> None:
         ({"a": torch.ones(2, dtype=torch.complex64)}, r"'a' of the type torch\.complex64"),
         ({"a": torch.ones(3, 3).to_sparse()}, "a dict with pickled objects"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_not_one_dict_of_tensors(content: Any, match: str, tmp_path: Path) -> None:
     path = saved(content, tmp_path / "own.pt")

@@ -16,7 +16,7 @@ from detkit.errors import CheckpointError
 from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.per_size import PerSize
-from detkit.losses import BoxLoss, box_loss, weigh_background
+from detkit.losses import BoxLoss, box_loss, weigh_empty_images
 from detkit.registry import heads
 from detkit.types import Detections, Inputs, Match, Target
 
@@ -119,7 +119,7 @@ class SSD(Head):
     def loss(self, outputs: SSDOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class` (cross-entropy) and `box`, each summed and divided by the positives of the batch.
 
-        Negatives of images without objects are weighed as detkit.losses.weigh_background says; torchvision has none.
+        Negatives of images without objects are weighed as detkit.losses.weigh_empty_images says; torchvision has none.
 
         Raises:
             ValueError: there is not one target for each image.
@@ -142,7 +142,7 @@ class SSD(Head):
         cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1), classes.flatten(), reduction="none")
         cross_entropy = cross_entropy.view_as(classes)
         negative = self._negatives(cross_entropy.detach(), positive, ignored)
-        cross_entropy = weigh_background(cross_entropy, positive, negative)
+        cross_entropy = weigh_empty_images(cross_entropy, positive, negative)
         normaliser = positive.sum().clamp(min=1)
         return {
             "class": cross_entropy[positive | negative].sum() / normaliser,
