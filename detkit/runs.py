@@ -4,6 +4,7 @@ Nothing heavy is imported, so that a name with no model behind it is refused at 
 """
 
 import difflib
+import os
 from pathlib import Path
 
 from detkit.errors import CheckpointError
@@ -25,28 +26,29 @@ def resolve_checkpoint(path: str | Path) -> str:
         CheckpointError: there is none; the message names runs that exist, the nearest first.
     """
     given = Path(path)
-    if given.is_dir():
+    # Unlike Path's, these answer for names that are too long, too.
+    if os.path.isdir(given):
         for checkpoint in (given / BEST, given / BEST.name):
             if checkpoint.is_file():
                 return str(checkpoint)
         raise CheckpointError(f"The folder '{path}' holds no {BEST.as_posix()}. {_advice(given)}")
-    if not Path(split_options(str(path))[0]).is_file() and not str(path).startswith((TORCHVISION, MTCNN)):
+    if not os.path.isfile(split_options(str(path))[0]) and not str(path).startswith((TORCHVISION, MTCNN)):
         raise CheckpointError(f"There is no checkpoint '{path}'. {_advice(given)}")
     return str(path)
 
 
 def split_options(source: str) -> tuple[str, str]:
     """The file, and the options behind it: "own.pth?input.size=[600, 1000]" is "own.pth" and the rest; mostly ""."""
-    file, _, options = (source, "", "") if Path(source).is_file() else source.partition("?")
+    file, _, options = (source, "", "") if os.path.isfile(source) else source.partition("?")
     return file, options
 
 
 def runs_near(path: Path) -> list[Path]:
     """Folders of runs with a checkpoint, and checkpoint files: in `path`, in the folder it is or would be in, and in
     `runs`; those with a name more like that of `path` first."""
-    folders = [path, next((folder for folder in path.parents if folder.is_dir()), path), Path("runs")]
+    folders = [path, next((folder for folder in path.parents if os.path.isdir(folder)), path), Path("runs")]
     runs: dict[Path, Path] = {}
-    for folder in folders:
+    for folder in filter(os.path.isdir, folders):
         found = [file.parents[1] for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{BEST.as_posix()}")]
         for item in [*found, *folder.glob("*.safetensors")]:
             runs.setdefault(item.resolve(), item)

@@ -61,7 +61,8 @@ def test_runs_are_found_once_however_they_are_reached(home: Path) -> None:
     assert runs_near(Path("modle.safetensors"))[0].name == "model.safetensors"
 
 
-def test_many_runs_are_counted(tmp_path: Path) -> None:
+def test_many_runs_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # else those in the working folder count, too
     for number in range(SHOWN_RUNS + 3):
         run(tmp_path / f"run{number}")
     with pytest.raises(CheckpointError, match=r"run0, .* and 3 more\.$"):
@@ -72,3 +73,9 @@ def test_without_any_run_the_message_says_what_makes_them(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="detkit train makes them"):
         resolve_checkpoint("runs/detect/x")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "x" * 300, "deep/" * 2000, "\ud800", "~", "a*b?c[d", "run\n2"])
+def test_odd_names_are_answered(home: Path, name: str) -> None:
+    with pytest.raises(CheckpointError):
+        resolve_checkpoint(name)

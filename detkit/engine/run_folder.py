@@ -211,17 +211,17 @@ class RunFolder:
         Raises:
             CheckpointError: it cannot be read, or is missing though the run has checkpoints, or this is not a run.
         """
+        if not os.path.isfile(self.config):
+            raise CheckpointError(
+                f"There is nothing to resume in '{self.path}': it has no {self.config.name}. Give --resume the folder "
+                "of a run, or put that file back."
+            )
         if self.state.is_file():
             try:
                 return _read_state(self.state)
             except CheckpointError as error:
                 remedy = f"To go on without it, start a new run with --weights {self.last}."
                 raise CheckpointError(f"{error} {remedy}") from None
-        if not self.config.is_file():
-            raise CheckpointError(
-                f"There is nothing to resume in '{self.path}': it has no {self.config.name}. Give --resume the folder "
-                "of a run."
-            )
         for path in (self.last, self.best, self.metrics):
             if path.exists():
                 raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 import uuid
 from collections import defaultdict
@@ -255,7 +256,7 @@ def _run_to_resume(
     if resume is None:
         return None, None
     folder = RunFolder(Path(resume))
-    if fabric.is_global_zero and folder.config.is_file():
+    if fabric.is_global_zero and os.path.isfile(folder.config):
         folder.acquire()
         if line := folder.recover():
             console.print(f"resume     {line}")

@@ -282,6 +282,26 @@ def test_a_run_that_is_trained_is_refused(broken: Any) -> None:
     assert_same(whole, folder)
 
 
+def test_a_new_run_is_held_from_its_creation_on(tiny: Any) -> None:
+    folder = RunFolder.create(tiny(), "detect")
+    code = (
+        "import pathlib; from detkit.engine.run_folder import RunFolder\n"
+        f"RunFolder(pathlib.Path({str(folder.path)!r})).acquire()"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"is being trained by the process {os.getpid()}. Wait" in other.stderr
+    folder.release()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_new_runs_get_a_number_and_leave_nothing_else(tiny: Any) -> None:
+    paths = [RunFolder.create(tiny(), "detect").path for _ in range(3)]
+    (paths[0].parent / "tiny4").write_text("a file in the way")
+    paths.append(RunFolder.create(tiny(), "detect").path)
+    assert [path.name for path in paths] == ["tiny", "tiny2", "tiny3", "tiny5"]
+    assert len(list(paths[0].parent.iterdir())) == 5
+
+
 FILES = ["config", "state", "last", "best", "metrics"]
 
 
