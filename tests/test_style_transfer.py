@@ -132,7 +132,7 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.
     fails((config, *content, *style, "--head.contnt_weight", "3"), "contnt_weight", "Did you mean 'content_weight'")
     fails((config, *content, *style, "--size", "3"), "3 x 3 pixels is too small for the loss network")
     fails((config, *content, *style, "--device", "cuda:77"), "cuda:77")
-    monkeypatch.setattr("detkit.backbones.weights._downloaded", _no_network)
+    monkeypatch.setattr("detkit.backbones.weights.downloaded", _no_network)
     fails((config, *content, *style, "--head.network.weights", "imagenet"), "give weights its path (.pth")
     fails((folder / "fast.yaml", *content, *style), "'data'", "style transfer alone")
     fails((folder / "absent.yaml", *content, *style), "absent.yaml", "style.yaml")
@@ -146,8 +146,8 @@ def test_a_loss_that_is_no_number_stops(folder: Path) -> None:
         optimise(head, torch.rand(1, 3, 20, 20), options, lambda losses, picture: None)
 
 
-def _no_network(download: object, network: str) -> None:
-    raise CheckpointError(f"The weights of {network} cannot be had: give weights its path (.pth or .safetensors).")
+def _no_network(download: object, what: str, remedy: str) -> None:
+    raise CheckpointError(f"{what} cannot be downloaded: give weights its path (.pth or .safetensors).")
 
 
 def test_a_network_learns_to_paint_and_paints_pictures_and_films(run: Run, folder: Path) -> None:

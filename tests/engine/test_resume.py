@@ -66,15 +66,13 @@ def assert_same(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def broken_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def broken_runs(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Any:
     """A run of three epochs, and one that was stopped after its second, with the function that makes experiments."""
-    from conftest import TINY
-
     from detkit.config import load_experiment
 
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "tiny.yaml"
-    config.write_text(TINY + f"runs: {folder}\n")
+    config.write_text(tiny_text + f"runs: {folder}\n")
 
     def make(*overrides: str) -> Any:
         return load_experiment([str(config)], [*EPOCHS, *overrides])

@@ -47,9 +47,10 @@ class Watch:
             return
         if event in FORBIDDEN:
             self.seen.append(f"{event} {arguments[:1]}")
-        elif event == "open" and isinstance(arguments[0], str) and arguments[2] & WRITING:
-            allowed = arguments[0].startswith((str(self.folder), "/dev/null", "/proc/"))
-            self.seen += [] if allowed else [f"writes {arguments[0]}"]
+        elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)) and arguments[2] & WRITING:
+            path = os.fsdecode(arguments[0])
+            allowed = path.startswith((str(self.folder), "/dev/null", "/proc/"))
+            self.seen += [] if allowed else [f"writes {path}"]
 
 
 def run_one(read: Any, watch: Watch, folder: Path) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import torch
 from PIL import Image
 
@@ -106,18 +107,20 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
+PLAIN_XML = XML.replace('<!DOCTYPE annotation [<!ENTITY lol "cat">]>\n', "").replace("&lol;", "cat")
+
+
 def voc(folder: Path) -> Case:
     write(folder / "JPEGImages" / "a.jpg", encoded("JPEG"))
     write(folder / "ImageSets" / "Main" / "train.txt", "a\n")
     path = folder / "Annotations" / "a.xml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = XML.replace('<!DOCTYPE annotation [<!ENTITY lol "cat">]>\n', "").replace("&lol;", "cat")
-    return Case(path, (plain.encode(), XML.encode()), reader({"name": "voc", "root": str(folder)}))
+    return Case(path, (PLAIN_XML.encode(), XML.encode()), reader({"name": "voc", "root": str(folder)}))
 
 
 def voc_list(folder: Path) -> Case:
     voc(folder)
-    write(folder / "Annotations" / "a.xml", XML.replace("&lol;", "cat"))
+    write(folder / "Annotations" / "a.xml", PLAIN_XML)
     path = folder / "ImageSets" / "Main" / "train.txt"
     return Case(path, (b"a\n", b"a 1\nb -1\n", b"a\r\n"), reader({"name": "voc", "root": str(folder)}))
 
@@ -126,7 +129,8 @@ def coco_content() -> dict[str, Any]:
     annotation = {"image_id": 1, "category_id": 7, "iscrowd": 0, "area": 90.5, "bbox": [2, 3, 10, 9.5]}
     points = {"keypoints": [3, 4, 2, 0, 0, 0], "num_keypoints": 1}
     crowd = {**annotation, "iscrowd": 1, "segmentation": {"counts": [100, 60, 608], "size": [24, 32]}}
-    packed = {**annotation, "segmentation": {"counts": "l?0f0", "size": [24, 32]}}
+    counts = pycocotools.mask.frPyObjects(crowd["segmentation"], 24, 32)["counts"]
+    packed = {**annotation, "segmentation": {"counts": counts.decode(), "size": [24, 32]}}
     return {
         "info": {},
         "images": [{"id": 1, "file_name": "a.jpg", "width": 32, "height": 24}],
@@ -167,7 +171,7 @@ def yolo(folder: Path) -> Case:
     path = folder / "labels" / "train" / "a.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     seeds = (b"0 0.5 0.5 0.25 0.5\n1 0.2 0.2 0.1 0.1\n", b"1 0.1 0.1 0.5 0.1 0.5 0.6 0.2 0.6\n0 0.5 0.5 0.2 0.2\n")
-    return Case(path, seeds, reader({"name": "yolo", "root": str(folder)}, masks=True))
+    return Case(path, seeds, reader({"name": "yolo", "root": str(folder)}))
 
 
 def data_yaml(folder: Path) -> Case:

@@ -30,7 +30,7 @@ def test_damaged_files_end_in_valid_data_or_one_error(names: list[str]) -> None:
     [
         (lambda: 1 / 0, "FAULT ZeroDivisionError"),
         (lambda: subprocess.run(["true"]), "FAULT side effect"),
-        (lambda: Path("/tmp/outside-of-the-folder").touch(), "FAULT side effect"),
+        (lambda: Path("/tmp/outside-of-the-folder").write_text(""), "FAULT side effect"),
         (lambda: bytearray(1_100_000_000), "FAULT memory"),
     ],
 )

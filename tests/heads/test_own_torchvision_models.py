@@ -156,7 +156,7 @@ def test_options_behind_a_path_that_do_not_exist(tmp_path: Path) -> None:
         ("epsilon=0", CheckpointError, "'epsilon=0' .*is not an option that can follow a path"),
         ("train.lr=1", CheckpointError, "is not an option that can follow a path"),
         ("backbone.norm_epsilon", CheckpointError, "NAME=VALUE"),
-        ("backbone.norm_epsylon=0", ConfigError, "norm_epsylon.*Did you mean 'norm_epsilon'"),
+        ("backbone.norm_epsylon=0", CheckpointError, "norm_epsylon.*Did you mean 'norm_epsilon'"),
         ("input.size=[", CheckpointError, "option 'input.size' is not valid YAML"),
         ("input.size=large", ConfigError, r"input\.size"),
         ("coco=maybe", CheckpointError, "true or false"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 import detkit
 from detkit.cli import main
+from detkit.data.dataset import Problems
 from detkit.draw_classes import draw_classes, draw_classification, draw_confusion
 from detkit.engine.train import train
 from detkit.errors import ConfigError, DataError
@@ -76,6 +77,8 @@ def test_data_without_any_class_are_refused() -> None:
     task = tasks.build({"name": "classify"}, "head")
 
     class Empty(list):
+        problems = Problems("data", "fail")
+
         def target(self, index: int) -> Target:
             return replace(Target.empty(), image_labels=torch.zeros(0, dtype=torch.int64))
 
