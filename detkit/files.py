@@ -23,6 +23,8 @@ YAML_LENGTH = 10_000_000
 """Characters that a YAML file may have: PyYAML needs about a second for each megabyte."""
 EXPANDED_LENGTH = 20_000_000
 """Characters that a YAML file may have with its aliases expanded: nine lines of aliases can stand for a billion."""
+FLOW_DEPTH = 100
+"""Brackets that may be open inside each other in a YAML file."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 LONGEST_NAME = 200
@@ -118,8 +120,8 @@ def parse_yaml(text: str, where: str, error: type[DetkitError] = DataError, as_t
             those. A scalar that is left empty becomes "".
 
     Raises:
-        DetkitError: of the class `error`, if the text is not YAML, is longer than YAML_LENGTH, is nested too deeply, or
-            has more than YAML_NODES nodes once its aliases are expanded.
+        DetkitError: of the class `error`, if the text is not YAML, is longer than YAML_LENGTH, is nested too deeply
+            (FLOW_DEPTH), or is longer than EXPANDED_LENGTH once its aliases are expanded.
     """
     if len(text) > YAML_LENGTH:
         raise error(f"The {where} has {len(text):,} characters, more than the {YAML_LENGTH:,} that are read as YAML.")
@@ -283,6 +285,12 @@ def write_error(path: str | Path, reason: OSError | ValueError) -> WriteError:
 
 class _Loader(yaml.SafeLoader):
     """Plain values only; refuses a key that is given twice, where PyYAML lets the last one win silently."""
+
+    def fetch_flow_collection_start(self, *arguments: Any) -> None:
+        # For each bracket PyYAML looks at all that are open: thousands of them would take seconds.
+        if self.flow_level >= FLOW_DEPTH:
+            raise RecursionError
+        super().fetch_flow_collection_start(*arguments)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

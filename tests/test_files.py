@@ -14,6 +14,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.parametrize("text", ["[" * 2000, "{a: " * 2000, "a:\n  - " + "[{b: " * 500, "- " * 3000, "? " * 3000])
+def test_yaml_of_great_depth_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="nested too deeply"):
+        parse_yaml(text, "file 'x.yaml'")
+    depth = 99
+    assert parse_yaml("[" * depth + "]" * depth, "file") is not None
+
+
 class TestReading:
     @pytest.mark.parametrize(
         "text",

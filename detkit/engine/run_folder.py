@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from detkit.config import Experiment, experiment_to_dict, load_experiment
-from detkit.errors import CheckpointError, ConfigError
+from detkit.errors import CheckpointError, ConfigError, WriteError
 from detkit.files import make_folder, read_text, replacing, write_error
 from detkit.torch_file import read_torch
 
@@ -74,8 +74,10 @@ class RunFolder:
             folder.acquire()
             folder.write_config(experiment)
             run = cls(_renamed(folder.path, target))
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder.path, ignore_errors=True)
+            if isinstance(error, WriteError):
+                raise WriteError(str(error).replace(str(folder.path), str(target))) from error
             raise
         run._lock = folder._lock
         return run
