@@ -23,7 +23,7 @@ from detkit.data.dataset import OF_DETECTION, Dataset, Problems
 from detkit.engine.train import train
 from detkit.heads import ssd
 from detkit.registry import datasets
-from detkit.types import ClassList, Meta, Sample, Target
+from detkit.structures import ClassList, Meta, Sample, Target
 
 SIDE, OBJECTS = 128, 3
 CONFIG = """

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from detkit.errors import DetkitError, counted, nearest, printable
-from detkit.files import REMEDIES
-from detkit.terminal import Console, drop_output, tolerate_any_text
+from detkit.io.files import REMEDIES
+from detkit.io.terminal import Console, drop_output, tolerate_any_text
 
 
 def train(arguments: list[str]) -> None:
@@ -62,8 +62,8 @@ def infer(arguments: list[str]) -> None:
         return
     from pathlib import Path
 
-    from detkit.limits import check_options, check_output, check_source
-    from detkit.runs import resolve_checkpoint
+    from detkit.inference.options import check_options, check_output, check_source
+    from detkit.io.runs import resolve_checkpoint
 
     # A mistake that can be told without the model shall not cost the time to import torch and to load it.
     checkpoint = resolve_checkpoint(options.checkpoint)
@@ -72,11 +72,11 @@ def infer(arguments: list[str]) -> None:
     output = Path(options.output or "runs/infer/run")
     check_output(output, options.source)
 
-    from detkit.engine.memory import keep_freed_memory
+    from detkit.engine.malloc import keep_freed_memory
 
     with _no_garbage_collection():
-        from detkit.infer import infer as run
-        from detkit.predict import load
+        from detkit.inference.images import infer as run
+        from detkit.inference.predictor import load
 
         predictor = load(checkpoint, options.device, options.proposals, options.precision, options.compile)
     if predictor.device.type == "cpu":
@@ -325,7 +325,7 @@ def _transfer_style(config: str, arguments: list[str]) -> None:
     from pathlib import Path
 
     from detkit.cli_options import config_values, parse_options
-    from detkit.style_transfer import StyleOptions, transfer
+    from detkit.zoo.style.transfer import StyleOptions, transfer
 
     title = f"infer {config}"
     values = {} if _wants_help(arguments) else config_values(StyleOptions, config)
@@ -350,8 +350,8 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
             )
     from pathlib import Path
 
-    from detkit.limits import check_results_file
-    from detkit.runs import resolve_checkpoint
+    from detkit.inference.options import check_results_file
+    from detkit.io.runs import resolve_checkpoint
 
     path = resolve_checkpoint(checkpoint)  # before anything heavy
     if save_json is not None:
@@ -360,14 +360,14 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
     import torch
 
     from detkit.config import experiment_to_dict, load_experiment
+    from detkit.data.dataset_wrapper import in_order
+    from detkit.data.proposals.dataset import check_needed, with_proposals, without_new_cache
     from detkit.data.splits import open_split
-    from detkit.data.wrapper import in_order
     from detkit.engine.evaluate import evaluate as run
-    from detkit.engine.memory import keep_freed_memory
-    from detkit.files import write_json
+    from detkit.engine.malloc import keep_freed_memory
+    from detkit.inference.predictor import to_device
+    from detkit.io.files import write_json
     from detkit.model import check_classes, load_model
-    from detkit.predict import to_device
-    from detkit.proposals.dataset import check_needed, with_proposals, without_new_cache
     from detkit.tasks.base import task_of
 
     model = load_model(path)
@@ -386,7 +386,7 @@ def _evaluate(checkpoint: str, arguments: list[str]) -> None:
         keep_freed_memory()
     network, choices = None, f"{next(model.parameters()).device}, fp32"
     if precision is not None:
-        from detkit.optimize import FastNetwork
+        from detkit.inference.optimization import FastNetwork
 
         network = FastNetwork(model, precision)  # type: ignore[arg-type]  # which says what is wrong with it
         choices = network.choices

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from detkit.errors import ConfigError, DetkitError
-from detkit.terminal import Console
+from detkit.io.terminal import Console
 
 Options = TypeVar("Options")
 

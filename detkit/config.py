@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from detkit import files
 from detkit.errors import ConfigError, nearest
+from detkit.io import files
 from detkit.schema import build, convert, from_text, given_options, option_names, option_type, plain, put, shown
 
 PartOptions = dict[str, Any]

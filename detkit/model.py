@@ -14,12 +14,12 @@ from detkit.backbones.base import Backbone, Neck
 from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.data.transforms import BATCH_STRIDE, Fit
 from detkit.errors import CheckpointError, ConfigError, nearest, printable
-from detkit.files import parse_json, replacing
 from detkit.heads.base import Head
+from detkit.io.files import parse_json, replacing
+from detkit.io.runs import resolve_checkpoint
 from detkit.published.read import is_published, read_published
 from detkit.registry import backbones, heads, necks, without_weights
-from detkit.runs import resolve_checkpoint
-from detkit.types import ClassList, Inputs
+from detkit.structures import ClassList, Inputs
 
 FORMAT = "detkit 1"
 METADATA = frozenset({"format", "experiment", "class_names", "raw_ids"})

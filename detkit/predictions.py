@@ -1,4 +1,4 @@
-"""What heads of other tasks than detection say of one image. Detections stand in detkit.types."""
+"""What heads of other tasks than detection say of one image. Detections stand in detkit.structures."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ class Embedding:
 
     Args:
         vector: (D,) float32, of length 1.
-        identity: the name of what the picture shows, by a gallery (detkit.gallery); None for what is not in it, and
-            without one.
+        identity: the name of what the picture shows, by a gallery; None for what is not in it, and without one.
         distance: to the nearest picture of the gallery, in 0..2; None without one.
     """
 
@@ -93,7 +92,7 @@ class Embedding:
 
 
 class Recogniser(Protocol):
-    """What names the things in pictures by their embeddings: detkit.gallery.Gallery."""
+    """What names the things in pictures by their embeddings, such as a gallery."""
 
     def recognise(self, embedding: Embedding) -> Embedding:
         """The embedding with what it shows."""

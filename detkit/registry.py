@@ -18,6 +18,7 @@ from detkit.errors import ConfigError, DetkitError, nearest
 from detkit.schema import convert, option_names, option_type, required_names, shown
 
 Part = TypeVar("Part", bound=Callable[..., Any])
+ZOO = "detkit.zoo"
 PLUGINS = "detkit.parts"
 """The group of entry points by which an installed package names its modules with parts for detkit."""
 IMPORTING = threading.RLock()
@@ -44,14 +45,17 @@ class Registry:
     """Parts of one kind by name.
 
     The modules of `package` are imported at the first look-up, so that a new part is one new file
-    with `@heads.register("name")` in it and no existing file is touched. So are the modules that installed packages
-    name as entry points of the group PLUGINS; that a config names a module, and runs it, is not wanted.
+    with `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
+    it is the module `module` of each folder. So are the modules that installed packages name as entry points of the
+    group PLUGINS. A name that is not among them is looked up in the folders of detkit.zoo. A config cannot name a
+    module to import.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, module: str = "") -> None:
         self.kind = kind
         self.package = package
         self._parts: dict[str, Callable[..., Any]] = {}
+        self.module = module
         self._importing = False
         self._imported = False
 
@@ -69,6 +73,7 @@ class Registry:
     def names(self) -> list[str]:
         """All registered names, sorted."""
         self._import_package()
+        _import_zoo()
         return sorted(self._parts)
 
     def get(self, name: str) -> Callable[..., Any]:
@@ -79,6 +84,8 @@ class Registry:
         """
         self._import_package()
         if not isinstance(name, str) or name not in self._parts:  # a config's name may be anything
+            _import_zoo()
+        if not isinstance(name, str) or name not in self._parts:
             raise ConfigError(f"There is no {self.kind} named {shown(name)}. {nearest(str(name), self._parts)}")
         return self._parts[name]
 
@@ -111,13 +118,26 @@ class Registry:
                 return
             self._importing = True
             try:
-                package = importlib.import_module(self.package)
-                for module in pkgutil.iter_modules(package.__path__):
-                    importlib.import_module(f"{self.package}.{module.name}")
+                _import_all(self.package, self.module)
                 _import_plugins()
                 self._imported = True
             finally:
                 self._importing = False
+
+
+def _import_all(package: str, module: str = "") -> None:
+    """Import the modules of a package; with `module` those of this name in its folders."""
+    for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if found.ispkg == bool(module):
+            importlib.import_module(".".join(filter(None, (package, found.name, module))))
+
+
+def _import_zoo() -> None:
+    """Import the modules of each folder of the zoo, which may have parts of any kind. Only a part that is nowhere else
+    is looked up there, so that the zoo costs no time where it is not used."""
+    with IMPORTING:
+        for folder in pkgutil.iter_modules(importlib.import_module(ZOO).__path__):
+            _import_all(f"{ZOO}.{folder.name}")
 
 
 @functools.cache
@@ -175,9 +195,9 @@ def build_part(
 
 
 backbones = Registry("backbone", "detkit.backbones")
-necks = Registry("neck", "detkit.backbones")
+necks = Registry("neck", "detkit.necks")
 heads = Registry("head", "detkit.heads")
-datasets = Registry("data format", "detkit.data")
-augmentations = Registry("augmentation", "detkit.data")
-proposal_sources = Registry("source of proposals", "detkit.proposals")
-tasks = Registry("task", "detkit.tasks")
+datasets = Registry("data format", "detkit.data.formats")
+augmentations = Registry("augmentation", "detkit.data.augment")
+proposal_sources = Registry("source of proposals", "detkit.data.proposals")
+tasks = Registry("task", "detkit.tasks", module="task")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from detkit.errors import ConfigError, nearest
-from detkit.files import parse_yaml
+from detkit.io.files import parse_yaml
 
 Schema = TypeVar("Schema")
 WORDS = {

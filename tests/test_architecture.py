@@ -13,31 +13,19 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 # Imports run one way: a module may import from layers before its own, and from its own.
 LAYERS = [
     {"errors"},
-    {"files", "terminal", "schema", "torch_file"},
-    {"tensor_files"},
-    {"types", "predictions", "registry", "config", "overlap", "runs"},
+    {"io", "schema"},
+    {"structures", "predictions", "registry", "config"},
     {"boxes"},
-    {"data", "backbones", "losses"},
-    {"proposals"},
+    {"data", "backbones"},
+    {"necks"},
     {"heads"},
     {"published"},
     {"model"},
-    {
-        "metrics",
-        "draw",
-        "draw_classes",
-        "draw_embedding",
-        "draw_points",
-        "draw_semantic",
-        "optimize",
-        "compiled",
-        "sliding",
-        "limits",
-    },
     {"tasks"},
+    {"inference"},
     {"engine"},
-    {"predict"},
-    {"infer", "infer_video", "style_transfer", "gallery", "bench"},
+    {"zoo"},
+    {"bench"},
     {"cli_options", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -98,7 +86,7 @@ def test_parts_that_a_model_does_not_use_import_nothing_heavy() -> None:
     """Of these torchvision alone would take as long as torch; the others are for training and drawing."""
     heavy = ["torchvision", "timm", "albumentations", "matplotlib", "supervision", "numba", "lightning_fabric"]
     code = (
-        "import sys, detkit.infer\nfrom detkit.registry import backbones, heads, necks, tasks\n"
+        "import sys, detkit.inference.images\nfrom detkit.registry import backbones, heads, necks, tasks\n"
         "names = [registry.names() for registry in (backbones, heads, necks, tasks)]\n"
         f"print('loaded:', [name for name in {heavy} if name in sys.modules])"
     )

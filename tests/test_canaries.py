@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import detkit
 from detkit.cli import main
 from detkit.config import experiment_from_dict, load_experiment
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
 from detkit.model import build_model
 
@@ -238,7 +238,7 @@ def test_an_experiment_of_any_json_is_an_error_or_itself(trace: Path) -> None:
 
 
 def test_a_checkpoint_does_not_say_where_a_cache_is_made(tmp_path: Path) -> None:
-    from detkit.proposals.dataset import without_new_cache
+    from detkit.data.proposals.dataset import without_new_cache
 
     options = {"name": "selective_search", "cache": str(tmp_path / "new")}
     assert without_new_cache(options) == {"name": "selective_search"}

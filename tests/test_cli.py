@@ -17,10 +17,10 @@ from PIL import Image
 
 from detkit.cli import COMMANDS, main
 from detkit.config import Experiment, InputOptions, TrainOptions, load_experiment
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
 from detkit.model import build_model
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from detkit.config import TrainOptions, experiment_from_dict, experiment_to_dict, load_experiment, read_yaml
+from detkit.data.proposals.dataset import check_needed
 from detkit.errors import ConfigError
 from detkit.model import build_model
-from detkit.proposals.dataset import check_needed
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 CONFIG = """
 data: {name: voc, root: pictures}

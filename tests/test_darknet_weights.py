@@ -18,12 +18,12 @@ from torch import Tensor
 
 import detkit
 from detkit.config import experiment_from_dict, experiment_to_dict
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import CheckpointError
-from detkit.heads.yolo_grid import predicted_boxes
 from detkit.model import Model, build_model, load_model
-from detkit.published.darknet import NETWORKS
-from detkit.types import ClassList
+from detkit.structures import ClassList
+from detkit.zoo.darknet.converter import NETWORKS
+from detkit.zoo.darknet.yolo_grid import predicted_boxes
 
 Layer = tuple[Any, ...]
 

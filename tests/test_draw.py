@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detkit.draw import MASK_OPACITY, compare, draw_detections, draw_targets, grid, write_image
 from detkit.errors import DetkitError
-from detkit.types import Detections, Target
+from detkit.structures import Detections, Target
+from detkit.tasks.drawing import MASK_OPACITY, compare, draw_detections, draw_targets, grid, write_image
 
 RED = (230, 25, 75)  # of label 0
 GREEN = (60, 180, 75)  # of label 1

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.draw_semantic import draw_semantic, voc_palette, write_palette_png
 from detkit.errors import DetkitError
-from detkit.types import IGNORED_PIXEL
+from detkit.structures import IGNORED_PIXEL
+from detkit.tasks.segmentation.drawing import draw_semantic, voc_palette, write_palette_png
 
 NAMES = ["background", "cat", "dog"]
 

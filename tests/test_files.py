@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from detkit.errors import DataError, WriteError, printable
-from detkit.files import claim_folder, parse_json, parse_yaml, read_json, read_text, replacing, write_json, write_text
+from detkit.io.files import (
+    claim_folder,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_text,
+    replacing,
+    write_json,
+    write_text,
+)
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi")

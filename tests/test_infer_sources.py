@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, features
 
-from detkit.data.shapes import Shapes
-from detkit.infer import infer
+from detkit.data.formats.shapes import Shapes
+from detkit.inference.images import infer
+from detkit.inference.predictor import Predictor
 from detkit.model import build_model
-from detkit.predict import Predictor
 
 
 @pytest.fixture

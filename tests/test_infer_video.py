@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.errors import DetkitError
-from detkit.infer import infer
-from detkit.infer_video import READ_AHEAD, WRITE_BEHIND
+from detkit.inference.images import infer
+from detkit.inference.predictor import Predictor
+from detkit.inference.video import READ_AHEAD, WRITE_BEHIND
 from detkit.model import build_model
-from detkit.predict import Predictor
 
 RATE = Fraction(30000, 1001)
 

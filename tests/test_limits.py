@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from detkit.cli import main
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
-from detkit.infer import infer
-from detkit.limits import check_options
+from detkit.inference.images import infer
+from detkit.inference.options import check_options
+from detkit.inference.predictor import Predictor
 from detkit.model import build_model
-from detkit.predict import Predictor
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_checkpoint_is_not_read_for_a_mistake_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("detkit.predict.load_model", lambda path: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr("detkit.inference.predictor.load_model", lambda path: pytest.fail("the checkpoint was read"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     given = [argument.format(file=picture) for argument in arguments]
     assert main(["infer", str(checkpoint), "--source", str(picture), *given]) == 1

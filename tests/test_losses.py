@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
-from detkit.losses import sigmoid_focal_loss, weigh_background, weigh_empty_images
+from detkit.heads.parts.losses import sigmoid_focal_loss, weigh_background, weigh_empty_images
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 1.0), (0.0, 5.0), (1.0, 1.5)])

@@ -12,10 +12,10 @@ from torch import nn
 from detkit.backbones.base import Backbone
 from detkit.config import experiment_from_dict, experiment_to_dict
 from detkit.errors import CheckpointError
-from detkit.heads.region_trunks import region_trunks
+from detkit.heads.parts.region_trunks import region_trunks
 from detkit.model import Model, build_model, load_model
 from detkit.registry import backbones, heads, necks, without_weights
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 DATA = {"name": "coco"}
 
@@ -35,7 +35,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     monkeypatch.setattr("detkit.backbones.weights.read_tensors", fail)
-    monkeypatch.setattr("detkit.backbones.darknet.read_floats", fail)
+    monkeypatch.setattr("detkit.zoo.darknet.backbones.read_floats", fail)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     return attempts

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError, InductorError
 
 from detkit.boxes.iou import pairwise_iou
-from detkit.compiled import compiler_errors, with_sizes
 from detkit.config import load_experiment
 from detkit.errors import ConfigError
+from detkit.inference.compilation import compiler_errors, with_sizes
+from detkit.inference.optimization import bf16_instructions, choose_precision, fold_batch_norms, rounded
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model
-from detkit.optimize import bf16_instructions, choose_precision, fold_batch_norms, rounded
-from detkit.predict import Predictor
-from detkit.types import ClassList, Detections
+from detkit.structures import ClassList, Detections
 
 CPU = torch.device("cpu")
 CLASSES = ClassList.from_names(("red", "green", "blue"))

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 
 from detkit.cli import main
-from detkit.data.shapes import Shapes
-from detkit.draw import write_image
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
-from detkit.files import safe_name
-from detkit.infer import image_ids, infer, result_names
-from detkit.limits import claimed_output, source_folder
+from detkit.inference.images import image_ids, infer, result_names
+from detkit.inference.options import claimed_output, source_folder
+from detkit.inference.predictor import Predictor
+from detkit.io.files import safe_name
 from detkit.model import build_model
-from detkit.predict import Predictor
-from detkit.types import ClassList
+from detkit.structures import ClassList
+from detkit.tasks.drawing import write_image
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from detkit.overlap import Behind, ahead, items_ahead
+from detkit.inference.background_io import Behind, ahead, items_ahead
 
 
 def test_results_come_in_order_from_another_thread() -> None:

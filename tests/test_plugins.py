@@ -89,7 +89,7 @@ import torch
 from detkit.config import experiment_from_dict
 from detkit.model import build_model
 from detkit.registry import heads, tasks
-from detkit.types import ClassList
+from detkit.structures import ClassList
 sys.setswitchinterval(1e-5)
 faults, begin = [], threading.Barrier(12)
 parts = {"data": {"name": "shapes"}, "backbone": {"name": "small_ssd"}}

@@ -13,9 +13,9 @@ import detkit
 from detkit.boxes import pairwise_iou
 from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.heads.ssd import SSD, SSDOutputs
+from detkit.inference.predictor import Predictor
 from detkit.model import build_model
-from detkit.predict import Predictor
-from detkit.types import ClassList, Detections
+from detkit.structures import ClassList, Detections
 
 CLASSES = ClassList.from_names(["red", "green", "blue"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from detkit.errors import CheckpointError
-from detkit.runs import BEST, SHOWN_RUNS, resolve_checkpoint, runs_near
+from detkit.io.runs import BEST, SHOWN_RUNS, resolve_checkpoint, runs_near
 
 
 def run(path: Path) -> Path:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from detkit.config import load_experiment
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import collate
-from detkit.data.shapes import Shapes
 from detkit.engine.evaluate import evaluate
-from detkit.engine.pictures import predict_sample
-from detkit.heads.semantic import SemanticOutputs
+from detkit.engine.images import predict_sample
+from detkit.heads.parts.semantic import SemanticOutputs
+from detkit.inference.predictor import Predictor
+from detkit.inference.windows import _tent, predict, predict_with_losses, window_starts
 from detkit.model import Model, build_model
-from detkit.predict import Predictor
-from detkit.sliding import _tent, predict, predict_with_losses, window_starts
+from detkit.structures import Batch, ClassList, Meta, Sample, Target
 from detkit.tasks.base import task_of
-from detkit.types import Batch, ClassList, Meta, Sample, Target
 
 CLASSES = ClassList.from_names(["background", "circle", "square", "triangle", "star"])
 CONFIG = """

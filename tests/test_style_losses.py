@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from detkit.losses import gram_matrix, style_loss, total_variation
+from detkit.heads.parts.losses import gram_matrix, style_loss, total_variation
 
 
 def test_gram_matrix_of_two_channels_by_hand() -> None:

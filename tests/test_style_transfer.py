@@ -15,11 +15,11 @@ from PIL import Image
 from detkit.cli import main
 from detkit.cli_options import config_values, parse_options
 from detkit.data.video import VideoReader, VideoWriter
-from detkit.draw import write_image
 from detkit.errors import CheckpointError, DetkitError
 from detkit.model import read_checkpoint
 from detkit.registry import heads, option_names
-from detkit.style_transfer import StyleOptions, optimise
+from detkit.tasks.drawing import write_image
+from detkit.zoo.style.transfer import StyleOptions, optimise
 
 Run = Callable[..., tuple[int, str, str]]
 HEAD = """

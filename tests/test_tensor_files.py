@@ -18,9 +18,9 @@ from torchvision import models
 import detkit
 from detkit.cli import main
 from detkit.errors import CheckpointError
+from detkit.io.tensor_files import file_format, read_tensors
 from detkit.model import load_model
 from detkit.registry import backbones
-from detkit.tensor_files import file_format, read_tensors
 
 STATE: dict[str, Tensor] = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()
 

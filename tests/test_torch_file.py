@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import detkit
 from detkit.errors import CheckpointError
-from detkit.torch_file import LEGACY_MAGIC, Foreign, read_torch
+from detkit.io.torch_file import LEGACY_MAGIC, Foreign, read_torch
 
 PACKAGE = Path(__file__).parents[1] / "detkit"
 BASE = torch.arange(24.0).reshape(4, 6)

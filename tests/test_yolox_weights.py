@@ -15,7 +15,7 @@ from detkit.config import Experiment, load_experiment
 from detkit.errors import CheckpointError
 from detkit.model import Model, build_model, load_model
 from detkit.published.yolox import convert_yolox
-from detkit.types import ClassList, Inputs
+from detkit.structures import ClassList, Inputs
 
 # name: bottlenecks of the shortest stage, channels of the stem, depthwise, side of the input
 SIZES = {

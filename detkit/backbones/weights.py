@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from detkit.errors import CheckpointError, printable
+from detkit.io.tensor_files import read_tensors
 from detkit.registry import weights_are_loaded
-from detkit.tensor_files import read_tensors
 
 State = Mapping[str, Tensor]
 

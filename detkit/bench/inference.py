@@ -31,10 +31,10 @@ from detkit.bench.yolo import yolo_case, yolo_table
 from detkit.boxes.iou import pairwise_iou
 from detkit.data.loader import collate
 from detkit.errors import DetkitError
-from detkit.optimize import Precision
-from detkit.predict import Predictor
+from detkit.inference.optimization import Precision
+from detkit.inference.predictor import Predictor
+from detkit.structures import Detections, Inputs, Meta, Sample, Target
 from detkit.tasks.base import task_of
-from detkit.types import Detections, Inputs, Meta, Sample, Target
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 """Pixels, and parts of 1: what 50 layers may make of rounding."""

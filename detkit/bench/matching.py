@@ -25,7 +25,7 @@ from detkit.bench.options import MatchingOptions
 from detkit.bench.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import match_ssd, match_two_thresholds
 from detkit.errors import DetkitError
-from detkit.types import Match
+from detkit.structures import Match
 
 Assignment = Callable[[Tensor, Tensor], Match | Tensor]
 """Anchors and truths to a Match, or to torchvision's (A,) int64."""

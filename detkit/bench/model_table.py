@@ -18,9 +18,9 @@ from detkit.bench.options import ModelTableOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
 from detkit.config import Experiment, load_experiment
 from detkit.errors import CheckpointError, DetkitError
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model
-from detkit.predict import Predictor
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 COLUMNS = ("model", "input", "parameters", "GFLOPs", "ms a picture", "mAP50", "mAP50-95", "minutes of training")
 

@@ -19,9 +19,9 @@ from detkit.config import InputOptions
 from detkit.data.image import read_image
 from detkit.data.sources import find_images
 from detkit.errors import DetkitError, nearest
+from detkit.io.tensor_files import read_tensors
 from detkit.model import Model, build_model, load_tensors
 from detkit.published.read import CONVERTERS, PUBLISHED
-from detkit.tensor_files import read_tensors
 
 CLASSES = 91
 """Of COCO as torchvision counts them, background included."""

@@ -29,7 +29,7 @@ from detkit.boxes import pairwise_iou
 from detkit.data.dataset import Dataset
 from detkit.data.splits import open_split
 from detkit.errors import DetkitError
-from detkit.proposals.selective_search import SelectiveSearch, shrink
+from detkit.zoo.rcnn.selective_search import SelectiveSearch, shrink
 
 COUNTS = (10, 50, 100, 500, 1000, 2000)
 """Numbers of proposals of a picture at which the objects found are counted."""

@@ -18,7 +18,7 @@ from rich.text import Text
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import BenchOptions, usable_cores
 from detkit.errors import DetkitError, counted
-from detkit.terminal import Console
+from detkit.io.terminal import Console
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "numpy", "numba", "lsnms", "powerboxes", "supervision")

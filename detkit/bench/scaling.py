@@ -34,12 +34,12 @@ from detkit.bench.models import made_up_picture
 from detkit.bench.options import ScalingOptions
 from detkit.bench.report import conditions, console, hardware, output_path, short_count, short_time, write_report
 from detkit.config import Experiment, InputOptions
-from detkit.data.coco import Coco
-from detkit.draw import write_image
-from detkit.engine.memory import keep_freed_memory
+from detkit.data.formats.coco import Coco
+from detkit.engine.malloc import keep_freed_memory
 from detkit.heads.ssd import SSDOutputs
 from detkit.model import Model, build_model
-from detkit.types import ClassList, Target
+from detkit.structures import ClassList, Target
+from detkit.tasks.drawing import write_image
 
 BOXES_AN_OBJECT = 12
 """That enter suppression for each object, as a detector gives them."""

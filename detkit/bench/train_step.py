@@ -26,11 +26,11 @@ from detkit.bench.models import (
 from detkit.bench.options import TrainStepOptions
 from detkit.bench.report import conditions, console, hardware, output_path, write_report
 from detkit.data.transforms import Fit
-from detkit.engine.memory import keep_freed_memory
+from detkit.engine.malloc import keep_freed_memory
 from detkit.errors import DetkitError, counted
+from detkit.inference.optimization import bf16_instructions
 from detkit.model import Model
-from detkit.optimize import bf16_instructions
-from detkit.types import Target
+from detkit.structures import Target
 
 LEARNING_RATE = 1e-6
 """So small that the network stays as it is: all steps have the same work."""
@@ -49,7 +49,7 @@ LOSS_NAMES = {
 }
 CONDITIONS = (
     "all parameters trained, batch norms in training mode; on both sides fused SGD with momentum, and memory freed by "
-    "a step kept for the next (detkit.engine.memory); detkit's network in channels_last and in {precision}, as "
+    "a step kept for the next (detkit.engine.malloc); detkit's network in channels_last and in {precision}, as "
     "`detkit train` has it, torchvision's as it comes, in fp32"
 )
 

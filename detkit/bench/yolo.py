@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from detkit.bench.harness import Case, Row
 from detkit.bench.options import InferenceOptions
 from detkit.config import Experiment, InputOptions
-from detkit.draw import write_image
 from detkit.errors import DetkitError, nearest
+from detkit.inference.optimization import Precision
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model
-from detkit.optimize import Precision
-from detkit.predict import Predictor
-from detkit.types import ClassList
+from detkit.structures import ClassList
+from detkit.tasks.drawing import write_image
 
 PEERS = {"yolox_s": "yolov8s.yaml", "yolox_m": "yolov8m.yaml", "yolox_l": "yolov8l.yaml"}
 """Of 26.8, 73.8 and 155.6 GFLOPs at 640 px; Ultralytics' have 28.6, 78.9 and 165.2."""

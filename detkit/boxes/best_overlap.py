@@ -73,7 +73,7 @@ class CompiledOverlaps:
 
     def __init__(self, anchors: Tensor, truths: Tensor) -> None:
         # Numba takes half a second to import: whoever never matches does not wait for it.
-        from detkit.boxes import overlap_numba
+        from detkit.boxes.kernels import iou_numba as overlap_numba
 
         self._kernels = overlap_numba
         self._anchors, self._truths = (

@@ -119,7 +119,7 @@ def _fuse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each cluster the fused box, the sum of confidences, the count of boxes and the box that founded it."""
     # Numba takes a second to import: whoever never fuses does not wait for it.
-    from detkit.boxes.fusion_numba import fuse
+    from detkit.boxes.kernels.fusion_numba import fuse
 
     order, starts = sort_into_groups(by_confidence, [key for key in (labels, image_index) if key is not None])
     fused, sums, counts, founders = fuse(

@@ -125,7 +125,7 @@ def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor | None:
     """The (N, M) IoUs written straight away, where `_overlap` makes some ten tensors of that size; None where an area
     is not finite, since the compiled code knows no NaN."""
     # Numba takes half a second to import: whoever compares few boxes does not wait for it.
-    from detkit.boxes.overlap_numba import columns, pairwise
+    from detkit.boxes.kernels.iou_numba import columns, pairwise
 
     columns_a, columns_b = columns(a), columns(b)
     if not (np.isfinite(columns_a[-1]).all() and np.isfinite(columns_b[-1]).all()):

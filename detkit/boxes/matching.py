@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detkit.boxes.best_overlap import CompiledOverlaps, TiledOverlaps, find_overlaps
-from detkit.types import Match
+from detkit.structures import Match
 
 IGNORED_COVER = 0.5
 """Part of an anchor's own area inside an ignored truth from which on the anchor is ignored."""

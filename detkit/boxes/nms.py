@@ -148,7 +148,7 @@ def eager_nms(
 
 
 def _on_gpu(boxes: Tensor, *arguments: Any) -> Tensor:
-    from detkit.boxes import nms_cuda
+    from detkit.boxes.kernels import nms_cuda
 
     if nms_cuda.available():
         return nms_cuda.nms_on_gpu(boxes, *arguments)
@@ -206,7 +206,7 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _memory(count: int) -> np.ndarray:
     """What the kernel works in; kept by each thread from call to call, up to KEPT_WORDS."""
-    from detkit.boxes.nms_numba import words_needed
+    from detkit.boxes.kernels.nms_numba import words_needed
 
     words = words_needed(count)
     memory: np.ndarray = getattr(_thread, "memory", _NO_MEMORY)
@@ -247,7 +247,7 @@ def _load_kernel() -> Callable[..., int]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        from detkit.boxes.nms_numba import RANK_SORT, suppress, suppress_few
+        from detkit.boxes.kernels.nms_numba import RANK_SORT, suppress, suppress_few
     finally:
         if collecting:
             gc.enable()

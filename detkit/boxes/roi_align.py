@@ -43,7 +43,7 @@ class _RoiAlign(torch.autograd.Function):
     ) -> Tensor:
         import numpy as np
 
-        from detkit.boxes.roi_align_numba import pool
+        from detkit.boxes.kernels.roi_align_numba import pool
 
         maps, rows = _by_place(feature), rows.detach().contiguous()
         context.save_for_backward(rows)
@@ -56,7 +56,7 @@ class _RoiAlign(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from detkit.boxes.roi_align_numba import spread
+        from detkit.boxes.kernels.roi_align_numba import spread
 
         (rows,) = context.saved_tensors
         maps = torch.zeros(context.shape)

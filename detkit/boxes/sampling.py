@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detkit.types import Match
+from detkit.structures import Match
 
 
 def sample_balanced(

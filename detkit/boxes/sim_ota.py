@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detkit.boxes.iou import pairwise_iou
-from detkit.types import Match
+from detkit.structures import Match
 
 IOU_WEIGHT = 3.0
 SMALLEST_IOU = 1e-8

@@ -108,7 +108,7 @@ def _take_and_decay(
     if len(by_score) == 0:
         return by_score, scores
     # Numba takes a second to import: whoever never suppresses does not wait for it.
-    from detkit.boxes.soft_nms_numba import take_and_decay
+    from detkit.boxes.kernels.soft_nms_numba import take_and_decay
 
     order, starts = sort_into_groups(by_score, [key for key in (labels, image_index) if key is not None])
     gaussian = method == "gaussian"

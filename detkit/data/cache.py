@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from detkit.data.dataset import Dataset
-from detkit.data.wrapper import DatasetWrapper
+from detkit.data.dataset_wrapper import DatasetWrapper
 from detkit.errors import ConfigError, WriteError
-from detkit.types import Meta, Sample
+from detkit.structures import Meta, Sample
 
 Place = Literal["memory", "disk"]
 

@@ -15,9 +15,9 @@ from detkit.data.dataset import Dataset
 from detkit.data.splits import Split, check_names, check_splits, open_split
 from detkit.data.transforms import Fit, map_boxes
 from detkit.errors import DataError
+from detkit.io.terminal import Console
 from detkit.registry import datasets, option_names
-from detkit.terminal import Console
-from detkit.types import IGNORED_PIXEL, Target
+from detkit.structures import IGNORED_PIXEL, Target
 
 
 def check(

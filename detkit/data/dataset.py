@@ -26,8 +26,8 @@ from detkit.data.image import check_image, exchanges_sides, read_image
 from detkit.data.semantic import BACKGROUND, painted
 from detkit.data.sources import search
 from detkit.errors import DataError, counted, nearest
-from detkit.files import read_text
-from detkit.types import ClassList, Meta, Sample, Target
+from detkit.io.files import read_text
+from detkit.structures import ClassList, Meta, Sample, Target
 
 Broken = Literal["fail", "skip", "repair"]
 """The policy for broken data: stop, leave it out, or repair what can be repaired and leave out the rest."""

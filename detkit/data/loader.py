@@ -21,10 +21,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from detkit.data.dataset import Dataset
 from detkit.data.points import point_rule
-from detkit.data.transfer import Packed, pack
+from detkit.data.shared_batches import Packed, pack
 from detkit.data.transforms import Augment, Fit, Fitted
 from detkit.errors import ConfigError, DataError, DetkitError, WriteError
-from detkit.types import Batch
+from detkit.structures import Batch
 
 
 class Key(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
 
-from detkit.data.json_values import finite, short
+from detkit.data.parsing.json_values import finite, short
 
 Rle = dict[str, Any]
 """COCO's compressed run lengths: {"size": [height, width], "counts": bytes}, columns first."""

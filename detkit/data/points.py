@@ -12,7 +12,7 @@ import torch
 
 from detkit.data.dataset import Dataset
 from detkit.errors import ConfigError, DataError
-from detkit.types import Target
+from detkit.structures import Target
 
 Pairs = tuple[tuple[int, int], ...]
 FAR = -1e6
@@ -65,7 +65,7 @@ def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> 
 
 def watched(parts: Sequence[Any]) -> list[Any]:
     """`parts`, behind each of them one that puts the points outside of the picture far away."""
-    from detkit.data.augment import ForgetPoints
+    from detkit.data.augment.single_image import ForgetPoints
 
     return [step for part in parts for step in (part, ForgetPoints(p=1.0))]
 

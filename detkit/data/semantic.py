@@ -8,7 +8,7 @@ import numpy as np
 
 from detkit.data.masks import Rle, area, decode
 from detkit.errors import DataError
-from detkit.types import IGNORED_PIXEL, ClassList
+from detkit.structures import IGNORED_PIXEL, ClassList
 
 BACKGROUND = "background"
 

@@ -3,8 +3,8 @@
 from typing import Any, Literal
 
 from detkit.data.dataset import Dataset
+from detkit.data.dataset_wrapper import in_order
 from detkit.data.duplicates import identical
-from detkit.data.wrapper import in_order
 from detkit.errors import ConfigError, DataError, counted
 from detkit.registry import datasets, option_names
 

@@ -23,7 +23,7 @@ from detkit.data.points import PointRule, as_keypoints, check_parts, watched, wi
 from detkit.data.probe import check_result, check_usable, failure
 from detkit.errors import ConfigError, DetkitError
 from detkit.registry import augmentations
-from detkit.types import IGNORED_PIXEL, Detections, Meta, Sample, Target
+from detkit.structures import IGNORED_PIXEL, Detections, Meta, Sample, Target
 
 PADDING_GREY = 114
 BATCH_STRIDE = 32
@@ -64,7 +64,7 @@ class Fit:
             padding at the right or bottom; "short_side" keeps it too and does not pad the picture itself: those of a
             batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform); "crop"
             leaves pictures as they are, padded to `size` where they are smaller and then to the largest of the batch:
-            training cuts them at random (Augment), evaluation goes over them in windows (detkit.sliding).
+            training cuts them at random (Augment), evaluation goes over them in windows (detkit.inference.windows).
         padding: RGB in 0..1 around the pictures of a batch, and around small ones under crop; the backbone's mean
             colour, so that it is 0 to the network.
         trim: under letterbox, pad only to multiples of 32 and to the largest picture of the batch, where that is less
@@ -300,7 +300,7 @@ class Augment:
     ) -> None:
         import albumentations as A
 
-        from detkit.data.augment import VisibleBoxes
+        from detkit.data.augment.single_image import VisibleBoxes
 
         self.options, self.fit, self.min_visibility, self.points = options, fit, min_visibility, points
         built = [augmentations.build(part, f"augment[{index}]") for index, part in enumerate(options)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from detkit.errors import DataError, WriteError
-from detkit.files import make_folder, write_error
+from detkit.io.files import make_folder, write_error
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 """Files with these endings, in either case, count as videos."""

@@ -14,15 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from detkit.config import Experiment, InputOptions
 from detkit.data.dataset import Dataset
+from detkit.data.proposals.dataset import usable_processors
 from detkit.engine.evaluate import Evaluation
+from detkit.engine.profiler import Stopwatch, verdict
 from detkit.engine.run_folder import RunFolder
-from detkit.engine.stages import Stopwatch, verdict
-from detkit.files import write_error
+from detkit.inference.optimization import bf16_instructions
+from detkit.io.files import write_error
+from detkit.io.terminal import Console
 from detkit.model import Model
-from detkit.optimize import bf16_instructions
-from detkit.proposals.dataset import usable_processors
 from detkit.tasks.base import task_of
-from detkit.terminal import Console
 
 
 class TrainingConsole:

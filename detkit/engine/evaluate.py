@@ -10,11 +10,11 @@ import torch
 from detkit.data.dataset import Dataset
 from detkit.data.loader import batches, evaluation_loader, naming_lost_workers
 from detkit.engine.feature_store import FeatureStore
+from detkit.inference.optimization import FastNetwork
+from detkit.inference.windows import predict_with_losses
 from detkit.model import Model
-from detkit.optimize import FastNetwork
-from detkit.sliding import predict_with_losses
+from detkit.structures import Batch
 from detkit.tasks.base import task_of
-from detkit.types import Batch
 
 
 @dataclass(frozen=True)

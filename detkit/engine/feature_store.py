@@ -19,9 +19,9 @@ from torch.utils.data import Dataset as TorchDataset
 from detkit.config import Experiment
 from detkit.data.loader import Key, batches
 from detkit.errors import ConfigError, WriteError
-from detkit.files import make_folder
+from detkit.io.files import make_folder
 from detkit.model import Model
-from detkit.types import Batch, Meta, Target
+from detkit.structures import Batch, Meta, Target
 
 FOLDER = "features"
 

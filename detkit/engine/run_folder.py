@@ -22,8 +22,8 @@ import yaml
 
 from detkit.config import Experiment, experiment_to_dict, load_experiment
 from detkit.errors import CheckpointError, ConfigError, WriteError
-from detkit.files import make_folder, read_text, replacing, write_error
-from detkit.torch_file import read_torch
+from detkit.io.files import make_folder, read_text, replacing, write_error
+from detkit.io.torch_file import read_torch
 
 STATE_FORMAT, EARLIER_STATE_FORMAT = 2, 1
 """The earlier one has no checksum."""

@@ -19,31 +19,31 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from detkit.config import Experiment, TrainOptions
 from detkit.data.cache import with_cache
 from detkit.data.dataset import Dataset, fingerprint_change
+from detkit.data.jpeg_scaling import with_reduced_decoding
 from detkit.data.loader import EpochSampler, batches, naming_lost_workers, training_loader
 from detkit.data.points import point_rule
-from detkit.data.reduced import with_reduced_decoding
+from detkit.data.proposals.dataset import check_needed, with_proposals
 from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment
-from detkit.engine.average import AveragedModel
 from detkit.engine.console import TrainingConsole
 from detkit.engine.depthwise import depthwise_in_float32
+from detkit.engine.ema import AveragedModel
 from detkit.engine.evaluate import Evaluation, evaluate
 from detkit.engine.feature_store import FeatureStore, check_storable, feature_stores
-from detkit.engine.memory import keep_freed_memory
-from detkit.engine.pictures import write_predictions, write_training_batch
+from detkit.engine.images import write_predictions, write_training_batch
+from detkit.engine.malloc import keep_freed_memory
 from detkit.engine.processes import ending_together, forget_children
+from detkit.engine.profiler import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED, VALIDATION, Stopwatch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
-from detkit.engine.stages import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED, VALIDATION, Stopwatch
 from detkit.errors import CheckpointError, ConfigError, DataError, DetkitError
 from detkit.heads.base import Head
+from detkit.inference.optimization import bf16_instructions
+from detkit.io.terminal import Console
 from detkit.model import Model, build_model, check_classes, described_model, read_tensors
-from detkit.optimize import bf16_instructions
-from detkit.proposals.dataset import check_needed, with_proposals
 from detkit.registry import heads
+from detkit.structures import Batch, ClassList
 from detkit.tasks.base import task_of
-from detkit.terminal import Console
-from detkit.types import Batch, ClassList
 
 
 class LossNotFiniteError(DetkitError):

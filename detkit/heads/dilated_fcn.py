@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
-from detkit.heads.semantic import SemanticHead, SemanticOutputs, pixel_loss, stacked_truth
+from detkit.heads.parts.semantic import SemanticHead, SemanticOutputs, pixel_loss, stacked_truth
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 
 @heads.register("dilated_fcn")

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from detkit.errors import ConfigError
 from detkit.heads.base import ALL, Head, Postprocess, check_count
-from detkit.heads.region_features import COARSEST_STRIDE
-from detkit.heads.regions import RegionStage
+from detkit.heads.parts.region_features import COARSEST_STRIDE
+from detkit.heads.parts.regions import RegionStage
 from detkit.registry import build_part, heads
-from detkit.types import Detections, Inputs, Target
+from detkit.structures import Detections, Inputs, Target
 
 
 class FastRCNNOutputs(NamedTuple):
@@ -38,7 +38,7 @@ class FastRCNN(Head):
     Args:
         channels, strides: of the feature maps.
         num_classes: C, without background.
-        regions: options of the second stage; see detkit.heads.regions.RegionStage.
+        regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
     """
 

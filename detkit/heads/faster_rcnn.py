@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from detkit.heads.base import ALL, Head, Postprocess, check_count
-from detkit.heads.regions import RegionStage, SampledRegions
-from detkit.heads.rpn import ProposalOutputs, RegionProposalNetwork
+from detkit.heads.parts.regions import RegionStage, SampledRegions
+from detkit.heads.parts.rpn import ProposalOutputs, RegionProposalNetwork
 from detkit.registry import build_part, heads
-from detkit.types import Detections, Inputs, Target
+from detkit.structures import Detections, Inputs, Target
 
 
 class FasterRCNNOutputs(NamedTuple):
@@ -36,8 +36,8 @@ class FasterRCNN(Head):
     Args:
         channels, strides: of the feature maps, which must have the same channels.
         num_classes: C, without background.
-        rpn: options of the first stage; see detkit.heads.rpn.RegionProposalNetwork.
-        regions: options of the second stage; see detkit.heads.regions.RegionStage.
+        rpn: options of the first stage; see detkit.heads.parts.rpn.RegionProposalNetwork.
+        regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
     """
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
-from detkit.heads.semantic import SemanticHead, SemanticOutputs
+from detkit.heads.parts.semantic import SemanticHead, SemanticOutputs
 from detkit.registry import heads
-from detkit.types import Inputs
+from detkit.structures import Inputs
 
 
 @heads.register("fcn")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
 from detkit.heads.faster_rcnn import FasterRCNN, FasterRCNNOutputs
-from detkit.heads.region_features import RegionFeatures, region_features
-from detkit.heads.region_trunks import convolutions
-from detkit.heads.regions import SampledRegions
+from detkit.heads.parts.region_features import RegionFeatures, region_features
+from detkit.heads.parts.region_trunks import convolutions
+from detkit.heads.parts.regions import SampledRegions
 from detkit.registry import build_part, heads
-from detkit.types import Detections, Target
+from detkit.structures import Detections, Target
 
 
 class MaskBranch(nn.Module):
@@ -95,8 +95,8 @@ class MaskRCNN(FasterRCNN):
     Args:
         channels, strides: of the feature maps, which must have the same channels.
         num_classes: C, without background.
-        rpn: options of the first stage; see detkit.heads.rpn.RegionProposalNetwork.
-        regions: options of the second stage; see detkit.heads.regions.RegionStage.
+        rpn: options of the first stage; see detkit.heads.parts.rpn.RegionProposalNetwork.
+        regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
         mask: options of the mask branch; see MaskBranch.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
     """

@@ -14,12 +14,12 @@ from detkit.boxes.coding import decode, encode
 from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_two_thresholds
 from detkit.errors import ConfigError, check_range
-from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
-from detkit.heads.per_size import PerSize
-from detkit.losses import BoxLoss, box_loss, sigmoid_focal_loss, weigh_background
+from detkit.heads.parts.anchor_layouts import AnchorLayout, anchor_layouts
+from detkit.heads.parts.losses import BoxLoss, box_loss, sigmoid_focal_loss, weigh_background
+from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
-from detkit.types import Detections, Inputs, Target
+from detkit.structures import Detections, Inputs, Target
 
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
 BETA = 1 / 9  # of smooth L1, as in the region-proposal network
@@ -62,7 +62,7 @@ class RetinaNet(Head):
         prior: the score that an untrained network gives every anchor and class, so that the many that are background
             do not swamp the first steps.
         alpha: weight of the right class in the focal loss; all that is background weighs 1 - alpha.
-        gamma: how much less the focal loss counts what is easy; see detkit.losses.sigmoid_focal_loss.
+        gamma: how much less the focal loss counts what is easy; see detkit.heads.parts.losses.sigmoid_focal_loss.
         foreground_from: an anchor that overlaps a truth this much is an object.
         background_below: one that overlaps every truth less is background; between them it does not count.
         box_loss: l1, smooth_l1, giou, diou or ciou.
@@ -141,7 +141,7 @@ class RetinaNet(Head):
     def loss(self, outputs: RetinaNetOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class` (focal) and `box`, each summed and divided by the positives of the batch.
 
-        Images without objects are weighed as detkit.losses.weigh_background says.
+        Images without objects are weighed as detkit.heads.parts.losses.weigh_background says.
 
         Raises:
             ValueError: there is not one target for each image.

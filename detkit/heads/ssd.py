@@ -13,12 +13,12 @@ from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_bipartite, match_ssd
 from detkit.boxes.sampling import hard_negatives
 from detkit.errors import CheckpointError
-from detkit.heads.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.base import Head, Postprocess, check_count
-from detkit.heads.per_size import PerSize
-from detkit.losses import BoxLoss, box_loss, weigh_empty_images
+from detkit.heads.parts.anchor_layouts import AnchorLayout, anchor_layouts
+from detkit.heads.parts.losses import BoxLoss, box_loss, weigh_empty_images
+from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
-from detkit.types import Detections, Inputs, Match, Target
+from detkit.structures import Detections, Inputs, Match, Target
 
 MINIMUM_NEGATIVES = 8
 MATCHERS = {"ssd": match_ssd, "bipartite": match_bipartite}
@@ -119,7 +119,8 @@ class SSD(Head):
     def loss(self, outputs: SSDOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class` (cross-entropy) and `box`, each summed and divided by the positives of the batch.
 
-        Negatives of images without objects are weighed as detkit.losses.weigh_empty_images says; torchvision has none.
+        Negatives of images without objects are weighed as detkit.heads.parts.losses.weigh_empty_images says;
+        torchvision has none.
 
         Raises:
             ValueError: there is not one target for each image.

@@ -17,10 +17,10 @@ from detkit.boxes.iou import elementwise_iou
 from detkit.boxes.sim_ota import match_sim_ota
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import ALL, Head, Postprocess, check_count
-from detkit.heads.per_size import PerSize
-from detkit.losses import weigh_background
+from detkit.heads.parts.losses import weigh_background
+from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
-from detkit.types import Detections, Inputs, Match, Target
+from detkit.structures import Detections, Inputs, Match, Target
 
 PRIOR = 0.01
 """Probability of each class and of an object that an untrained network predicts, as in RetinaNet."""
@@ -143,7 +143,7 @@ class YOLOX(Head):
         """`box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the positives of the batch.
 
         The classes of a positive are to be as probable as its box overlaps the truth. Images without objects are
-        weighed as detkit.losses.weigh_background says.
+        weighed as detkit.heads.parts.losses.weigh_background says.
 
         Raises:
             ValueError: there is not one target for each image.

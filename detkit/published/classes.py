@@ -1,6 +1,6 @@
 """The classes of published detectors."""
 
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 
 def unnamed_classes(count: int, first_raw_id: int = 0) -> ClassList:

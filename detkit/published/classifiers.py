@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detkit.backbones.densenet import with_current_names
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import unnamed_classes
 from detkit.published.names import count_rows
-from detkit.types import ClassList
+from detkit.structures import ClassList
+from detkit.zoo.classifiers.densenet import with_current_names
 
 NETWORKS = (
     *("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "googlenet"),

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
+from detkit.data.formats.semantic_masks import VOC_NAMES
 from detkit.data.semantic import BACKGROUND
-from detkit.data.semantic_masks import VOC_NAMES
 from detkit.errors import CheckpointError
 from detkit.published.classes import unnamed_classes
 from detkit.published.names import count_rows, renamed
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 NAMES = (
     (r"backbone\.(.+)", r"backbone.\1"),

@@ -12,19 +12,19 @@ from torch import Tensor
 from detkit.backbones.weights import downloaded
 from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.errors import CheckpointError, DetkitError, nearest, printable
-from detkit.files import parse_yaml
+from detkit.io.files import parse_yaml
+from detkit.io.runs import MTCNN, TORCHVISION, split_options
+from detkit.io.tensor_files import FORMATS, file_format, of_detkit, read_tensors
+from detkit.io.torch_file import one_line
 from detkit.published.classifiers import NETWORKS, convert_classifier
-from detkit.published.darknet import read_darknet
 from detkit.published.fcn import convert_fcn
-from detkit.published.mtcnn import convert_mtcnn, mtcnn_files
 from detkit.published.rcnn import convert_rcnn
 from detkit.published.retinanet import convert_retinanet
 from detkit.published.ssd import convert_ssd300_vgg16
 from detkit.published.yolox import STEM, convert_yolox
-from detkit.runs import MTCNN, TORCHVISION, split_options
-from detkit.tensor_files import FORMATS, file_format, of_detkit, read_tensors
-from detkit.torch_file import one_line
-from detkit.types import ClassList
+from detkit.structures import ClassList
+from detkit.zoo.darknet.converter import read_darknet
+from detkit.zoo.faces.converter import convert_mtcnn, mtcnn_files
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes, unnamed_classes
 from detkit.published.names import TRUNK, check_anchors, count_rows, epsilon_option, is_coco, renamed
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 NAMES = (
     *TRUNK,

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from detkit.backbones.ssd_vgg import from_torchvision as trunk_from_torchvision
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.heads.ssd import from_torchvision as head_from_torchvision
+from detkit.necks.ssd_vgg import from_torchvision as trunk_from_torchvision
 from detkit.published.classes import coco_classes, unnamed_classes
 from detkit.published.names import COCO_OUTPUTS, check_anchors, count_rows
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 # configs/ssd300_vgg16.yaml trains the same model.
 SSD300_BACKBONE = {

@@ -9,7 +9,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes_without_gaps, unnamed_classes
 from detkit.published.names import count_rows
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 STEM = "backbone.backbone.stem.conv.conv.weight"
 PREFIXES = (("backbone.backbone.", "backbone."), ("backbone.", "neck."), ("head.", "head."))

@@ -13,12 +13,12 @@ import numpy as np
 from rich.table import Table
 
 from detkit.data.dataset import Dataset
-from detkit.draw import side_by_side
 from detkit.errors import ConfigError, nearest
 from detkit.heads.base import Head
 from detkit.predictions import Prediction
 from detkit.registry import tasks
-from detkit.types import ClassList, Meta, Target
+from detkit.structures import ClassList, Meta, Target
+from detkit.tasks.drawing import side_by_side
 
 P = TypeVar("P", bound=Prediction)
 P_contra = TypeVar("P_contra", contravariant=True)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from detkit.backbones.csp_darknet import CSPDarknet, Focus, block_count
-from detkit.backbones.pafpn import PathAggregation
 from detkit.errors import ConfigError
+from detkit.necks.pafpn import PathAggregation
 from detkit.registry import backbones, necks
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from detkit.backbones.base import Backbone
-from detkit.backbones.darknet_file import DarknetConvolution, convolutions, count_floats, read_floats, take_tensors
 from detkit.errors import CheckpointError, ConfigError
 from detkit.registry import backbones
+from detkit.zoo.darknet.weight_file import DarknetConvolution, convolutions, count_floats, read_floats, take_tensors
 
 TINY = {"name": "darknet_tiny", "widths": [2, 3, 4, 5, 6, 7, 8]}
 

@@ -8,8 +8,8 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detkit.backbones.ssd_vgg import SSDVGG, from_torchvision
 from detkit.errors import CheckpointError, ConfigError
+from detkit.necks.ssd_vgg import SSDVGG, from_torchvision
 from detkit.registry import backbones, necks
 
 SMALL = {"channels": (8, 16, 24), "strides": (8, 16, 32)}

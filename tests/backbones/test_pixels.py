@@ -8,7 +8,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import ConfigError
 from detkit.model import Model, build_model
 from detkit.registry import backbones
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 
 def build() -> Backbone:

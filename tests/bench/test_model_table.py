@@ -17,7 +17,7 @@ from detkit.cli import main
 from detkit.config import load_experiment
 from detkit.errors import CheckpointError
 from detkit.model import build_model
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 CONFIG = {
     "data": {"name": "shapes"},

@@ -24,7 +24,7 @@ from detkit.bench.models import (
 )
 from detkit.cli import main
 from detkit.errors import DetkitError
-from detkit.types import Detections
+from detkit.structures import Detections
 
 NAME, SIZE = "maskrcnn_resnet50_fpn", 64
 

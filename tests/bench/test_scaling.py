@@ -11,7 +11,7 @@ from detkit.bench.harness import Case, Row, peak_rise
 from detkit.bench.options import ScalingOptions
 from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peak, exponents
 from detkit.cli import main
-from detkit.data.coco import Coco
+from detkit.data.formats.coco import Coco
 
 AXES = (
     Axis("pixels of a picture", "side", (64,), (64, 96)),

@@ -15,8 +15,8 @@ from detkit.bench.models import made_up_picture
 from detkit.bench.options import InferenceOptions
 from detkit.bench.yolo import BOXES, Peer, Timing, threshold, yolo_case, yolo_table, yolox
 from detkit.cli import main
-from detkit.draw import write_image
 from detkit.errors import DetkitError
+from detkit.tasks.drawing import write_image
 
 STAND_IN = """#!{python}
 import json, sys

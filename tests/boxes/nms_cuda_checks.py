@@ -14,8 +14,8 @@ from test_nms import THRESHOLDS, by_group, crowded_boxes, random_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops
 
-from detkit.boxes import nms_cuda_kernels
-from detkit.boxes.nms_cuda import nms_on_gpu, nms_padded
+from detkit.boxes.kernels import nms_cuda_kernels
+from detkit.boxes.kernels.nms_cuda import nms_on_gpu, nms_padded
 
 SIMULATED = nms_cuda_kernels.simulated
 DEVICE = "cpu" if SIMULATED else "cuda"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CODE = """
-from detkit.boxes.compiling import cached
+from detkit.boxes.kernels.compiling import cached
 
 @cached("int64(int64)", nogil=True)
 def twice(number):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision import ops, tv_tensors
 
 from detkit.boxes import nms
-from detkit.boxes.nms_numba import _grid, suppress, words_needed
+from detkit.boxes.kernels.nms_numba import _grid, suppress, words_needed
 from detkit.boxes.nms_torchvision import nms_by_torchvision
 
 THRESHOLDS = [0.0, 1e-30, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.999999, 1.0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from detkit.boxes import nms_cuda
+from detkit.boxes.kernels import nms_cuda
 
 CHECKS = Path(__file__).with_name("nms_cuda_checks.py")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,7 +23,7 @@ def test_checks(simulator):
 
 
 def test_sizes_of_the_kernels_fit():
-    from detkit.boxes import nms_cuda_kernels as kernels
+    from detkit.boxes.kernels import nms_cuda_kernels as kernels
 
     assert kernels.WORD == 64
     assert kernels.ROUND == kernels.WORD * kernels.WORDS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detkit.boxes import hard_negatives, sample_balanced
-from detkit.types import Match
+from detkit.structures import Match
 
 
 def make_match(positives, negatives, ignored=0):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from detkit.data.augment.warping import RandomWarp, warp_boxes, warp_image, warp_mask
 from detkit.data.transforms import Augment, Fit
-from detkit.data.warp import RandomWarp, warp_boxes, warp_image, warp_mask
 from detkit.errors import ConfigError
-from detkit.types import Meta, Sample, Target
+from detkit.structures import Meta, Sample, Target
 
 STRONG = {"name": "perspective", "rotation": 45, "shear": 15, "scale": [0.5, 1.5], "perspective": 0.3}
 

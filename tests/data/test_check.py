@@ -10,11 +10,11 @@ from PIL import Image
 
 from detkit.cli import main
 from detkit.data.check import check
-from detkit.data.coco import Coco
-from detkit.data.crops import Crops
 from detkit.data.dataset import check_box, fingerprint_change, number, rotation_of, upright
+from detkit.data.dataset_wrapper import DatasetWrapper
+from detkit.data.formats.coco import Coco
+from detkit.data.formats.crops import Crops
 from detkit.data.splits import open_train_and_val
-from detkit.data.wrapper import DatasetWrapper
 from detkit.errors import ConfigError, DataError
 
 BOXES = frozenset({"boxes"})

@@ -8,7 +8,7 @@ import yaml
 
 from detkit.boxes import kmeans_priors
 from detkit.cli import main
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 
 
 def propose(config: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from detkit.data.faces import Faces
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import ClassSampler, picture_labels, training_loader
 from detkit.data.loader import batches as unpacked
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError
+from detkit.zoo.faces.dataset import Faces
 
 
 def batches(sampler: ClassSampler) -> np.ndarray:

@@ -8,7 +8,7 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 
 from detkit.data import masks
-from detkit.data.coco import Coco
+from detkit.data.formats.coco import Coco
 from detkit.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from detkit.config import InputOptions
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import Key, batches, collate, training_loader
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit
 from detkit.errors import ConfigError
-from detkit.types import IGNORED_PIXEL, Meta, Sample, Target
+from detkit.structures import IGNORED_PIXEL, Meta, Sample, Target
 
 PADDING = (0.5, 0.25, 0.75)
 SIZE = (48, 64)

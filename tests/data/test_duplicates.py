@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.coco import Coco
 from detkit.data.duplicates import identical
+from detkit.data.formats.coco import Coco
 from detkit.data.image import check_image
 from detkit.data.splits import open_train_and_val
 from detkit.errors import ConfigError, DataError

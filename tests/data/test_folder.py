@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from detkit.data.check import check
-from detkit.data.crops import Crops
 from detkit.data.dataset import Dataset, Problems
-from detkit.data.folder import Folder
+from detkit.data.formats.crops import Crops
+from detkit.data.formats.folder import Folder
 from detkit.data.splits import open_train_and_val
 from detkit.data.transforms import Augment, Fit
 from detkit.errors import ConfigError, DataError
 from detkit.registry import augmentations, datasets
-from detkit.types import ClassList, Meta, Sample, Target
+from detkit.structures import ClassList, Meta, Sample, Target
 
 
 def picture(path: Path, value: int = 99) -> None:

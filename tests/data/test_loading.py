@@ -10,13 +10,13 @@ import torch
 
 from detkit.boxes import area
 from detkit.boxes.convert import clip
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import EpochSampler, collate, evaluation_loader, training_loader
 from detkit.data.loader import batches as unpacked
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit, Resize, map_boxes, undo
 from detkit.errors import ConfigError
 from detkit.registry import augmentations
-from detkit.types import Batch, Detections, Inputs, Meta, Sample, Target
+from detkit.structures import Batch, Detections, Inputs, Meta, Sample, Target
 
 SSD_AUGMENTATION = [{"name": "photometric"}, {"name": "expand"}, {"name": "iou_crop"}, {"name": "flip"}]
 

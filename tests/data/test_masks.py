@@ -8,10 +8,10 @@ import torch
 from pycocotools import mask as reference
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from detkit.data.coco import Coco
+from detkit.data.formats.coco import Coco
 from detkit.data.masks import _drawable, area, decode, encode, rle_from_polygons, tight_box
 from detkit.data.transforms import Augment, Fit, undo
-from detkit.types import Detections, Meta, Sample, Target
+from detkit.structures import Detections, Meta, Sample, Target
 
 PEDESTRIANS = Path(__file__).resolve().parents[3] / "shared" / "data" / "pennfudan"
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from detkit.config import InputOptions
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import EpochSampler, batches, evaluation_loader, training_loader
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit
 from detkit.engine.train import train
 from detkit.errors import ConfigError, DataError
-from detkit.types import Batch, Meta, Sample, Target
+from detkit.structures import Batch, Meta, Sample, Target
 
 GREY = 114
 PLAIN = {"scale": [1, 1], "translation": 0}

@@ -15,16 +15,16 @@ from PIL import Image
 from detkit.data import cache as module
 from detkit.data import dataset as reading
 from detkit.data.cache import CachedDataset, PictureCache, with_cache
-from detkit.data.crops import Crops
-from detkit.data.faces import Faces
-from detkit.data.folder import Folder
+from detkit.data.formats.crops import Crops
+from detkit.data.formats.folder import Folder
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import batches, evaluation_loader, training_loader
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.engine.train import train
 from detkit.errors import ConfigError, WriteError
 from detkit.model import read_checkpoint
-from detkit.types import Sample, Target
+from detkit.structures import Sample, Target
+from detkit.zoo.faces.dataset import Faces
 
 SIZES = [(20, 30), (16, 16), (40, 24), (9, 50), (33, 17), (24, 24)]
 

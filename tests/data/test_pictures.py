@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from detkit.data.splits import open_split, open_train_and_val
-from detkit.draw import write_image
 from detkit.errors import ConfigError, DataError
 from detkit.registry import datasets
+from detkit.tasks.drawing import write_image
 
 NOTHING: frozenset[str] = frozenset()
 

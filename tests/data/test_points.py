@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from detkit.data.coco import Coco
-from detkit.data.crops import Crops
-from detkit.data.faces import Faces
+from detkit.data.formats.coco import Coco
+from detkit.data.formats.crops import Crops
 from detkit.data.points import PointRule, flip_pairs_of, point_rule
 from detkit.data.transforms import Augment, Fit, undo
 from detkit.errors import ConfigError, DataError
-from detkit.types import Detections, Meta, Sample, Target
+from detkit.structures import Detections, Meta, Sample, Target
+from detkit.zoo.faces.dataset import Faces
 
 PLACES = [[20.0, 30.0], [60.0, 30.0], [40.0, 50.0], [7.0, 75.0]]
 COLORS = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import batches, training_loader
 from detkit.data.probe import check_usable
-from detkit.data.shapes import Shapes
 from detkit.data.transforms import Augment, Fit
 from detkit.errors import ConfigError, DataError
 from detkit.registry import augmentations
-from detkit.types import Meta, Sample, Target
+from detkit.structures import Meta, Sample, Target
 
 FIT = Fit((32, 48))
 

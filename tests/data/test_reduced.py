@@ -12,15 +12,15 @@ from PIL import Image
 
 from detkit.config import InputOptions
 from detkit.data import dataset as reading
+from detkit.data.augment.warping import RandomWarp, warp_points
 from detkit.data.cache import with_cache
-from detkit.data.coco import Coco
-from detkit.data.crops import Crops
+from detkit.data.formats.coco import Coco
+from detkit.data.formats.crops import Crops
+from detkit.data.formats.semantic_masks import MaskFolders
+from detkit.data.formats.shapes import Shapes
 from detkit.data.image import is_jpeg, read_image
-from detkit.data.reduced import ReducedDataset, reduction_of, with_reduced_decoding
-from detkit.data.semantic_masks import MaskFolders
-from detkit.data.shapes import Shapes
+from detkit.data.jpeg_scaling import ReducedDataset, reduction_of, with_reduced_decoding
 from detkit.data.transforms import Augment, Fit
-from detkit.data.warp import RandomWarp, warp_points
 from detkit.engine.train import train
 from detkit.errors import DataError
 

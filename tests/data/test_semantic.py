@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.coco import Coco
 from detkit.data.dataset import Dataset
+from detkit.data.formats.coco import Coco
+from detkit.data.formats.semantic_masks import MaskFolders, VocSegmentation
+from detkit.data.formats.shapes import Shapes
+from detkit.data.formats.yolo import Yolo
 from detkit.data.masks import encode
 from detkit.data.semantic import names_with_background, painted, with_background
-from detkit.data.semantic_masks import MaskFolders, VocSegmentation
-from detkit.data.shapes import Shapes
 from detkit.data.splits import open_split
-from detkit.data.yolo import Yolo
 from detkit.errors import DataError
-from detkit.types import IGNORED_PIXEL, ClassList
+from detkit.structures import IGNORED_PIXEL, ClassList
 
 SEMANTIC = frozenset({"semantic"})
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from detkit.data.formats.shapes import Shapes
 from detkit.data.masks import tight_box
-from detkit.data.shapes import Shapes
 from detkit.errors import DataError
 from detkit.registry import datasets
 

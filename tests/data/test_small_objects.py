@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from detkit.data.mix import Mosaic
+from detkit.data.augment.mixing import Mosaic
 from detkit.data.transforms import Augment, Fit
-from detkit.types import Meta, Sample, Target
+from detkit.structures import Meta, Sample, Target
 
 SIZE = (600, 800)
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from detkit.cli import main
+from detkit.data.dataset_wrapper import in_order
 from detkit.data.splits import open_split, open_train_and_val
-from detkit.data.wrapper import in_order
 from detkit.errors import DataError
-from detkit.metrics.detection import DetectionEvaluator
-from detkit.types import Detections
+from detkit.structures import Detections
+from detkit.tasks.detection.metrics import DetectionEvaluator
 
 CAT, DOG = {"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]

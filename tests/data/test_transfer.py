@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import batches, training_loader
-from detkit.data.shapes import Shapes
-from detkit.data.transfer import pack
+from detkit.data.shared_batches import pack
 from detkit.data.transforms import Fit
 from detkit.engine.feature_store import FeatureStore
-from detkit.types import Batch, Meta, Target
+from detkit.structures import Batch, Meta, Target
 
 
 def batch() -> Batch:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.voc import Voc
+from detkit.data.formats.voc import Voc
 from detkit.errors import DataError
 from detkit.registry import datasets
 

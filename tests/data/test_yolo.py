@@ -3,7 +3,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from detkit.data.yolo import Yolo
+from detkit.data.formats.yolo import Yolo
 from detkit.errors import DataError
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detkit.data.formats.yolo import Yolo
 from detkit.data.points import point_rule
-from detkit.data.yolo import Yolo
 from detkit.errors import DataError
 
 NAMES = "names: [cat, dog]\n"

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from detkit.cli import main
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine import train as engine
 from detkit.errors import DataError
 

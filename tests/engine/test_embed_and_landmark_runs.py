@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 import detkit
 from detkit.cli import main
-from detkit.data.faces import Faces
-from detkit.draw import write_image
 from detkit.errors import ConfigError, DataError
-from detkit.gallery import Gallery
 from detkit.predictions import Embedding
+from detkit.tasks.drawing import write_image
+from detkit.zoo.embedding.gallery import Gallery
+from detkit.zoo.faces.dataset import Faces
 
 CONFIG = """
 data: {name: faces, train_count: 24, val_count: 12, size: 64, persons: 3}

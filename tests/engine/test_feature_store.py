@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine import feature_store
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.train import train

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detkit.data.formats.yolo import Yolo
 from detkit.data.loader import training_loader
 from detkit.data.transforms import Augment, Fit
-from detkit.data.yolo import Yolo
-from detkit.engine.pictures import write_training_batch
+from detkit.engine.images import write_training_batch
 from detkit.engine.train import train
 from detkit.errors import DataError
 from detkit.tasks.base import task_of

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from detkit.data.shapes import Shapes
-from detkit.draw import write_image
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
-from detkit.engine.pictures import write_training_batch
+from detkit.engine.images import write_training_batch
 from detkit.engine.train import train
 from detkit.heads.ssd import SSD
-from detkit.infer import infer
+from detkit.inference.images import infer
+from detkit.inference.predictor import Predictor
 from detkit.model import build_model
-from detkit.predict import Predictor
-from detkit.tasks.detect import Detect
-from detkit.types import ClassList, Detections, Meta, Sample, Target
+from detkit.structures import ClassList, Detections, Meta, Sample, Target
+from detkit.tasks.detection.task import Detect
+from detkit.tasks.drawing import write_image
 
 
 def patches_of(target: Target, cells: int = 28) -> torch.Tensor:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from detkit.boxes import pairwise_iou, xyxy_to_cxcywh
-from detkit.data.coco import Coco
 from detkit.data.dataset import Dataset
-from detkit.data.voc import Voc
+from detkit.data.formats.coco import Coco
+from detkit.data.formats.voc import Voc
 from detkit.engine.evaluate import evaluate
 from detkit.model import build_model
-from detkit.types import Sample, Target
+from detkit.structures import Sample, Target
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GRID = 7  # YOLOv1's own

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine import train as engine
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.train import train
@@ -379,7 +379,7 @@ def task_without_plots(task_of: Any) -> Any:
 def test_the_first_evaluation_is_the_best_so_far_even_if_it_has_no_score(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detkit.tasks.detect import Detect
+    from detkit.tasks.detection.task import Detect
 
     monkeypatch.setattr(Detect, "score", lambda *arguments: float("nan"))
     folder = train(tiny())

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from detkit.config import TrainOptions
-from detkit.engine import stages
-from detkit.engine.stages import BACKWARD, FORWARD, PICTURES, STEP, VALIDATION, Stopwatch, verdict
+from detkit.engine import profiler as stages
+from detkit.engine.profiler import BACKWARD, FORWARD, PICTURES, STEP, VALIDATION, Stopwatch, verdict
 from detkit.engine.train import train
 
 

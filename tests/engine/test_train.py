@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from detkit.data.shapes import Shapes
-from detkit.engine.average import AveragedModel
+from detkit.data.formats.shapes import Shapes
+from detkit.engine.ema import AveragedModel
 from detkit.engine.evaluate import evaluate
 from detkit.engine.train import LossNotFiniteError, train
 from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.heads.ssd import SSD
 from detkit.model import build_model, load_model, read_checkpoint
-from detkit.types import ClassList, Target
+from detkit.structures import ClassList, Target
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -214,7 +214,7 @@ def test_starting_from_a_checkpoint(tiny: Any, tmp_path: Path) -> None:
 
 def test_evaluation_gives_losses_and_scores_of_perfect_detections(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth itself, put through the network's frame and back, scores 1."""
-    from detkit.types import Detections
+    from detkit.structures import Detections
 
     dataset = Shapes("val", val_count=6, size=80)
     model = build_model(tiny("--input.resize", "letterbox", "--input.size", "[64, 96]"), dataset.classes)

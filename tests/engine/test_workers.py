@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from torch.utils.data import get_worker_info
 
-from detkit.data.shapes import Shapes
-from detkit.data.transfer import Packed
+from detkit.data.formats.shapes import Shapes
+from detkit.data.shared_batches import Packed
 from detkit.engine import train as engine
 from detkit.engine.evaluate import evaluate
 from detkit.engine.train import train

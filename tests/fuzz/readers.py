@@ -227,7 +227,7 @@ TINY = {
 def tiny_model() -> Any:
     from detkit.config import experiment_from_dict
     from detkit.model import build_model
-    from detkit.types import ClassList
+    from detkit.structures import ClassList
 
     return build_model(experiment_from_dict(TINY), ClassList.from_names(["cat", "dog"]))
 

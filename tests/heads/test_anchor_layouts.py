@@ -7,7 +7,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from detkit.errors import ConfigError
-from detkit.heads.anchor_layouts import Pyramid, anchor_layouts
+from detkit.heads.parts.anchor_layouts import Pyramid, anchor_layouts
 
 SIZES = ((32.0,), (64.0,), (128.0,))
 

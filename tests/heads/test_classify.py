@@ -14,7 +14,7 @@ from detkit.errors import CheckpointError, ConfigError
 from detkit.heads.classify import Classify
 from detkit.model import load_model
 from detkit.registry import backbones, heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 WHOLE = Inputs((64, 64), ((64, 64),) * 2)
 

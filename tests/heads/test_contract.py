@@ -11,12 +11,12 @@ from torch import nn
 from detkit.backbones.base import Backbone
 from detkit.config import load_experiment
 from detkit.heads.base import Head
-from detkit.heads.mtcnn import MTCNN
+from detkit.inference.optimization import FastNetwork, bf16_instructions
 from detkit.model import Model
-from detkit.optimize import FastNetwork, bf16_instructions
 from detkit.predictions import Classification, Embedding, Landmarks, Rendering, SemanticMap
 from detkit.registry import heads, tasks
-from detkit.types import IGNORED_PIXEL, ClassList, Detections, Inputs, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Detections, Inputs, Target
+from detkit.zoo.faces.mtcnn import MTCNN
 
 PREDICTIONS: dict[str, type] = {
     "detect": Detections,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detkit.errors import ConfigError
-from detkit.heads.embed_losses import (
+from detkit.zoo.embedding.losses import (
     arcface_logits,
     batch_hard_triplet,
     build_embed_loss,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detkit.model import Model, build_model
-from detkit.types import ClassList
+from detkit.structures import ClassList
 
 SIZE = (96, 64)
 TWO_MAPS = "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 16, 8, 8]}"

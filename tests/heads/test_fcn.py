@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from detkit.errors import ConfigError
 from detkit.heads.fcn import FCN, bilinear_kernel, fitted
 from detkit.registry import backbones, heads
-from detkit.types import Inputs
+from detkit.structures import Inputs
 
 
 def inputs(size: tuple[int, int], count: int = 1) -> Inputs:

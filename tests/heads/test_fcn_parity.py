@@ -13,12 +13,12 @@ from torchvision_reference import as_tensor, calibrate, fit_norms, photograph
 
 from detkit.config import InputOptions, load_experiment
 from detkit.errors import CheckpointError, ConfigError
-from detkit.heads.semantic import stacked_truth
+from detkit.heads.parts.semantic import stacked_truth
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model, load_tensors
-from detkit.predict import Predictor
 from detkit.published.fcn import convert_fcn
 from detkit.registry import backbones
-from detkit.types import ClassList, Target
+from detkit.structures import ClassList, Target
 
 CLASSES = 7
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

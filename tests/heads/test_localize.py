@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import ConfigError, DetkitError
-from detkit.heads.localize import Localize, LocalizeOutputs
 from detkit.model import build_model
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
+from detkit.zoo.localization.localize import Localize, LocalizeOutputs
 
 SIZES = ((64, 96), (40, 60), (64, 96), (64, 80), (64, 96))
 BOXES = torch.tensor([[10.0, 10, 20, 20], [20, 10, 50, 34], [0, 0, 40, 40]])

@@ -11,9 +11,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from detkit.errors import ConfigError
 from detkit.heads.mask_rcnn import MaskBranch
-from detkit.heads.regions import SampledRegions
+from detkit.heads.parts.regions import SampledRegions
 from detkit.registry import build_part, heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 SIZE = (64, 96)
 STRIDES = (8, 16)

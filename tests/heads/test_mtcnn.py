@@ -12,12 +12,12 @@ import torch
 
 import detkit
 from detkit.errors import CheckpointError, ConfigError
-from detkit.heads import mtcnn_boxes as geometry
-from detkit.heads.mtcnn import MTCNN, MTCNNOutputs
-from detkit.heads.mtcnn_windows import NEGATIVE_BELOW, PART_FROM, POSITIVE_FROM, draw_windows
-from detkit.published.mtcnn import NETWORKS, convert_mtcnn
 from detkit.registry import heads
-from detkit.types import Target
+from detkit.structures import Target
+from detkit.zoo.faces import mtcnn_boxes as geometry
+from detkit.zoo.faces.converter import NETWORKS, convert_mtcnn
+from detkit.zoo.faces.mtcnn import MTCNN, MTCNNOutputs
+from detkit.zoo.faces.mtcnn_windows import NEGATIVE_BELOW, PART_FROM, POSITIVE_FROM, draw_windows
 
 # What facenet-pytorch 2.6.0, MTCNN(keep_all=True).detect, says of skimage.data.astronaut().
 ASTRONAUT_BOX = [181.0514, 62.1561, 267.7473, 172.0502]

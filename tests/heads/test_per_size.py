@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from detkit.heads.per_size import KEPT, PerSize
+from detkit.heads.parts.size_cache import KEPT, PerSize
 
 CPU = torch.device("cpu")
 

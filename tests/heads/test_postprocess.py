@@ -16,11 +16,11 @@ from detkit.errors import DetkitError
 from detkit.heads.base import Postprocess
 from detkit.heads.retinanet import DEVIATIONS, PARTS, RetinaNet, RetinaNetOutputs, _above
 from detkit.heads.ssd import SSD, SSDOutputs
-from detkit.heads.yolo_grid import GridOutputs, lay_grid, predicted_boxes
-from detkit.heads.yolov2 import YOLOv2
-from detkit.heads.yolov3 import YOLOv3
 from detkit.heads.yolox import YOLOX, YOLOXOutputs
-from detkit.types import Detections
+from detkit.structures import Detections
+from detkit.zoo.darknet.yolo_grid import GridOutputs, lay_grid, predicted_boxes
+from detkit.zoo.darknet.yolov2 import YOLOv2
+from detkit.zoo.darknet.yolov3 import YOLOv3
 
 SIZE = (64, 96)
 

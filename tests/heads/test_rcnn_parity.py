@@ -11,10 +11,10 @@ from torchvision_reference import as_tensor, calibrate, counterparts, fit_norms,
 
 from detkit.config import InputOptions
 from detkit.errors import CheckpointError
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model, load_tensors
-from detkit.predict import Predictor
 from detkit.published.rcnn import convert_rcnn
-from detkit.types import ClassList, Target
+from detkit.structures import ClassList, Target
 
 SHORT, LONG = 192, 320
 # Fewer proposals than the models' own, which cost a minute here.

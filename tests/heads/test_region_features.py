@@ -12,7 +12,7 @@ from torchvision import ops
 from torchvision.ops.poolers import LevelMapper
 
 from detkit.errors import ConfigError
-from detkit.heads.region_features import RegionFeatures, region_features, with_image_index
+from detkit.heads.parts.region_features import RegionFeatures, region_features, with_image_index
 
 STRIDES = (4, 8, 16, 32)
 SIZE = (128, 192)

@@ -17,9 +17,9 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import ConfigError
 from detkit.heads.base import Postprocess
 from detkit.heads.fast_rcnn import FastRCNN
-from detkit.heads.regions import RegionStage, SampledRegions
+from detkit.heads.parts.regions import RegionStage, SampledRegions
 from detkit.model import Model, build_model, load_model
-from detkit.types import ClassList, Detections, Target
+from detkit.structures import ClassList, Detections, Target
 
 SIZE = (64, 96)
 CLASSES = ClassList.from_names(("a", "b"))

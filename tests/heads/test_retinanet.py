@@ -12,13 +12,13 @@ from torchvision.ops import nms as torchvision_nms
 
 from detkit.boxes import decode, encode
 from detkit.boxes.convert import clip
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.retinanet import RetinaNet, RetinaNetOutputs
 from detkit.model import build_model
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 ONES = (1.0, 1.0, 1.0, 1.0)
 SIZE = (48, 64)

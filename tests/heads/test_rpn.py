@@ -14,9 +14,9 @@ from torchvision.models.detection.rpn import RPNHead
 from detkit.boxes.matching import match_two_thresholds
 from detkit.errors import ConfigError
 from detkit.heads.faster_rcnn import FasterRCNN
-from detkit.heads.rpn import ProposalOutputs, RegionProposalNetwork
+from detkit.heads.parts.rpn import ProposalOutputs, RegionProposalNetwork
 from detkit.registry import build_part
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 STRIDES = (8, 16)
 SIZE = (64, 96)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from detkit.errors import ConfigError, DetkitError
-from detkit.heads.semantic import SemanticOutputs, labels_of, pixel_loss
+from detkit.heads.parts.semantic import SemanticOutputs, labels_of, pixel_loss
 from detkit.registry import heads
-from detkit.types import IGNORED_PIXEL, Target
+from detkit.structures import IGNORED_PIXEL, Target
 
 
 def truth_of(labels: torch.Tensor) -> Target:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from detkit.errors import ConfigError
-from detkit.heads.sliding_window import SlidingWindow, SlidingWindowOutputs
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
+from detkit.zoo.localization.sliding_window import SlidingWindow, SlidingWindowOutputs
 
 
 def head(**options: Any) -> SlidingWindow:

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from detkit.boxes import encode, match_bipartite
 from detkit.boxes.anchors import per_pixel_anchors
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
-from detkit.heads.anchor_layouts import PerPixel
+from detkit.heads.parts.anchor_layouts import PerPixel
+from detkit.heads.parts.losses import box_loss
 from detkit.heads.ssd import SSD, SSDOutputs
-from detkit.losses import box_loss
 from detkit.model import build_model
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 
 def test_small_ssd_has_the_anchors_and_outputs_of_its_source(tiny: Any) -> None:
@@ -22,7 +22,7 @@ def test_small_ssd_has_the_anchors_and_outputs_of_its_source(tiny: Any) -> None:
     experiment = tiny(
         "--head.anchors", "{name: per_pixel}", "--head.matching", "bipartite", "--input.size", "[256,256]"
     )
-    from detkit.types import ClassList
+    from detkit.structures import ClassList
 
     model = build_model(experiment, ClassList.from_names(["banana"])).eval()
     outputs = model(torch.zeros(2, 3, 256, 256), ((256, 256),) * 2)

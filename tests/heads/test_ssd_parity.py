@@ -11,10 +11,10 @@ from torchvision.models.detection import ssd300_vgg16
 
 from detkit.config import load_experiment
 from detkit.errors import CheckpointError
+from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model, load_tensors
-from detkit.predict import Predictor
 from detkit.published.ssd import convert_ssd300_vgg16
-from detkit.types import ClassList, Target
+from detkit.structures import ClassList, Target
 
 
 @pytest.fixture(scope="module", params=[0, 1])

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detkit.draw import write_image
 from detkit.errors import ConfigError, DataError
-from detkit.heads.style import Style, StyleOutputs
-from detkit.heads.style_network import StyleNetwork
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
+from detkit.tasks.drawing import write_image
+from detkit.zoo.style.head import Style, StyleOutputs
+from detkit.zoo.style.network import StyleNetwork
 
 OPTIONS: dict[str, Any] = {
     "network": {"name": "vgg11", "layers": ["conv1_1", "conv2_1", "conv3_1"]},

@@ -9,9 +9,9 @@ from torch import nn
 from detkit.config import load_experiment
 from detkit.engine.train import train
 from detkit.errors import ConfigError
-from detkit.heads.unpool import Unpool
 from detkit.registry import backbones
-from detkit.types import Inputs
+from detkit.structures import Inputs
+from detkit.zoo.segnet.head import Unpool
 
 SMALL = {"name": "vgg11", "batch_norm": True, "levels": [2]}
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_unpooled_is_refused() -> None:
 
 def test_padding_of_pictures_is_the_encoders_mean() -> None:
     from detkit.model import build_model
-    from detkit.types import ClassList
+    from detkit.structures import ClassList
 
     config = load_experiment([str(Path(__file__).parents[2] / "configs" / "unpool_shapes.yaml")])
     model = build_model(config, ClassList.from_names(list("abcde")), load_weights=False)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError
-from detkit.heads.yolov1 import YOLOv1, YOLOv1Outputs
 from detkit.model import build_model
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
+from detkit.zoo.darknet.yolov1 import YOLOv1, YOLOv1Outputs
 
 HEIGHT, WIDTH, CLASSES, GRID, BOXES = 60, 90, 3, 3, 2
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError
-from detkit.heads.yolo_grid import GridOutputs, lay_grid, predicted_boxes
-from detkit.heads.yolov2 import COCO_ANCHORS, YOLOv2, darknet_reorg, space_to_depth
 from detkit.model import build_model
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
+from detkit.zoo.darknet.yolo_grid import GridOutputs, lay_grid, predicted_boxes
+from detkit.zoo.darknet.yolov2 import COCO_ANCHORS, YOLOv2, darknet_reorg, space_to_depth
 
 HEIGHT, WIDTH, CLASSES, MAP = 64, 96, 3, (4, 6)
 ANCHORS = [[8.0, 8.0], [30.0, 14.0], [15.0, 40.0]]

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detkit.backbones.yolov3_neck import YOLOv3Neck
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError
-from detkit.heads.yolo_grid import GridOutputs, lay_grid
-from detkit.heads.yolov3 import YOLOv3
 from detkit.model import build_model
 from detkit.registry import heads, necks
-from detkit.types import Target
+from detkit.structures import Target
+from detkit.zoo.darknet.yolo_grid import GridOutputs, lay_grid
+from detkit.zoo.darknet.yolov3 import YOLOv3
+from detkit.zoo.darknet.yolov3_neck import YOLOv3Neck
 
 HEIGHT, WIDTH, CLASSES = 64, 96, 3
 MAPS = ((8, 12), (4, 6), (2, 3))

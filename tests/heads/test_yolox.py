@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from detkit.boxes.sim_ota import match_sim_ota
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.engine.evaluate import evaluate
 from detkit.errors import ConfigError
 from detkit.heads.yolox import YOLOX, YOLOXOutputs, _encode
 from detkit.model import Model, build_model
 from detkit.registry import heads
-from detkit.types import Inputs, Target
+from detkit.structures import Inputs, Target
 
 SIZE = (64, 96)
 SIZES = (SIZE, (50, 90))

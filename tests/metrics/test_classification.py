@@ -11,9 +11,14 @@ from torch import Tensor
 from torchmetrics.functional import classification as reference
 
 from detkit.errors import DataError
-from detkit.metrics.classification import ClassificationEvaluator, ClassificationScores, average_precision, top_accuracy
 from detkit.predictions import Classification
-from detkit.types import ClassList, Meta, Target
+from detkit.structures import ClassList, Meta, Target
+from detkit.tasks.classification.metrics import (
+    ClassificationEvaluator,
+    ClassificationScores,
+    average_precision,
+    top_accuracy,
+)
 
 NAMES = tuple("abcdefg")
 

@@ -15,13 +15,13 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from detkit.errors import DataError
-from detkit.files import write_json
-from detkit.metrics.detection import (
+from detkit.io.files import write_json
+from detkit.structures import ClassList, Detections, Meta, Target
+from detkit.tasks.detection.metrics import (
     DetectionEvaluator,
     DetectionScores,
     coco_results,
 )
-from detkit.types import ClassList, Detections, Meta, Target
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 COCO_NAMES = [

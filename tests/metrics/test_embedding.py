@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import mannwhitneyu
 
-import detkit.metrics.embedding as module
-from detkit.metrics.embedding import EmbeddingEvaluator, EmbeddingScores
+import detkit.zoo.embedding.metrics as module
 from detkit.predictions import Embedding
-from detkit.types import Meta, Target
+from detkit.structures import Meta, Target
+from detkit.zoo.embedding.metrics import EmbeddingEvaluator, EmbeddingScores
 
 
 def scored(vectors: torch.Tensor, labels: list[int]) -> EmbeddingScores:

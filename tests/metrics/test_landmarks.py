@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detkit.heads.landmarks import object_of
-from detkit.metrics.landmarks import LandmarksEvaluator, LandmarksScores
 from detkit.predictions import Landmarks
 from detkit.registry import heads
-from detkit.tasks.landmarks import Landmarks as Task
-from detkit.types import ClassList, Meta, Target
+from detkit.structures import ClassList, Meta, Target
+from detkit.zoo.faces.landmarks import object_of
+from detkit.zoo.faces.metrics import LandmarksEvaluator, LandmarksScores
+from detkit.zoo.faces.task import Landmarks as Task
 
 
 def truth(points: list[list[float]], visible: list[bool] | None = None) -> Target:

@@ -15,10 +15,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from detkit.data.coco import Coco
-from detkit.files import write_json
-from detkit.metrics.detection import DetectionEvaluator, DetectionScores, coco_results
-from detkit.types import ClassList, Detections, Meta, Target
+from detkit.data.formats.coco import Coco
+from detkit.io.files import write_json
+from detkit.structures import ClassList, Detections, Meta, Target
+from detkit.tasks.detection.metrics import DetectionEvaluator, DetectionScores, coco_results
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 Case = tuple[list[Detections], list[Target], list[Meta], ClassList]

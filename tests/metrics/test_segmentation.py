@@ -9,9 +9,9 @@ import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from detkit.data.masks import decode
-from detkit.metrics.segmentation import SegmentationEvaluator, confusion_matrix
 from detkit.predictions import SemanticMap
-from detkit.types import IGNORED_PIXEL, ClassList, Meta, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Target
+from detkit.tasks.segmentation.metrics import SegmentationEvaluator, confusion_matrix
 
 COUNT = 6
 CLASSES = ClassList(tuple("abcdef"), (0, 7, 3, 9, 90, 5))

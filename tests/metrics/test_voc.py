@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from detkit.metrics.voc import average_precision, match, voc_average_precisions
-from detkit.types import Detections, Target
+from detkit.structures import Detections, Target
+from detkit.tasks.detection.voc_metrics import average_precision, match, voc_average_precisions
 
 
 def detections_of(rows: list[tuple[list[float], float, int]]) -> Detections:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from toys import Grid, grid
 
+from detkit.data.proposals.cache import ProposalCache, default_folder
 from detkit.errors import WriteError
-from detkit.proposals.cache import ProposalCache, default_folder
 
 
 def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:

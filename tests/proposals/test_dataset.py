@@ -17,12 +17,12 @@ from toys import Grid, RegionHead, grid
 import detkit
 from detkit.cli import main
 from detkit.config import Experiment
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
+from detkit.data.proposals.dataset import ProposalDataset, build_source, check_needed, with_proposals
 from detkit.engine.train import train
 from detkit.errors import ConfigError, DataError
+from detkit.inference.predictor import Predictor
 from detkit.model import build_model, load_model, read_checkpoint
-from detkit.predict import Predictor
-from detkit.proposals.dataset import ProposalDataset, build_source, check_needed, with_proposals
 from detkit.registry import heads
 
 Regions = Callable[..., Experiment]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from detkit.data.dataset import Dataset, Problems
+from detkit.data.proposals.file import FileProposals
 from detkit.errors import ConfigError, DataError
-from detkit.proposals.file import FileProposals
-from detkit.types import ClassList, Meta, Sample, Target
+from detkit.structures import ClassList, Meta, Sample, Target
 
 
 class Pictures(Dataset):

@@ -10,12 +10,12 @@ from skimage.segmentation import felzenszwalb
 from torchvision import ops
 
 from detkit.boxes import pairwise_iou
-from detkit.data.coco import Coco
+from detkit.data.formats.coco import Coco
 from detkit.errors import ConfigError, DataError
-from detkit.proposals.kernels.grouping_numba import ONE, feature_bins, group
-from detkit.proposals.kernels.segmentation_numba import LEVELS, STEPS, segment, sorted_edges
-from detkit.proposals.selective_search import SelectiveSearch, _ranks, in_space, selective_search, shrink
 from detkit.registry import proposal_sources
+from detkit.zoo.rcnn.kernels.grouping_numba import ONE, feature_bins, group
+from detkit.zoo.rcnn.kernels.segmentation_numba import LEVELS, STEPS, segment, sorted_edges
+from detkit.zoo.rcnn.selective_search import SelectiveSearch, _ranks, in_space, selective_search, shrink
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 ALL_SIMILARITIES = [(1, 1, 1, 1), (0, 1, 1, 1), (0, 0, 0, 1), (0, 0, 1, 0), (1, 0, 0, 0)]

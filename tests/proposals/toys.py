@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
+from detkit.data.proposals.sources import ProposalSource
 from detkit.heads.base import Head, Postprocess
-from detkit.proposals.sources import ProposalSource
-from detkit.types import Detections, Inputs, Target
+from detkit.structures import Detections, Inputs, Target
 
 
 class Grid(ProposalSource):

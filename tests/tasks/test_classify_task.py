@@ -14,12 +14,12 @@ from PIL import Image
 import detkit
 from detkit.cli import main
 from detkit.data.dataset import Problems
-from detkit.draw_classes import draw_classes, draw_classification, draw_confusion
 from detkit.engine.train import train
 from detkit.errors import ConfigError, DataError
 from detkit.predictions import Classification
 from detkit.registry import heads, tasks
-from detkit.types import ClassList, Meta, Target
+from detkit.structures import ClassList, Meta, Target
+from detkit.tasks.classification.drawing import draw_classes, draw_classification, draw_confusion
 
 CROPS = ("--data", "{name: crops, data: {name: shapes, train_count: 6, val_count: 4, size: 64}}")
 CLASSIFY = ("--head", "{name: classify}", "--augment", "[{name: random_resized_crop}, {name: flip}]")

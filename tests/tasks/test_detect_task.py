@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from detkit.config import TrainOptions
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.errors import ConfigError, DataError
 from detkit.heads.base import Postprocess
 from detkit.registry import heads, tasks
+from detkit.structures import ClassList, Detections, Target
 from detkit.tasks.base import task_of
-from detkit.tasks.detect import Detect
-from detkit.types import ClassList, Detections, Target
+from detkit.tasks.detection.task import Detect
 
 
 def head() -> Any:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from detkit.cli import main
-from detkit.data.shapes import Shapes
+from detkit.data.formats.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError, DataError
 from detkit.predictions import SemanticMap
-from detkit.tasks.segment import Segment, enlarged_labels
-from detkit.types import IGNORED_PIXEL, ClassList, Meta, Sample, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Sample, Target
+from detkit.tasks.segmentation.task import Segment, enlarged_labels
 
 TINY = """
 data: {name: shapes, train_count: 8, val_count: 4, size: 80}

@@ -1,0 +1,235 @@
+"""The CPU kernels of overlap: which boxes overlap most, and the matrix of IoUs, equal to `pairwise_iou` bit for bit.
+
+Numba is imported with this module, so only functions import it, when they first need it. The first call of all
+compiles for some seconds; later processes load the result from Numba's cache.
+
+Boxes come as columns, one array for each coordinate and one for the areas: neighbours then fill one vector
+register. All loops that LLVM is to turn into vector code are functions over arrays from 0 to their end. Every IoU
+is computed by the operations of `detkit.boxes.iou`, in their order and without joining a product and a sum into
+one rounding, so that it does not matter which of the two computed it.
+
+IoUs are never negative nor NaN, and such numbers are ordered as their bits are if read as integers. So the largest
+is searched among the bits: a maximum of integers is vectorised, one of floats is not.
+"""
+
+import numpy as np
+
+from detkit.boxes.kernels.compiling import cached
+
+# By Numba's own rules a division by 0 raises, and a loop that can raise is not vectorised.
+compiled = cached(nogil=True)
+
+
+@compiled
+def columns(boxes):  # type: ignore[no-untyped-def]
+    """(N, 4) xyxy, float32 or float64, as five (N,): left, top, right, bottom, and area by `convert.area`'s rule."""
+    count, dtype = len(boxes), boxes.dtype
+    zero = dtype.type(0)
+    lefts, tops = np.empty(count, dtype), np.empty(count, dtype)
+    rights, bottoms, areas = np.empty(count, dtype), np.empty(count, dtype), np.empty(count, dtype)
+    for i in range(count):
+        lefts[i], tops[i], rights[i], bottoms[i] = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        width, height = rights[i] - lefts[i], bottoms[i] - tops[i]
+        # Written so that NaN stays NaN, as in torch's clamp.
+        areas[i] = (zero if width < zero else width) * (zero if height < zero else height)
+    return lefts, tops, rights, bottoms, areas
+
+
+@compiled
+def pairwise(boxes_a, boxes_b, iou):  # type: ignore[no-untyped-def]
+    """Writes the IoU of each of N boxes with each of M into `iou`, the (N * M,) rows of the matrix one after another.
+
+    Args:
+        boxes_a: columns of N boxes.
+        boxes_b: columns of M boxes.
+        iou: (N * M,) of their dtype, contiguous.
+    """
+    lefts, tops, rights, bottoms, areas = boxes_a
+    lefts_b, tops_b, rights_b, bottoms_b, areas_b = boxes_b
+    count = len(lefts_b)
+    for i in range(len(lefts)):
+        _iou_row(
+            lefts_b, tops_b, rights_b, bottoms_b, areas_b,
+            lefts[i], tops[i], rights[i], bottoms[i], areas[i], iou[i * count : (i + 1) * count],
+        )  # fmt: skip
+
+
+@compiled
+def best_overlaps(anchors, truths, row, bits):  # type: ignore[no-untyped-def]
+    """The largest IoU of each anchor and of each truth, in one pass over tiles of anchors.
+
+    Args:
+        anchors: columns of A boxes.
+        truths: columns of N boxes.
+        row: (T,) scratch of their dtype; a tile is T anchors.
+        bits: the memory of `row` as integers of the same width.
+
+    Returns:
+        Largest IoU of each anchor (A,), and the first truth that has it (A,) integers; the bits of the largest IoU
+        of each truth (N,), the first anchor that has it (N,), and the end of the last tile with such an anchor (N,).
+        Where all IoUs are 0 the first is 0.
+    """
+    lefts, tops, rights, bottoms, areas = anchors
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
+    count, truth_count = len(lefts), len(lefts_t)
+    anchor_iou, anchor_truth = np.zeros(count, row.dtype), np.zeros(count, bits.dtype)
+    truth_bits = np.zeros(truth_count, bits.dtype)
+    truth_anchor, truth_end = np.zeros(truth_count, np.int64), np.zeros(truth_count, np.int64)
+    for begin in range(0, count, len(row)):
+        end = min(begin + len(row), count)
+        size = end - begin
+        left, top = _smallest(lefts[begin:end]), _smallest(tops[begin:end])
+        right, bottom = _largest(rights[begin:end]), _largest(bottoms[begin:end])
+        for n in range(truth_count):
+            if lefts_t[n] >= right or rights_t[n] <= left or tops_t[n] >= bottom or bottoms_t[n] <= top:
+                continue  # It touches no anchor of the tile: all IoUs are 0, which is where the results begin.
+            _iou_row(
+                lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
+                lefts_t[n], tops_t[n], rights_t[n], bottoms_t[n], areas_t[n], row[:size],
+            )  # fmt: skip
+            most = _largest_bits(bits[:size])
+            if most == 0:
+                continue
+            _take_better(row[:size], bits.dtype.type(n), anchor_iou[begin:end], anchor_truth[begin:end])
+            if most > truth_bits[n]:
+                truth_bits[n] = most
+                truth_anchor[n] = begin + _first_equal(bits, most)
+            if most == truth_bits[n]:
+                truth_end[n] = end
+    return anchor_iou, anchor_truth, truth_bits, truth_anchor, truth_end
+
+
+@compiled
+def attain_best(anchors, truths, truth_bits, truth_anchor, truth_end, row, bits):  # type: ignore[no-untyped-def]
+    """(A,) bool, which anchors have the largest IoU, above 0, of some truth; arguments as `best_overlaps` has them."""
+    lefts, tops, rights, bottoms, areas = anchors
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
+    attains = np.zeros(len(lefts), np.bool_)
+    for n in range(len(truth_bits)):
+        if truth_bits[n] == 0:
+            continue
+        for begin in range(truth_anchor[n], truth_end[n], len(row)):
+            end = min(begin + len(row), truth_end[n])
+            _iou_row(
+                lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
+                lefts_t[n], tops_t[n], rights_t[n], bottoms_t[n], areas_t[n], row[: end - begin],
+            )  # fmt: skip
+            _mark_equal(bits[: end - begin], truth_bits[n], attains[begin:end])
+    return attains
+
+
+@compiled
+def best_free(anchors, truths, truth, free, row, bits):  # type: ignore[no-untyped-def]
+    """The largest IoU of one truth with the anchors that are `free`, (A,) bool, and the first that has it.
+
+    -1 and 0 where none is free. The other arguments are as `best_overlaps` has them.
+    """
+    lefts, tops, rights, bottoms, areas = anchors
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
+    iou, index, record = row.dtype.type(-1), 0, bits.dtype.type(-1)
+    for begin in range(0, len(lefts), len(row)):
+        end = min(begin + len(row), len(lefts))
+        size = end - begin
+        _iou_row(
+            lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
+            lefts_t[truth], tops_t[truth], rights_t[truth], bottoms_t[truth], areas_t[truth], row[:size],
+        )  # fmt: skip
+        _strike(bits[:size], free[begin:end])
+        most = _largest_bits(bits[:size])
+        if most > record:
+            record = most
+            position = _first_equal(bits, most)
+            iou, index = row[position], begin + position
+    return iou, index
+
+
+@compiled
+def largest_cover(anchors, regions):  # type: ignore[no-untyped-def]
+    """(A,) the largest part of each anchor's own area inside one of the regions, by `intersection_over_area`'s rule."""
+    lefts, tops, rights, bottoms, areas = anchors
+    lefts_r, tops_r, rights_r, bottoms_r, _ = regions
+    cover = np.zeros(len(lefts), areas.dtype)
+    for n in range(len(lefts_r)):
+        _raise_cover(lefts, tops, rights, bottoms, areas, lefts_r[n], tops_r[n], rights_r[n], bottoms_r[n], cover)
+    return cover
+
+
+@compiled
+def _intersection(left, top, right, bottom, left_b, top_b, right_b, bottom_b, zero):  # type: ignore[no-untyped-def]
+    width = (right_b if right_b < right else right) - (left_b if left_b > left else left)
+    height = (bottom_b if bottom_b < bottom else bottom) - (top_b if top_b > top else top)
+    # <= and not <: -0.0 becomes 0.0, for overlaps are ordered as their bits.
+    return (zero if width <= zero else width) * (zero if height <= zero else height)
+
+
+@compiled
+def _iou_row(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, row):  # type: ignore[no-untyped-def]
+    """Writes the IoU of one box with each of the others into `row`."""
+    zero, one = row.dtype.type(0), row.dtype.type(1)
+    for j in range(len(row)):
+        inter = _intersection(lefts[j], tops[j], rights[j], bottoms[j], left, top, right, bottom, zero)
+        union = area + areas[j] - inter
+        positive = union > zero  # false for NaN, which comes of NaN or infinite coordinates
+        row[j] = (inter if positive else zero) / (union if positive else one)
+
+
+@compiled
+def _raise_cover(lefts, tops, rights, bottoms, areas, left, top, right, bottom, cover):  # type: ignore[no-untyped-def]
+    zero = cover.dtype.type(0)
+    for j in range(len(cover)):
+        inter = _intersection(lefts[j], tops[j], rights[j], bottoms[j], left, top, right, bottom, zero)
+        part = inter / areas[j]  # NaN for a box without area, and not above any number
+        cover[j] = part if part > cover[j] else cover[j]
+
+
+@compiled
+def _take_better(row, truth, best_iou, best_truth):  # type: ignore[no-untyped-def]
+    for j in range(len(row)):
+        better = row[j] > best_iou[j]
+        best_iou[j] = row[j] if better else best_iou[j]
+        best_truth[j] = truth if better else best_truth[j]
+
+
+@compiled
+def _strike(bits, free):  # type: ignore[no-untyped-def]
+    struck = bits.dtype.type(-1)
+    for j in range(len(bits)):
+        bits[j] = bits[j] if free[j] else struck
+
+
+@compiled
+def _mark_equal(bits, value, marks):  # type: ignore[no-untyped-def]
+    for j in range(len(bits)):
+        marks[j] |= bits[j] == value
+
+
+@compiled
+def _largest_bits(bits):  # type: ignore[no-untyped-def]
+    most = bits.dtype.type(-1)
+    for j in range(len(bits)):
+        most = bits[j] if bits[j] > most else most
+    return most
+
+
+@compiled
+def _first_equal(bits, value):  # type: ignore[no-untyped-def]
+    position = 0
+    while bits[position] != value:
+        position += 1
+    return position
+
+
+@compiled
+def _smallest(values):  # type: ignore[no-untyped-def]
+    least = values[0]
+    for j in range(len(values)):
+        least = values[j] if values[j] < least else least
+    return least
+
+
+@compiled
+def _largest(values):  # type: ignore[no-untyped-def]
+    most = values[0]
+    for j in range(len(values)):
+        most = values[j] if values[j] > most else most
+    return most

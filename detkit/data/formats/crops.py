@@ -1,0 +1,145 @@
+"""Pictures to classify, cut from the objects of a detection data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from detkit.data.dataset import Dataset
+from detkit.errors import ConfigError, DataError
+from detkit.registry import datasets, option_names
+from detkit.structures import Meta, Sample, Target
+
+
+class _Crop(NamedTuple):
+    """Object `number` of picture `picture`, and the window to cut, xyxy whole pixels."""
+
+    picture: int
+    number: int
+    label: int
+    window: tuple[int, int, int, int]
+
+
+@datasets.register("crops")
+class Crops(Dataset):
+    """One picture for each object of another data set, cut when it is asked for; its class is the object's.
+
+    Crowds and difficult objects are left out, and counted in the report. meta.image_id is the id of the picture, "#",
+    and the number of the object in it, from 0.
+
+    Args:
+        split: of that data set.
+        data: `name` of its format, and its options.
+        points: cut the points of the object, too, where that data set has them.
+        margin: how much further than the object's box the cut goes on each side, as a fraction of the box's side, as
+            far as the picture goes.
+
+    Raises:
+        DataError: that data set is broken or has no boxes, or no object is left.
+        ConfigError: an option is unknown, or `margin` is negative.
+    """
+
+    def __init__(self, split: str, data: dict[str, Any], margin: float = 0.1, points: bool = False) -> None:
+        if not 0 <= margin < math.inf:
+            raise ConfigError(f"'data.margin' must be 0 or more, but is {margin}.")
+        # A neighbouring split is the outer data's to name.
+        has_points = points and "name" in data and "points" in option_names(datasets.get(str(data["name"])))
+        asked: dict[str, Any] = {"points": True} if has_points else {}
+        self.dataset: Dataset = datasets.build(data, "data.data", split=split, **asked)
+        if "boxes" not in self.dataset.fields:
+            raise DataError(
+                f"'data.data' is of the format '{data['name']}', which has no boxes to cut out. Use it as 'data'."
+            )
+        self.classes, self.flip_pairs = self.dataset.classes, self.dataset.flip_pairs
+        # With the object's box, as the head that reads points takes it for the one object of the picture.
+        self.fields = frozenset({"image_labels"})
+        if asked:
+            self.fields |= {"boxes", "labels", "points"} & self.dataset.fields
+        inner = self.dataset.problems
+        self.problems = replace(
+            inner, source=f"The crops of {inner.source}", found=list(inner.found), remarks=inner.remarks.copy()
+        )
+        self._crops = [crop for picture in range(len(self.dataset)) for crop in self._cut(picture, margin)]
+        if not self._crops:
+            raise DataError(f"{self.problems.source} are none: it has no object that counts. Check its annotations.")
+        self._last: Sample | None = None
+        self._last_index = -1
+
+    def __len__(self) -> int:
+        return len(self._crops)
+
+    def __getitem__(self, index: int) -> Sample:
+        crop = self._crops[index]
+        # Neighbours are mostly of one picture, which is decoded once then.
+        if self._last is None or self._last_index != crop.picture:
+            self._last, self._last_index = self.dataset[crop.picture], crop.picture
+        left, top, right, bottom = crop.window
+        whole = self._last.meta
+        meta = Meta(self._id(crop, whole.image_id), self._source(crop, whole.source), self.size(index))
+        return Sample(self._last.image[top:bottom, left:right].copy(), self.target(index), meta)
+
+    def target(self, index: int) -> Target:
+        crop = self._crops[index]
+        label = torch.tensor([crop.label])
+        if "points" not in self.fields:
+            return replace(Target.empty(), image_labels=label)
+        left, top, _, _ = crop.window
+        inner = self.dataset.target(crop.picture)[torch.tensor([crop.number])]
+        assert inner.points is not None
+        shift = torch.tensor([left, top], dtype=torch.float32)
+        boxes, points = inner.boxes - shift.repeat(2), inner.points - shift
+        size = torch.tensor(self.size(index)).flip(0)
+        inside = ((points >= 0) & (points <= size)).all(-1)
+        assert inner.visible is not None
+        return Target(boxes, inner.labels, points=points, visible=inner.visible & inside, image_labels=label)
+
+    def source(self, index: int) -> str:
+        crop = self._crops[index]
+        return self._source(crop, self.dataset.source(crop.picture))
+
+    def size(self, index: int) -> tuple[int, int]:
+        left, top, right, bottom = self._crops[index].window
+        return bottom - top, right - left
+
+    def image_id(self, index: int) -> str:
+        crop = self._crops[index]
+        return self._id(crop, self.dataset.image_id(crop.picture))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.dataset.fingerprint() | {"images": len(self), "objects": len(self)}
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        # A worker process needs no picture to start with.
+        return {**self.__dict__, "_last": None, "_last_index": -1}
+
+    def _id(self, crop: _Crop, image_id: int | str) -> str:
+        return f"{image_id}#{crop.number}"
+
+    def _source(self, crop: _Crop, source: str) -> str:
+        return f"{source} (object {crop.number})"
+
+    def _cut(self, picture: int, margin: float) -> Iterator[_Crop]:
+        target, size = self.dataset.target(picture), self.dataset.size(picture)
+        for number, (box, label, crowd, difficult) in enumerate(
+            zip(target.boxes.tolist(), target.labels.tolist(), target.crowd.tolist(), target.difficult.tolist())
+        ):
+            if crowd or difficult:
+                where = f"image {self.dataset.image_id(picture)}, object {number}"
+                kind = "crowd" if crowd else "difficult object"
+                self.problems.add_harmless(kind, where, "it is no example of its class", "not cut out")
+            else:
+                yield _Crop(picture, number, label, _window(box, size, margin))
+
+
+def _window(box: list[float], size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
+    """The whole pixels, one at least, that a box with its margin reaches into; xyxy."""
+    height, width = size
+    across, down = margin * (box[2] - box[0]), margin * (box[3] - box[1])
+    left, top = max(0, math.floor(box[0] - across)), max(0, math.floor(box[1] - down))
+    left, top = min(left, width - 1), min(top, height - 1)
+    right, bottom = min(width, math.ceil(box[2] + across)), min(height, math.ceil(box[3] + down))
+    return left, top, max(right, left + 1), max(bottom, top + 1)

@@ -1,0 +1,116 @@
+"""Classification data as folders: one for each class, as torchvision's ImageFolder and most others read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from detkit.data.dataset import (
+    LEFT_OUT_IMAGE,
+    FileDataset,
+    Picture,
+    check_root,
+    checked_classes,
+    missing_split,
+    unknown_class,
+)
+from detkit.data.sources import is_image
+from detkit.errors import DataError
+from detkit.registry import datasets
+from detkit.structures import ClassList, Target
+
+_LAYOUT = "a folder for each split, and in it a folder of pictures for each class: train/cat/1.jpg"
+
+
+@datasets.register("folder")
+class Folder(FileDataset):
+    """Pictures in SPLIT/CLASS/, or in folders below that. meta.image_id is the path from SPLIT on, with slashes.
+
+    Other files are counted in the report, and so are classes without pictures in this split.
+
+    Args:
+        root: the folder with the splits.
+        split: the folder with the classes.
+        broken: what to do with pictures that cannot be read.
+        class_names: the classes in the order of their labels; by default all folders within any split, sorted, so
+            that every split has the same list.
+
+    Raises:
+        DataError: the folder or split is missing or holds no class, or something is broken and `broken` is "fail".
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        broken: Literal["fail", "skip", "repair"] = "fail",
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__(f"The pictures in '{root}' (split '{split}')", broken)
+        self.fields = frozenset({"image_labels"})
+        splits = {folder.name: folder for folder in _folders(check_root(root, _LAYOUT))}
+        if split not in splits:
+            raise missing_split(split, Path(root) / split, splits)
+        self._split = splits[split]
+        names = class_names
+        if names is None:
+            names = tuple(sorted({folder.name for inner in splits.values() for folder in _folders(inner)}))
+        if not names:
+            raise DataError(f"The split '{splits[split]}' has no folders. Set data.root to a folder with {_LAYOUT}.")
+        self.classes = checked_classes(lambda: ClassList.from_names(names), root)
+        self._labels: list[int] = []
+        pictures, labels = self._find()
+        for picture, size in self.check_pictures(pictures):
+            self.add(picture, size, ())
+            self._labels.append(labels[picture.image_id])
+        self.finish()
+
+    def target(self, index: int) -> Target:
+        return replace(super().target(index), image_labels=torch.tensor([self._labels[index]]))
+
+    def _find(self) -> tuple[list[Picture], dict[int | str, int]]:
+        """The pictures of the split in the order of their paths, and the label of each by its id."""
+        found: list[Picture] = []
+        labels: dict[int | str, int] = {}
+        for path in sorted(self._split.iterdir()):
+            if not path.is_dir():
+                self.problems.add_harmless("file of no class", str(path), "it lies in no folder of a class", "skipped")
+            elif path.name not in self.classes.names:
+                if not path.name.startswith("."):
+                    self.problems.add(
+                        "unknown class", str(path), unknown_class(path.name, self.classes), f"{LEFT_OUT_IMAGE}s"
+                    )
+            else:
+                pictures = self._pictures(path)
+                found += pictures
+                labels |= {picture.image_id: self.classes.names.index(path.name) for picture in pictures}
+        self._name_empty_classes(set(labels.values()))
+        return found, labels
+
+    def _pictures(self, folder: Path) -> list[Picture]:
+        pictures = []
+        for path in sorted(folder.rglob("*")):
+            if is_image(path):
+                pictures.append(Picture(path.relative_to(self._split).as_posix(), path, str(path)))
+            elif path.is_dir() and path.is_symlink():
+                self.problems.add_harmless(
+                    "link to a folder", str(path), "links within a class are not followed", "skipped"
+                )
+            elif not path.is_dir():
+                self.problems.add_harmless("file that is no picture", str(path), "by the ending of its name", "skipped")
+        return pictures
+
+    def _name_empty_classes(self, labels: set[int]) -> None:
+        for label, name in enumerate(self.classes.names):
+            if label not in labels:
+                message = "there is no picture of this class"
+                self.problems.add_harmless("class without pictures", str(self._split / name), message, "none to learn")
+
+
+def _folders(path: Path) -> Sequence[Path]:
+    """The folders in a folder, but for hidden ones."""
+    return [item for item in sorted(path.iterdir()) if item.is_dir() and not item.name.startswith(".")]

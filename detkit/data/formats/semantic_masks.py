@@ -1,0 +1,208 @@
+"""Semantic maps as pictures, one beside each photograph, whose pixels are the numbers of classes: of Pascal VOC
+(SegmentationClass), and in plain folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from detkit.data.dataset import (
+    LEFT_OUT_IMAGE,
+    FileDataset,
+    Picture,
+    check_root,
+    checked_classes,
+    missing_split,
+    read_lines,
+)
+from detkit.data.image import IMAGE_SUFFIXES, check_image, open_image, stored_values
+from detkit.data.semantic import names_with_background
+from detkit.data.sources import is_image
+from detkit.errors import DataError
+from detkit.registry import datasets
+from detkit.structures import IGNORED_PIXEL, ClassList, Target
+
+VOC_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+MODES = ("P", "L", "1", "I;16", "I")
+"""Pillow's names for palettes, grey, black and white, and grey of more than 8 bits."""
+
+
+class SemanticMasks(FileDataset):
+    """Photographs with a mask each, of the same size: a PNG with a palette or in grey, whose pixels are the labels of
+    classes, or 255 where they do not count.
+
+    Masks are looked at when the data set is built; their pixels only under `broken` skip and repair, which leave out
+    those with a number that is no class. Otherwise such a one stops the run when it is read.
+    """
+
+    def __init__(self, source: str, broken: Literal["fail", "skip", "repair"], class_names: Sequence[str]) -> None:
+        super().__init__(source, broken)
+        self.fields = frozenset({"semantic"})
+        self.classes = checked_classes(lambda: ClassList.from_names(class_names), "data.class_names")
+        if not 1 <= len(self.classes) <= IGNORED_PIXEL:
+            raise DataError(
+                f"A semantic map tells 1 to {IGNORED_PIXEL} classes apart, but there are {len(class_names)}."
+            )
+        self._masks: list[Path] = []
+
+    def target(self, index: int) -> Target:
+        labels = read_labels(self._masks[index], self.classes)
+        if labels.shape != self.size(index):
+            raise DataError(f"The mask '{self._masks[index]}' was changed during the run. Start again.")
+        return replace(Target.empty(), semantic=torch.from_numpy(labels))
+
+    def add_all(self, pairs: Sequence[tuple[Picture, Path]]) -> None:
+        """Take in pictures with their masks, and apply the policy."""
+        masks = {picture.image_id: mask for picture, mask in pairs}
+        usable = self.check_pictures([picture for picture, _ in pairs])
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            faults = pool.map(lambda item: self._fault(masks[item[0].image_id], item[1]), usable)
+            for (picture, size), fault in zip(usable, faults):
+                mask = masks[picture.image_id]
+                if fault:
+                    kind = "broken mask" if mask.is_file() else "missing mask"
+                    self.problems.add(kind, str(mask), fault, LEFT_OUT_IMAGE)
+                else:
+                    self._masks.append(mask)
+                    self.add(picture, size, ())
+        self.finish()
+
+    def _fault(self, mask: Path, size: tuple[int, int]) -> str:
+        """What is wrong with a mask for a picture of (height, width) `size`; empty for nothing."""
+        try:
+            found = check_image(mask, decode=False)
+            if found != size:
+                return f"the mask is {found[1]} x {found[0]} pixels, but its picture {size[1]} x {size[0]}" + (
+                    " (before its Exif rotation?)" if found == size[::-1] else ""
+                )
+            if self.problems.policy != "fail":
+                read_labels(mask, self.classes)
+        except DataError as error:
+            return str(error).rstrip(".")
+        return ""
+
+
+@datasets.register("masks")
+class MaskFolders(SemanticMasks):
+    """Photographs in one folder and their masks in another, under the same names: `images/train/a.jpg` goes with
+    `masks/train/a.png`.
+
+    meta.image_id is the picture's path below its folder, without its ending.
+
+    Args:
+        root: the folder that `images` and `annotations` start from.
+        split: put in place of {split} in these two.
+        class_names: the classes in the order of the numbers in the masks, the first for 0.
+        broken: what to do with broken pictures and masks.
+        images: the folder of photographs; subfolders are searched, too.
+        annotations: the folder of masks, with the same subfolders.
+
+    Raises:
+        DataError: a folder is missing or empty, or something is broken and `broken` is "fail".
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        class_names: tuple[str, ...],
+        broken: Literal["fail", "skip", "repair"] = "fail",
+        images: str = "images/{split}",
+        annotations: str = "masks/{split}",
+    ) -> None:
+        super().__init__(f"The masks in '{root}' (split '{split}')", broken, class_names)
+        top = check_root(root, f"the folders '{images}' and '{annotations}' (data.images, data.annotations)")
+        folders = [top / option.replace("{split}", split) for option in (images, annotations)]
+        for folder, option in zip(folders, ("images", "annotations")):
+            if not folder.is_dir():
+                beside = [path.name for path in folder.parent.glob("*") if path.is_dir()]
+                raise DataError(
+                    f"{missing_split(split, folder, beside)} Or set data.{option} to the folder below data.root; "
+                    f"'{{split}}' in it becomes '{split}'."
+                )
+        pairs = []
+        for file in self.images_of(folders[0]):
+            name = file.relative_to(folders[0]).with_suffix("")
+            mask = folders[1] / f"{name}.png"
+            pairs.append((Picture(name.as_posix(), file, str(file)), mask))
+        self.add_all(pairs)
+
+
+@datasets.register("voc_segmentation")
+class VocSegmentation(SemanticMasks):
+    """Pascal VOC's semantic segmentation: JPEGImages/ID.jpg, SegmentationClass/ID.png with VOC's palette, and
+    ImageSets/Segmentation/SPLIT.txt (ImageSets/Main/SPLIT.txt where there is no folder Segmentation).
+
+    The border of 255 around objects does not count. meta.image_id is the id.
+
+    Args:
+        root: the folder with these three, VOCdevkit/VOC2012 for example.
+        split: a list of ImageSets/Segmentation, without ".txt".
+        broken: what to do with broken pictures and masks.
+        class_names: the classes in the order of the numbers in the masks, "background" for 0 first or left out; by
+            default VOC's 20 and background.
+
+    Raises:
+        DataError: a folder or split is missing or empty, or something is broken and `broken` is "fail".
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        broken: Literal["fail", "skip", "repair"] = "fail",
+        class_names: tuple[str, ...] = VOC_NAMES,
+    ) -> None:
+        super().__init__(f"The VOC data in '{root}' (split '{split}')", broken, names_with_background(class_names))
+        layout = "the folders JPEGImages, SegmentationClass and ImageSets/Segmentation"
+        top = check_root(root, layout)
+        lists = top / "ImageSets" / "Segmentation"
+        if not lists.is_dir():
+            lists = top / "ImageSets" / "Main"
+        for folder in (top / "JPEGImages", top / "SegmentationClass", lists):
+            if not folder.is_dir():
+                raise DataError(f"There is no folder '{folder}'. Set data.root to a folder with {layout}.")
+        path = lists / f"{split}.txt"
+        if not path.is_file():
+            raise missing_split(split, path, (file.stem for file in lists.glob("*.txt")))
+        files = {file.stem: file for file in sorted((top / "JPEGImages").iterdir(), reverse=True) if is_image(file)}
+        pairs = []
+        for line, text in read_lines(path):
+            image_id = text[: -len(Path(text).suffix)] if Path(text).suffix.lower() in IMAGE_SUFFIXES else text
+            file = files.get(image_id, top / "JPEGImages" / f"{image_id}.jpg")
+            picture = Picture(image_id, file, f"{path}:{line}")
+            pairs.append((picture, top / "SegmentationClass" / f"{image_id}.png"))
+        self.add_all(pairs)
+
+
+def read_labels(path: Path, classes: ClassList) -> np.ndarray:
+    """(H, W) uint8 labels of a mask, IGNORED_PIXEL among them.
+
+    Raises:
+        DataError: it is not an image of numbers, or a number is no class; the message has the file and the pixel.
+    """
+    with open_image(path) as image:
+        if image.mode not in MODES:
+            raise DataError(
+                f"The mask '{path}' has colours (mode {image.mode}), but its pixels must be the numbers of classes. "
+                f"Convert it to grey or to a palette in which colour 0 is '{classes.names[0]}'."
+            )
+        values = stored_values(image)
+    wrong = (values >= len(classes)) & (values != IGNORED_PIXEL) | (values < 0)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        raise DataError(
+            f"The mask '{path}' has {int(values[row, column])} in row {row}, column {column} (counted from 0), but "
+            f"there are {len(classes)} classes: {classes}. {IGNORED_PIXEL} stands for what does not count. Name all "
+            f"classes in data.class_names, in the order of their numbers, or fix the mask."
+        )
+    return values.astype(np.uint8)

@@ -1,0 +1,73 @@
+"""COCO's keypoints: the names of the points in the categories, and x, y, v of each in the annotations."""
+
+from typing import Any
+
+import numpy as np
+
+from detkit.data.parsing.json_values import finite_list, short
+from detkit.errors import DataError
+
+OVERSHOOT = 2.0
+"""Pixels by which a point may lie outside of its image: a rounding error."""
+
+
+def keypoint_names(categories: list[dict[str, Any]], where: str) -> tuple[str, ...]:
+    """The names of the points, the same in every category that has points.
+
+    Raises:
+        DataError: no category has points, or they differ, or are not a list of text.
+    """
+    lists = [category["keypoints"] for category in categories if category.get("keypoints")]
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f"'keypoints' of a category in '{where}' must be a list of names, but it is {short(names)}."
+            )
+    found = set(map(tuple, lists))
+    if not found:
+        raise DataError(
+            f"The head needs points, but no category in '{where}' has 'keypoints', the list of their names. Use a file "
+            "with keypoints, such as COCO's person_keypoints_train2017.json (data.annotations)."
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"The categories in '{where}' have different 'keypoints' ({len(found)} lists), but all objects must have "
+            "the same points. Keep one category."
+        )
+    return found.pop()
+
+
+def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """(count, 3) float32 x, y and whether the point is annotated (v above 0), and how many such points lay outside.
+
+    Those are taken as not annotated, and so are all points of an object without keypoints.
+
+    Args:
+        entry: the annotation.
+        size: (height, width) of the image.
+
+    Raises:
+        ValueError: they are not three finite numbers for each point.
+    """
+    values = entry.get("keypoints")
+    if values is None:
+        return np.zeros((count, 3), dtype=np.float32), 0
+    form = f"'keypoints' must be x, y, v of each of {count} points, {3 * count} numbers"
+    points = np.array(finite_list(values, 3 * count, form)).reshape(count, 3)
+    return inside_image(points, size)
+
+
+def inside_image(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """(K, 3) float32 points clipped to the image, those far outside not annotated, and how many there were of these.
+
+    Args:
+        points: (K, 3) x and y in pixels, and whether the point is annotated (above 0); finite.
+        size: (height, width) of the image.
+    """
+    annotated = points[:, 2] > 0
+    height, width = size
+    inside = ((points[:, :2] >= -OVERSHOOT) & (points[:, :2] <= [width + OVERSHOOT, height + OVERSHOOT])).all(1)
+    points = points.copy()
+    points[:, :2] = points[:, :2].clip(0, [width, height])
+    points[:, 2] = annotated & inside
+    return points.astype(np.float32), int((annotated & ~inside).sum())

@@ -1,0 +1,85 @@
+"""Images that show a person what a run learns from and what it has learned."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from detkit.data.dataset import Dataset
+from detkit.data.loader import Key, collate
+from detkit.engine.run_folder import RunFolder
+from detkit.errors import DataError
+from detkit.inference.windows import predict
+from detkit.model import Model, load_model
+from detkit.structures import ClassList, Sample, Target
+from detkit.tasks.base import Task, task_of
+from detkit.tasks.drawing import grid, write_image
+
+SMALLEST_SIDE = 320
+
+
+def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: ClassList, count: int = 12) -> None:
+    """Draw the first training images as the network gets them, augmented, with their ground truth.
+
+    Raises:
+        DataError: one of the images cannot be read.
+    """
+    pictures = []
+    for index in range(min(count, len(reader.dataset))):
+        fitted = reader[Key(0, index)]
+        if isinstance(fitted, DataError):
+            raise fitted
+        pixels = (fitted.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        factor = _enlargement(pixels)
+        target = _enlarge_target(fitted.target, factor)
+        pictures.append(task.draw_target(_enlarge(pixels, factor), target, classes.names))
+    write_image(path, grid(pictures, columns=4))
+
+
+def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> None:
+    """Validation pictures, truth beside what the best checkpoint finds, spread over the set."""
+    model = load_model(folder.best)
+    task = task_of(model.head)
+    names = dataset.classes.names
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
+        sample = dataset[index]
+        factor = _enlargement(sample.image)
+        found = task.enlarged(task.shown(predict_sample(model, task, sample)), factor)
+        truth = _enlarge_target(sample.target, factor)
+        picture = task.compare(_enlarge(sample.image, factor), found, truth, names)
+        write_image(folder.pictures / f"val_{index:05d}.jpg", picture)
+
+
+@torch.inference_mode()
+def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
+    """The prediction of one sample in its own pixels."""
+    batch = collate([model.fit(sample)], model.fit)
+    return task.undo(predict(model, batch)[0], batch.metas[0], model.classes.names)
+
+
+def _enlargement(image: np.ndarray) -> int:
+    """By how much a picture must grow for its labels to be read; 1 for all but very small ones."""
+    return -(-SMALLEST_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < SMALLEST_SIDE else 1
+
+
+def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _enlarge_target(target: Target, factor: int) -> Target:
+    """The truth for the picture that `_enlarge` makes."""
+
+    def repeated(pixels: torch.Tensor | None) -> torch.Tensor | None:
+        if pixels is None:
+            return None
+        return pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+    return replace(
+        target,
+        boxes=target.boxes * factor,
+        points=None if target.points is None else target.points * factor,
+        masks=repeated(target.masks),
+        semantic=repeated(target.semantic),
+    )

@@ -1,0 +1,217 @@
+"""What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from detkit.data.image import read_image
+from detkit.data.sources import search
+from detkit.data.video import is_video
+from detkit.errors import DataError, counted, printable
+from detkit.inference.background_io import Behind, ahead
+from detkit.inference.options import check_options, check_output, claimed_output, source_folder
+from detkit.inference.predictor import Predictor
+from detkit.inference.video import infer_video
+from detkit.io.files import write_json
+from detkit.io.terminal import Console
+from detkit.structures import Meta
+from detkit.tasks.drawing import write_image
+from detkit.zoo.embedding.gallery import Gallery
+
+JPEG_SIDE = 65_500
+"""Pixels of a side that a JPEG can have; a larger image is written as PNG."""
+READ_AHEAD, WRITE_BEHIND = 4, 1
+"""Pictures that wait to be predicted and to be drawn and written, beyond a batch of each."""
+
+
+def infer(
+    predictor: Predictor,
+    source: str,
+    output: Path,
+    *,
+    batch: int = 1,
+    skip_broken: bool = False,
+    save_images: bool = True,
+    save_json: bool = True,
+    **options: Any,
+) -> int:
+    """Predict on every picture of `source`, or every frame of a film, and write what is asked for into `output`.
+
+    Args:
+        options: those of the model's task (Task.options); of a detector conf, iou, max_det, classes, save_txt,
+            save_conf, save_crop; of a model that gives embeddings gallery (a folder) and threshold.
+
+    Returns:
+        How many pictures were left out because they are broken.
+
+    Raises:
+        DataError: there is no picture, or one is broken and `skip_broken` is false.
+        ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
+    """
+    sources = None if is_video(source) else search(source)
+    choices = predictor.task.complete(options)
+    check_options({**options, "batch": batch})
+    check_output(output, source)
+    limits = _limits(predictor, options, batch)
+    common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
+    common |= {"choices": choices, "limits": limits}
+    with claimed_output(output) as folder:
+        if sources is None:
+            return infer_video(predictor, source, folder, **common)
+        common |= {"root": source_folder(source), "skip_broken": skip_broken}
+        broken = _infer_pictures(predictor, sources.images, folder, **common)
+    if sources.passed_over:
+        Console().print(sources.summary())
+    return broken
+
+
+def _infer_pictures(
+    predictor: Predictor,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    root: Path,
+    batch: int,
+    skip_broken: bool,
+    save_images: bool,
+    save_json: bool,
+    choices: Mapping[str, Any],
+    limits: Mapping[str, Any],
+) -> int:
+    """As `infer`, of files; `choices` are all options of the model's task, `limits` those that `predict_all` takes."""
+    console, task = Console(), predictor.task
+    names = result_names(files, root)
+    ids = image_ids(names)
+    results: list[dict[str, Any]] = []
+    broken: list[DataError] = []
+    dark: list[str] = []
+    pictures = ahead(partial(_read, dark=dark), files, batch + READ_AHEAD)
+
+    def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
+        if save_images:
+            suffix = ".jpg" if max(image.shape) <= JPEG_SIDE else ".png"
+            write_image(output / "pictures" / f"{name}{suffix}", task.draw(image, found))
+        task.write(output, name, image, found, meta, choices)
+
+    # Of the first batch much of the time is for what is done once: loading, compiling.
+    started, timed = 0.0, 0
+    starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
+    try:
+        with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
+            for start in starts:
+                whole, errors = _sort_out(zip(files[start : start + batch], pictures), skip_broken)
+                found_all = predictor.predict_all([image for _, image in whole], batch_size=batch, **limits)
+                for (file, image), found in zip(whole, found_all):
+                    name = names[file]
+                    meta = Meta(ids[file], str(file), (image.shape[0], image.shape[1]))
+                    results += task.records(found, meta, predictor.model.classes)
+                    console.print(f"{file}: {task.describe(found)}")
+                    behind.submit(write, name, image, found, meta)
+                if errors and not skip_broken:
+                    raise DataError(
+                        f"{errors[0]} What was found before it is in '{output}'. To leave broken pictures out: "
+                        f"--skip-broken true."
+                    )
+                broken += errors
+                timed += len(whole) if started else 0
+                if whole and not started:
+                    started = time.perf_counter()
+    finally:
+        # After an error or an interruption, too: nothing that was found is lost.
+        if save_json:
+            write_json(output / "predictions.json", results)
+    ended = time.perf_counter()
+    for message in broken:
+        console.print(f"left out: {message}")
+    if dark:
+        console.print(f"dark: {counted(len(dark), 'image')} of 16 bits, the first: {dark[0]}")
+    count = len(files) - len(broken)
+    each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
+    console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
+    return len(broken)
+
+
+def _limits(predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Those of the options by which a prediction itself is made, for `Predictor.predict_all`."""
+    limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
+    if "gallery" in options:
+        limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
+    return limits
+
+
+def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:
+    """The pixels, or why there are none: a value, so that reading ahead does not end at it.
+
+    What `read_image` notes of the file is added to `dark`.
+    """
+    notes: list[str] = []
+    try:
+        return read_image(file, notes=notes)
+    except DataError as error:
+        return error
+    finally:
+        dark += [f"{file}: {note}" for note in notes]
+
+
+def _sort_out(
+    pictures: Iterable[tuple[Path, np.ndarray | DataError]], skip_broken: bool
+) -> tuple[list[tuple[Path, np.ndarray]], list[DataError]]:
+    """Those that could be read, and why the others could not; up to the first broken one unless they are left out."""
+    whole: list[tuple[Path, np.ndarray]] = []
+    errors: list[DataError] = []
+    for file, picture in pictures:
+        if not isinstance(picture, DataError):
+            whole.append((file, picture))
+            continue
+        errors.append(picture)
+        if not skip_broken:
+            break
+    return whole, errors
+
+
+def result_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """A name for the results of each image: its stem where that is unique, else its path relative to `root`.
+
+    shots/a.png gives "a"; cam1/0001.png and cam2/0001.png give "cam1/0001" and "cam2/0001"; a.jpg and a.png give
+    "a.jpg" and "a.png". Bytes that are not UTF-8 and control characters become escapes.
+    """
+    paths = {file: _relative(file, root) for file in files}
+    stems = Counter(path.stem for path in paths.values())
+    whole = Counter(path.with_suffix("") for path in paths.values())
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for file, path in paths.items():
+        short = path.with_suffix("") if whole[path.with_suffix("")] == 1 else path
+        wanted = path.stem if stems[path.stem] == 1 else short.as_posix()
+        name = wanted = printable(os.fsencode(wanted).decode(errors="backslashreplace"))
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{wanted}_{number}"
+        taken.add(name)
+        names[file] = name
+    return names
+
+
+def _relative(file: Path, root: Path) -> Path:
+    path = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
+    return path if ".." not in path.parts else Path(file.name)
+
+
+def image_ids(names: Mapping[Path, str]) -> dict[Path, int | str]:
+    """COCO's image_id of each image: the number that its file is named by (000000000139.jpg), where no other file has
+    the same number; else the name of its results."""
+    stems = {file: PurePosixPath(name).name.split(".")[0] for file, name in names.items()}
+    numbers = Counter(int(stem) for stem in stems.values() if stem.isdecimal())
+    return {
+        file: int(stem) if stem.isdecimal() and numbers[int(stem)] == 1 else names[file] for file, stem in stems.items()
+    }

@@ -1,0 +1,155 @@
+"""What can be said of the wishes for a prediction before there is a model: ranges, what to read, where to write.
+
+Nothing heavy is imported, so that the command line refuses a mistake at once.
+"""
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from detkit.data.sources import find_images
+from detkit.data.video import VideoReader, is_video
+from detkit.errors import ConfigError, DataError, check_range
+from detkit.io.files import make_folder, write_error
+
+RANGES = {"conf": (0, 1), "iou": (0, 1), "max_det": (1,), "batch": (1,), "threshold": (0, 2)}
+"""Of options: the lowest and the highest value."""
+CLAIM = ".detkit-infer"
+"""A file in the folder that a run writes to, from its start to its end."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of a prediction that make no sense, whatever the model; those left out or None are not asked for.
+
+    Raises:
+        ConfigError: one is out of its range, or without the other that it is for.
+        DataError: the gallery is no folder.
+    """
+    for name, limits in RANGES.items():
+        if options.get(name) is not None:
+            check_range("", *limits, **{name: options[name]})
+    gallery = options.get("gallery")
+    if options.get("threshold") is not None and gallery is None:
+        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
+    if options.get("save_conf") and not options.get("save_txt"):
+        raise ConfigError("'save_conf' adds the score to the text that --save-txt writes. Give --save-txt too.")
+    if gallery is not None and not Path(gallery).is_dir():
+        raise DataError(f"The gallery '{gallery}' is no folder. Give one with a folder of pictures for each name.")
+
+
+def check_source(source: str) -> None:
+    """Refuse a source with no picture and no film.
+
+    Raises:
+        DataError: nothing is found, or the film cannot be opened.
+    """
+    if is_video(source):
+        with VideoReader(source):
+            return
+    find_images(source)
+
+
+def check_output(folder: Path, source: str | Path | None = None) -> None:
+    """Refuse an output folder that cannot be written to, or that holds the source.
+
+    Raises:
+        ConfigError: naming the file or folder in the way.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The folder {str(folder)!r} cannot be used: {error}. Give another --output.") from None
+    if not existing.is_dir():
+        raise ConfigError(f"The results cannot be written to '{folder}': '{existing}' is a file. Give --output FOLDER.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"The results cannot be written to '{folder}': '{existing}' is not writable. Give another --output FOLDER."
+        )
+    if source is not None and existing == folder and source_folder(source).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"The output folder '{folder}' holds the source '{source}', which the results could replace. Give --output "
+            f"a new folder, or leave it out for a new one in runs."
+        )
+
+
+@contextmanager
+def claimed_output(folder: Path) -> Iterator[Path]:
+    """Claim a new or empty folder for results, or the first such of folder2, folder3 ...
+
+    A folder with files in it is never written to, so that no file of the user's and no earlier result is replaced.
+    Several runs at once get a folder each: the first to create the file CLAIM, which is there during the run, has it.
+
+    Args:
+        folder: the folder that the user asked for.
+
+    Raises:
+        ConfigError: as `check_output`.
+        WriteError: the folder cannot be made or written to.
+    """
+    path = next(path for path in _numbered(folder) if _claim(path))
+    try:
+        yield path
+    finally:
+        (path / CLAIM).unlink(missing_ok=True)
+
+
+def source_folder(source: str | Path) -> Path:
+    """The folder to which the images of a source are named relative: the folder itself, that of a file, or of a pattern
+    the part before its first wildcard."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}{number}")
+
+
+def _claim(folder: Path) -> bool:
+    """Whether `folder` is this run's: it is made if need be, and was empty until the file CLAIM was created in it."""
+    check_output(folder)
+    make_folder(folder)
+    claim = folder / CLAIM
+    try:
+        if os.listdir(folder):
+            return False
+        claim.open("x").close()
+        if os.listdir(folder) == [CLAIM]:
+            return True
+        claim.unlink()
+        return False
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise write_error(claim, error) from error
+
+
+def check_results_file(path: Path) -> None:
+    """Refuse to replace a file that does not hold results of an earlier run.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(100).strip() if path.is_file() else b""
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The results cannot be written to {str(path)!r}: {error}. Give another --save-json."
+        ) from None
+    if start not in (b"", b"[]") and not start.startswith(b'[{"image_id"'):
+        raise ConfigError(
+            f"The file '{path}' holds something other than results of detkit, which would be lost. Give --save-json "
+            f"another name."
+        )

@@ -1,0 +1,185 @@
+"""Predictions of a batch; of pictures larger than the network's input in overlapping windows.
+
+Everything that predicts (evaluation, Predictor, sample pictures of a run) goes through here. Windows are for heads that
+name the class of every pixel, under `input.resize: crop`. They overlap by `input.overlap`; where several show a pixel,
+their logits count the more the farther the pixel is from the border of the window, beyond which a network sees nothing.
+A picture not larger than the input is one window, and its prediction is exactly that of the network on it. No
+prediction in windows depends on the other pictures of the batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from detkit.heads.parts.semantic import SemanticHead, labels_of
+from detkit.heads.parts.size_cache import PerSize
+from detkit.model import Model
+from detkit.predictions import Prediction, SemanticMap
+from detkit.structures import Batch, Target
+
+Size = tuple[int, int]
+Network = Callable[[Tensor, tuple[Size, ...], tuple[Tensor, ...] | None], Any]
+"""What gives the raw outputs for images, sizes and proposals, as a Model itself does."""
+
+
+class Window(NamedTuple):
+    """One part of one picture: its index in the batch, and the first row and column."""
+
+    picture: int
+    top: int
+    left: int
+
+
+def predict(model: Model, batch: Batch, network: Network | None = None) -> Sequence[Prediction]:
+    """One prediction for each image of a batch that `model.fit` made, in pixels of the network's input.
+
+    Args:
+        network: what computes instead of the model itself, which may be an optimised form of it.
+    """
+    network = network or model
+    if not _needs_windows(model, batch):
+        return model.head.decode(network(batch.images, batch.sizes, batch.proposals))
+    return _slide(model, batch, network, None)
+
+
+def predict_with_losses(
+    model: Model, batch: Batch, network: Network | None = None
+) -> tuple[Sequence[Prediction], dict[str, float]]:
+    """As `predict`, and the losses; of windows their mean."""
+    if _needs_windows(model, batch):
+        losses: dict[str, float] = defaultdict(float)
+        return _slide(model, batch, network or model, losses), dict(losses)
+    if network is None:
+        outputs = model(batch.images, batch.sizes, batch.proposals, batch.features)
+    else:
+        outputs = network(batch.images, batch.sizes, batch.proposals)
+    values = {name: value.item() for name, value in model.head.loss(outputs, batch.targets).items()}
+    return model.head.decode(outputs), values
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows start along one side: evenly, from 0 to the last that fits; as few as overlap by `overlap`.
+
+    A side of 300 pixels, windows of 100 that overlap by a half: 0, 50, 100, 150, 200.
+
+    Args:
+        length: of the side in pixels, not less than `window`.
+        overlap: in 0..1, 1 excluded, of the window.
+    """
+    step = max(1, int(window * (1 - overlap)))
+    last = length - window
+    count = -(-last // step)
+    return [round(number * last / count) for number in range(count)] + [last] if count else [0]
+
+
+def _needs_windows(model: Model, batch: Batch) -> bool:
+    """Whether a picture is larger than the input. Style transfer, say, takes pictures of any size as they are."""
+    return isinstance(model.head, SemanticHead) and model.fit.resize == "crop" and _size(batch.images) != model.fit.size
+
+
+def _slide(model: Model, batch: Batch, network: Network, losses: dict[str, float] | None) -> list[SemanticMap]:
+    """The maps of a batch, window by window; `losses`, where given, are filled with the mean of the windows'."""
+    head, size, overlap = model.head, model.fit.size, model.experiment.input.overlap
+    canvases = [_Canvas(model.fit.outer_size(inner), size) for inner in batch.sizes]
+    windows = [
+        Window(picture, top, left)
+        for picture, canvas in enumerate(canvases)
+        for top in window_starts(canvas.size[0], size[0], overlap)
+        for left in window_starts(canvas.size[1], size[1], overlap)
+    ]
+    # No more of them at once than the batch has pictures: the memory that the user has chosen.
+    for chunk in _chunks(windows, len(batch)):
+        sizes = tuple(_inside(batch.sizes[window.picture], window, size) for window in chunk)
+        images = torch.stack([_cut(batch.images[window.picture], window, size) for window in chunk])
+        outputs = network(images, sizes, None)
+        if losses is not None:
+            targets = tuple(_cut_target(batch.targets[window.picture], window, size) for window in chunk)
+            for name, value in head.loss(outputs, targets).items():
+                losses[name] = losses.get(name, 0.0) + value.item() * len(chunk) / len(windows)
+        for window, logits in zip(chunk, outputs.logits):
+            canvases[window.picture].add(window, logits.float())
+    return [SemanticMap(canvas.labels()[:height, :width]) for canvas, (height, width) in zip(canvases, batch.sizes)]
+
+
+class _Canvas:
+    """The labels of one picture, whose windows come from top to bottom.
+
+    Logits are kept only for the rows that windows to come may still change: the memory is that of one row of windows.
+    """
+
+    def __init__(self, size: Size, window: Size) -> None:
+        self.size, self.window = size, window
+        self.finished: list[Tensor] = []
+        self.first_row = 0
+        self.sums: Tensor | None = None
+
+    def add(self, window: Window, logits: Tensor) -> None:
+        """The logits (C, *window) of the next window."""
+        if self.size == self.window:
+            self.sums = logits
+            return
+        height, width = self.window
+        if self.sums is None:
+            self.sums = logits.new_zeros(len(logits), height, self.size[1])
+        self._finish(window.top - self.first_row)
+        # Not divided by the sum of the weights, which is the same for all classes of a pixel.
+        self.sums[:, :, window.left : window.left + width] += logits * _weights_of(logits.device, self.window)
+
+    def labels(self) -> Tensor:
+        """(H, W) uint8, after the last window."""
+        assert self.sums is not None
+        return torch.cat([*self.finished, labels_of(self.sums)])
+
+    def _finish(self, rows: int) -> None:
+        """Turn the first `rows` into labels, and make room for as many below."""
+        if not rows:
+            return
+        assert self.sums is not None
+        self.finished.append(labels_of(self.sums[:, :rows]))
+        left = self.sums[:, rows:].clone()
+        self.sums.zero_()
+        self.sums[:, : left.shape[1]] = left
+        self.first_row += rows
+
+
+def _weights(size: Size) -> Tensor:
+    """(H, W) in 0..1: 1 in the middle of a window, falling linearly to its border, never 0."""
+    rows, columns = (_tent(length) for length in size)
+    return rows[:, None] * columns
+
+
+_weights_of = PerSize(_weights)
+
+
+def _tent(length: int) -> Tensor:
+    steps = torch.arange(1, length + 1)
+    return torch.minimum(steps, steps.flip(0)) / ((length + 1) // 2)
+
+
+def _size(images: Tensor) -> Size:
+    return images.shape[-2], images.shape[-1]
+
+
+def _cut(pixels: Tensor, window: Window, size: Size) -> Tensor:
+    return pixels[..., window.top : window.top + size[0], window.left : window.left + size[1]]
+
+
+def _cut_target(target: Target, window: Window, size: Size) -> Target:
+    assert target.semantic is not None
+    return replace(Target.empty(), semantic=_cut(target.semantic, window, size))
+
+
+def _inside(inner: Size, window: Window, size: Size) -> Size:
+    """(height, width) of the picture's part of a window; a window may reach into the padding of a small picture."""
+    return min(size[0], inner[0] - window.top), min(size[1], inner[1] - window.left)
+
+
+def _chunks(windows: Sequence[Window], count: int) -> Iterator[list[Window]]:
+    remaining = iter(windows)
+    while chunk := list(islice(remaining, count)):
+        yield chunk

@@ -1,0 +1,133 @@
+"""Files of weights of Darknet's YOLOv2 and YOLOv3 and their tiny forms, with the experiment and classes they belong to.
+
+Such a file has no names and no classes in it: the number of its floats, different for each network here, tells them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detkit.config import Experiment, InputOptions
+from detkit.data.formats.semantic_masks import VOC_NAMES
+from detkit.errors import CheckpointError
+from detkit.published.classes import coco_classes_without_gaps
+from detkit.registry import backbones, heads, necks
+from detkit.structures import ClassList
+from detkit.zoo.darknet.weight_file import Unit, convolutions, count_floats, read_floats, take_tensors
+
+CELL = 32
+COCO_CLASSES = 80
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as Darknet publishes it, under the name of its .cfg file.
+
+    Args:
+        classes: 80 (COCO's) or 20 (VOC's).
+        size: height and width of the input in that file.
+        backbone, neck, head: parts of the config.
+    """
+
+    name: str
+    classes: int
+    size: int
+    backbone: dict[str, Any]
+    head: dict[str, Any]
+    neck: dict[str, Any] | None = None
+
+    def units(self) -> list[Unit]:
+        """All convolutions in the order of the file, without memory for their values."""
+        with torch.device("meta"):
+            backbone = backbones.build(self.backbone, "backbone")
+            given = {"channels": backbone.channels, "strides": backbone.strides}
+            neck = None
+            if self.neck is not None:
+                neck = necks.build(self.neck, "neck", **given)
+                given = {"channels": neck.channels, "strides": neck.strides}
+            head = heads.build(self.head, "head", **given, num_classes=self.classes)
+        units = convolutions(backbone, "backbone")
+        if neck is None:
+            return units + convolutions(head, "head")
+        coarsest = len(head.towers) - 1
+        for level in range(coarsest, -1, -1):
+            if level < coarsest:
+                units.append((f"neck.laterals.{level}", neck.laterals[level]))
+            units += convolutions(neck.blocks[level], f"neck.blocks.{level}")
+            units.append((f"head.towers.{level}", head.towers[level]))
+            units.append((f"head.predictors.{level}", head.predictors[level]))
+        return units
+
+    def experiment(self) -> Experiment:
+        """What would train it."""
+        return Experiment(
+            data={"name": "coco" if self.classes == COCO_CLASSES else "voc"},
+            backbone=self.backbone,
+            neck=self.neck,
+            head=self.head,
+            input=InputOptions((self.size, self.size), "letterbox", trim_padding=False),
+            name=self.name,
+        )
+
+    def class_list(self) -> ClassList:
+        """COCO's or VOC's classes."""
+        return coco_classes_without_gaps() if self.classes == COCO_CLASSES else ClassList.from_names(VOC_NAMES)
+
+
+def _yolov2(*anchors: tuple[float, float], **options: Any) -> dict[str, Any]:
+    """Its files count anchors in cells."""
+    return {"name": "yolov2", "anchors": [[CELL * width, CELL * height] for width, height in anchors], **options}
+
+
+DARKNET19 = {"name": "darknet19", "levels": [4, 5]}
+DARKNET53 = {"name": "darknet53", "levels": [3, 4, 5]}
+COCO_SHAPES = (0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778), (9.77052, 9.16828)
+VOC_SHAPES = (1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071)
+TINY_VOC_SHAPES = (1.08, 1.19), (3.42, 4.41), (6.63, 11.38), (9.42, 5.11), (16.62, 10.52)
+# The published weights were trained with anchors 1, 2, 3 on the finer level, not 0, 1, 2 as the .cfg file says today:
+# https://github.com/pjreddie/darknet/issues/851
+TINY_ANCHORS = [[23, 27], [37, 58], [81, 82], [81, 82], [135, 169], [344, 319]]
+NETWORKS = (
+    Network("yolov2", 80, 608, DARKNET19, _yolov2(*COCO_SHAPES, reorg="darknet")),
+    Network("yolov2-voc", 20, 416, DARKNET19, _yolov2(*VOC_SHAPES, reorg="darknet")),
+    Network("yolov2-tiny", 80, 416, {"name": "darknet_tiny", "levels": [5]}, _yolov2(*COCO_SHAPES, width=512, depth=1)),
+    Network("yolov2-tiny-voc", 20, 416, {"name": "darknet_tiny", "levels": [5]}, _yolov2(*TINY_VOC_SHAPES, depth=1)),
+    Network("yolov3", 80, 608, DARKNET53, {"name": "yolov3"}, {"name": "yolov3_neck"}),
+    Network("yolov3-voc", 20, 416, DARKNET53, {"name": "yolov3"}, {"name": "yolov3_neck"}),
+    Network(
+        "yolov3-tiny",
+        80,
+        416,
+        {"name": "darknet_tiny", "levels": [4, 5]},
+        {"name": "yolov3", "anchors": TINY_ANCHORS, "widths": [256, 512]},
+        {"name": "yolov3_neck", "widths": [128, 256], "depths": [0, 1]},
+    ),
+)
+
+
+def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+    """Tensors, experiment and classes of a file of Darknet's weights, one of NETWORKS.
+
+    Pictures are fitted as detkit's letterbox does it, at the top left with grey 114; Darknet puts them in the middle of
+    grey 127.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has another number of floats than all of NETWORKS.
+    """
+    floats = read_floats(path)
+    counts = {}
+    for network in NETWORKS:
+        units = network.units()
+        counts[network.name] = count_floats(units)
+        if counts[network.name] == len(floats):
+            return take_tensors(units, floats, path), network.experiment(), network.class_list()
+    close = min(counts, key=lambda name: abs(counts[name] - len(floats)))
+    raise CheckpointError(
+        f"'{path}' holds {len(floats)} floats, and none of Darknet's networks that detkit runs has so many. Nearest: "
+        f"{close} with {counts[close]}. All of them: {', '.join(counts)}, with the 80 classes of COCO or (-voc) the 20 "
+        f"of VOC. Is the file cut off, or was it trained on other classes? Weights of a backbone alone go to "
+        f"--backbone.weights."
+    )

@@ -1,0 +1,269 @@
+"""MTCNN (Zhang et al., "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional Networks", 2016)."""
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detkit.boxes.convert import clip
+from detkit.boxes.nms import nms
+from detkit.errors import ConfigError, check_range
+from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.registry import heads
+from detkit.structures import Detections, Inputs, Target
+from detkit.zoo.faces import mtcnn_boxes as geometry
+from detkit.zoo.faces.mtcnn_networks import POINTS, OutputNet, ProposalNet, RefineNet, Stage, StageOutputs
+from detkit.zoo.faces.mtcnn_windows import Windows, draw_windows
+
+WITHIN_SCALE, ACROSS_SCALES, REFINED = 0.5, 0.7, 0.7
+"""IoU above which the weaker of two boxes goes: of one scale of the pyramid, of all of them, behind the R-Net."""
+WINDOWS_AT_ONCE = 512
+HARD = 0.7
+"""The share of the windows, those with the largest loss, that teach what is a face (section II.B)."""
+
+
+class MTCNNOutputs(NamedTuple):
+    """The pictures themselves: what windows of them the networks see depends on the truth, or on the networks.
+
+    Args:
+        images: (B, 3, H, W) RGB in 0..1.
+        sizes: (height, width) of each image, without padding.
+    """
+
+    images: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
+@heads.register("mtcnn")
+class MTCNN(Head):
+    """Three networks, each of which looks closer at what the one before let through; the last finds five points.
+
+    It reads the picture itself: use it with the backbone `pixels`, and input.resize crop, which shows a picture at its
+    own size. The P-Net runs over a pyramid of it, R-Net and O-Net over single windows. `decode` is the cascade of the
+    authors' published model, and of facenet-pytorch, which their weights came with; see detkit.zoo.faces.converter.
+
+    The training differs from the paper's, which trains one network after another, each on what those before it let
+    through, and each kind of output on data of its own: here all three learn at once, from windows drawn at random
+    around the objects and anywhere in the picture. Points are learned from the windows that show an object, those of
+    its points that are visible.
+
+    Args:
+        channels, strides: of the picture: (3,) and (1,).
+        num_classes: C, 1 for faces.
+        min_size: side of the smallest objects that are looked for, in pixels of the network's input.
+        factor: of the pyramid: each picture's size as a part of the next larger one's.
+        thresholds: what the object's probability must be above behind P-Net, R-Net and O-Net. A detector's `conf` can
+            only raise the last.
+        nms_threshold: of two final boxes whose intersection is more than this of the smaller one, the weaker goes.
+        windows: drawn for the loss, of each picture.
+        box_weight: factor of the loss of boxes; the paper's.
+        point_weight: factor of the loss of points; the paper's for its last network.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "points"})
+    # Scores of good windows differ in their last bits only, and the best decides where the box is.
+    full_precision: ClassVar[bool] = True
+    any_size: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        min_size: float = 20.0,
+        factor: float = 0.709,
+        thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7),
+        nms_threshold: float = 0.7,
+        windows: int = 48,
+        box_weight: float = 0.5,
+        point_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if tuple(channels) != (3,) or tuple(strides) != (1,):
+            raise ConfigError(
+                "The head 'mtcnn' has networks of its own and reads the picture itself, but the backbone gives "
+                f"{list(channels)} channels at strides {list(strides)}. Set backbone: {{name: pixels}}, and no neck."
+            )
+        check_range("head", geometry.CELL, min_size=min_size)
+        check_range("head", 0.1, 0.95, factor=factor)
+        check_range("head", 1, windows=windows)
+        check_range("head", 0, box_weight=box_weight, point_weight=point_weight)
+        for threshold in thresholds:
+            check_range("head", 0, 1, thresholds=threshold)
+        self.min_size, self.factor, self.thresholds = min_size, factor, thresholds
+        self.windows, self.box_weight, self.point_weight = windows, box_weight, point_weight
+        self.postprocess = Postprocess(0.01, nms_threshold, max_candidates=ALL)
+        self.pnet = ProposalNet(num_classes)
+        self.rnet = RefineNet(num_classes)
+        self.onet = OutputNet(num_classes)
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> MTCNNOutputs:
+        """The picture, for its one feature map [(B, 3, H, W)]."""
+        return MTCNNOutputs(features[0], inputs.sizes)
+
+    def loss(self, outputs: MTCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """Of each network `face` (cross-entropy of the hardest 70 % of windows that show an object or nothing) and
+        `box` (squared differences, of windows that show at least part of one), and `points` of the O-Net.
+
+        Each is the mean over the windows that it counts.
+
+        Raises:
+            ConfigError: the objects have another number of points than five.
+            ValueError: there is not one target for each image.
+        """
+        check_count(targets, outputs.sizes)
+        for target in targets:
+            if target.points is not None and len(target) and target.points.shape[1] != POINTS:
+                raise ConfigError(
+                    f"MTCNN finds {POINTS} points of each object, but the data have {target.points.shape[1]}. Use data "
+                    "with five points, or the head 'landmarks'."
+                )
+        drawn = [draw_windows(target, size, self.windows) for target, size in zip(targets, outputs.sizes)]
+        losses: dict[str, Tensor] = {}
+        for name, network in (("pnet", self.pnet), ("rnet", self.rnet), ("onet", self.onet)):
+            pixels = torch.cat(
+                [
+                    _pixels(image, size, windows.boxes, network.side)
+                    for image, size, windows in zip(outputs.images, outputs.sizes, drawn)
+                ]
+            )
+            found = network(pixels)
+            losses |= {f"{name}_{part}": value for part, value in self._losses(found, drawn, targets).items()}
+        return losses
+
+    def _losses(self, found: StageOutputs, drawn: list[Windows], targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        truths = [target[~target.ignored] for target in targets]
+        labels = torch.cat([_labels(windows, truth) for windows, truth in zip(drawn, truths)])
+        classes = F.cross_entropy(found.logits.flatten(1)[labels >= 0], labels[labels >= 0], reduction="none")
+        hard = classes.topk(round(HARD * len(classes))).values if len(classes) else classes
+        show = torch.cat([windows.positive | windows.part for windows in drawn])
+        offsets = torch.cat(
+            [
+                geometry.offsets_to(windows.boxes[some], truth.boxes[windows.truth_index[some]])
+                for windows, truth in zip(drawn, truths)
+                for some in [windows.positive | windows.part]
+            ]
+        )
+        losses = {
+            "face": hard.sum() / max(len(hard), 1),
+            "box": self.box_weight * _mean_square(found.offsets.flatten(1)[show], offsets),
+        }
+        if found.points is not None:
+            losses["points"] = self.point_weight * _point_loss(found.points, drawn, truths)
+        return losses
+
+    @torch.no_grad()
+    def decode(self, outputs: MTCNNOutputs) -> list[Detections]:
+        """The objects of each picture with their points, in pixels of the network's input."""
+        return [self._cascade(image[:, : size[0], : size[1]]) for image, size in zip(outputs.images, outputs.sizes)]
+
+    def _cascade(self, image: Tensor) -> Detections:
+        """Of one picture (3, H, W) in 0..1."""
+        pixels = image.float() * 255
+        size = (image.shape[1], image.shape[2])
+        boxes = self._propose(pixels)
+        boxes = boxes[geometry.in_picture(boxes, size)]
+        found = _in_chunks(self.rnet, pixels, boxes)
+        scores = _presence(found)
+        passed = _above(scores, self.thresholds[1])
+        passed = passed[nms(boxes[passed], scores[passed], REFINED)]
+        boxes = geometry.squares(geometry.moved(boxes[passed], found.offsets[passed]))
+        boxes = boxes[geometry.in_picture(boxes, size)]
+        return self._finish(boxes, _in_chunks(self.onet, pixels, boxes), size)
+
+    def _propose(self, pixels: Tensor) -> Tensor:
+        """(N, 4) squares that P-Net lets through at any scale."""
+        height, width = pixels.shape[1:]
+        candidates = [(pixels.new_zeros(0, 4), pixels.new_zeros(0), pixels.new_zeros(0, 4))]
+        for scale in geometry.pyramid_scales((height, width), self.min_size, self.factor):
+            shrunk = F.adaptive_avg_pool2d(pixels[None], (int(height * scale + 1), int(width * scale + 1)))
+            found = self.pnet(_centred(shrunk))
+            probabilities = _presence(found)[0]
+            passed = _above(probabilities.flatten(), self.thresholds[0])
+            boxes = geometry.cells(passed // probabilities.shape[1], passed % probabilities.shape[1], scale).to(pixels)
+            scores = probabilities.flatten()[passed]
+            kept = nms(boxes, scores, WITHIN_SCALE)
+            offsets = found.offsets[0].flatten(1)[:, passed].T.float()
+            candidates.append((boxes[kept], scores[kept], offsets[kept]))
+        boxes, scores, offsets = (torch.cat(parts) for parts in zip(*candidates))
+        kept = nms(boxes, scores, ACROSS_SCALES)
+        boxes, offsets = boxes[kept], offsets[kept]
+        # Not `moved`: the published model counts the side of these one pixel shorter than that of all others.
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        return geometry.squares(boxes + offsets * sides)
+
+    def _finish(self, squares: Tensor, found: StageOutputs, size: tuple[int, int]) -> Detections:
+        """Detections of what the O-Net says of (N, 4) windows."""
+        assert found.points is not None
+        presence = _presence(found)
+        scores, labels = found.logits.float().softmax(1)[:, 1:].max(1)
+        boxes = geometry.moved(squares, found.offsets.float())
+        sound = (presence > self.thresholds[2]) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        rows = self.postprocess.candidates(scores[:, None])[0]
+        rows = rows[sound[rows]]
+        kept = rows[geometry.suppress_by_smaller(boxes[rows], scores[rows], self.postprocess.iou_threshold)]
+        kept = kept[: self.postprocess.max_detections]
+        points = geometry.points_in(squares[kept], found.points[kept].float())
+        return Detections(clip(boxes[kept], size), scores[kept], labels[kept], points=points)
+
+
+def _centred(pixels: Tensor) -> Tensor:
+    """Pixels of 0..255 as the published networks read them, in about -1..1.
+
+    Behind the resizing, as there: see full_precision.
+    """
+    return (pixels - 127.5) * 0.0078125
+
+
+def _pixels(image: Tensor, size: tuple[int, int], boxes: Tensor, side: int) -> Tensor:
+    """(N, 3, side, side) what a network sees of (N, 4) windows of an image of (height, width) inside its padding."""
+    return _centred(geometry.windows(image[:, : size[0], : size[1]].float() * 255, boxes, side))
+
+
+def _in_chunks(network: Stage, pixels: Tensor, boxes: Tensor) -> StageOutputs:
+    """What a network says of (N, 4) windows of a picture, however many there are."""
+    # One chunk at least, so that no windows give outputs of no rows.
+    parts = [network(_centred(geometry.windows(pixels, some, network.side))) for some in boxes.split(WINDOWS_AT_ONCE)]
+    points = None if parts[0].points is None else torch.cat([part.points for part in parts])
+    return StageOutputs(
+        torch.cat([part.logits for part in parts]).float(), torch.cat([part.offsets for part in parts]).float(), points
+    )
+
+
+def _presence(found: StageOutputs) -> Tensor:
+    """(N, ...) the probability of an object of any class."""
+    return found.logits.float().softmax(1)[:, 1:].sum(1)
+
+
+def _above(scores: Tensor, threshold: float) -> Tensor:
+    """Indices of the (N,) scores above a threshold; scores that are not numbers are refused."""
+    return Postprocess(threshold, max_candidates=ALL).candidates(scores[:, None])[0]
+
+
+def _labels(windows: Windows, truth: Target) -> Tensor:
+    """(N,) what each window shows: 0 nothing, else the class from 1 on; -1 for one that shows part of an object."""
+    labels = torch.full_like(windows.truth_index, -1)
+    labels[windows.negative] = 0
+    labels[windows.positive] = truth.labels[windows.truth_index[windows.positive]] + 1
+    return labels
+
+
+def _point_loss(found: Tensor, drawn: list[Windows], truths: list[Target]) -> Tensor:
+    """Mean squared difference of the visible points in windows that show an object."""
+    wanted, counted = [], []
+    for windows, truth in zip(drawn, truths):
+        index = windows.truth_index[windows.positive]
+        if truth.points is None or truth.visible is None:
+            raise ValueError("the targets have no points")
+        wanted.append(geometry.fractions_of(windows.boxes[windows.positive], truth.points[index]))
+        counted.append(truth.visible[index].repeat(1, 2))
+    positive = torch.cat([windows.positive for windows in drawn])
+    visible = torch.cat(counted)
+    return _mean_square(found[positive][visible], torch.cat(wanted)[visible])
+
+
+def _mean_square(values: Tensor, wanted: Tensor) -> Tensor:
+    return F.mse_loss(values.float(), wanted, reduction="sum") / max(values.numel(), 1)

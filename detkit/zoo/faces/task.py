@@ -1,0 +1,102 @@
+"""Landmarks: the normalised error, pictures with points."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from detkit.data.dataset import Dataset
+from detkit.data.transforms import map_points
+from detkit.errors import ConfigError, DataError
+from detkit.heads.base import Head
+from detkit.predictions import Landmarks as Prediction
+from detkit.registry import tasks
+from detkit.structures import ClassList, Meta, Target
+from detkit.tasks.base import Scores, Task
+from detkit.tasks.drawing import side_by_side
+from detkit.tasks.drawing_points import draw_landmarks, draw_points
+from detkit.zoo.faces.landmarks import object_of
+from detkit.zoo.faces.metrics import LandmarksEvaluator, record
+
+MEASURES = {
+    "box": "the diagonal of the object's box",
+    "picture": "the diagonal of the picture",
+    "points": "the distance of points {} and {}",
+}
+
+
+@tasks.register("landmarks")
+class Landmarks(Task[Prediction]):
+    """Points of the one object that a picture shows."""
+
+    noun: ClassVar[str] = "sets of landmarks"
+
+    def figures(self, head: Head) -> tuple[str, ...]:
+        return ("nme", "failure_rate")
+
+    def score(self, scores: Scores, head: Head) -> float:
+        return -scores.as_dict()["nme"]
+
+    def evaluator(self, classes: ClassList, head: Head) -> LandmarksEvaluator:
+        kind, pair = str(getattr(head, "normalise", "box")), getattr(head, "normalise_points", (0, 1))
+
+        def measure(truth: Target, size: tuple[int, int]) -> float:
+            if kind == "picture":
+                return math.hypot(*size)
+            if kind == "box":
+                return float(torch.linalg.vector_norm(truth.boxes[0, 2:] - truth.boxes[0, :2]))
+            assert truth.points is not None
+            assert truth.visible is not None
+            seen = truth.visible[0, list(pair)].all()
+            return float(torch.linalg.vector_norm(truth.points[0, pair[0]] - truth.points[0, pair[1]])) if seen else 0.0
+
+        return LandmarksEvaluator(object_of, measure, MEASURES[kind].format(*pair))
+
+    def undo(self, prediction: Prediction, meta: Meta, class_names: tuple[str, ...]) -> Prediction:
+        if meta.matrix is None:
+            raise ValueError(f"{meta.source} was augmented at random; its points cannot be taken back")
+        return replace(prediction, points=map_points(prediction.points, np.linalg.inv(meta.matrix)))
+
+    def describe(self, prediction: Prediction) -> str:
+        return " ".join(f"({x:.0f}, {y:.0f})" for x, y in prediction.points.tolist())
+
+    def records(self, prediction: Prediction, meta: Meta, classes: ClassList) -> list[dict[str, Any]]:
+        return [record(prediction, meta)]
+
+    def draw(self, image: np.ndarray, prediction: Prediction) -> np.ndarray:
+        return draw_landmarks(image, prediction)
+
+    def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
+        truth = object_of(target)
+        return image.copy() if truth.points is None else draw_points(image, truth.points, truth.visible)
+
+    def compare(
+        self, image: np.ndarray, prediction: Prediction, target: Target, class_names: Sequence[str]
+    ) -> np.ndarray:
+        truth = self.draw_target(image, target, class_names)
+        return side_by_side(truth, self.draw(image, prediction), "truth", "predicted")
+
+    def enlarged(self, prediction: Prediction, factor: int) -> Prediction:
+        return replace(prediction, points=prediction.points * factor)
+
+    def check_data(self, dataset: Dataset, split: str) -> None:
+        for index in range(len(dataset)):
+            visible = object_of(dataset.target(index)).visible
+            if visible is not None and visible.any():
+                return
+        raise DataError(
+            f"No picture of the split '{split}' has a point that is visible, so there is nothing to learn or to score. "
+            f"Check what the data call this split, and its annotations.{dataset.problems.reasons()}"
+        )
+
+    def check_head(self, head: Head, dataset: Dataset) -> None:
+        for index in range(len(dataset)):
+            points = dataset.target(index).points
+            wanted = getattr(head, "points", None)
+            if points is not None and len(points) and points.shape[1] != wanted:
+                raise ConfigError(
+                    f"'head.points' is {wanted}, but the data have {points.shape[1]} points. Set it to that."
+                )

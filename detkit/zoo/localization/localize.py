@@ -1,0 +1,143 @@
+"""Classification with localisation: is there an object, what is it, and where; at most one in a picture.
+
+Andrew Ng, "Convolutional Neural Networks", the lectures on object localisation; the same outputs as one cell of YOLO.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.boxes.convert import area, clip, cxcywh_to_xyxy, xyxy_to_cxcywh
+from detkit.errors import check_range
+from detkit.heads.base import Head, Postprocess, check_count
+from detkit.registry import heads
+from detkit.structures import Detections, Inputs, Target
+
+BETA = 1 / 9  # of smooth L1, whose parabola would otherwise reach over the whole picture
+
+
+class LocalizeOutputs(NamedTuple):
+    """Raw outputs of the localisation head.
+
+    Args:
+        presence: (B,) logits of an object being there.
+        logits: (B, C) of its class.
+        boxes: (B, 4) its centre x and y, width and height, as parts of the picture's own sides, without bounds.
+        sizes: (height, width) of each image, without padding.
+    """
+
+    presence: Tensor
+    logits: Tensor
+    boxes: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
+@heads.register("localize")
+class Localize(Head):
+    """The mean of the coarsest map over the picture, without padding, and one linear layer.
+
+    The truth of a picture is its object with the largest box, of those that are not ignored. A picture whose objects
+    are all ignored takes no part in the loss.
+
+    Args:
+        channels, strides: of the feature maps, of which the last is read; give the backbone one level.
+        num_classes: C.
+        box_loss: l2 (squared differences) or smooth_l1 of centre, width and height, as parts of the picture's sides.
+        box_weight: factor of the box loss.
+        score_threshold: what `decode` needs to give the object: the probability of one, times that of its class.
+    """
+
+    task: ClassVar[str] = "detect"
+    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    reads_sizes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        box_loss: Literal["l2", "smooth_l1"] = "l2",
+        box_weight: float = 5.0,
+        score_threshold: float = 0.01,
+    ) -> None:
+        super().__init__()
+        check_range("head", 0, box_weight=box_weight)
+        self.num_classes = num_classes
+        self.box_loss, self.box_weight = box_loss, box_weight
+        self.postprocess = Postprocess(score_threshold, max_detections=1)
+        self.predictor = nn.Linear(channels[-1], 1 + num_classes + 4)
+
+    def forward(self, features: list[Tensor], inputs: Inputs) -> LocalizeOutputs:
+        """Presence, class and box of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
+        values = self.predictor(_picture_mean(features[-1], inputs)).float()
+        presence, logits, boxes = values.split((1, self.num_classes, 4), dim=1)
+        return LocalizeOutputs(presence[:, 0], logits, boxes, inputs.sizes)
+
+    def loss(self, outputs: LocalizeOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
+        """`presence` (binary cross-entropy), and `class` (cross-entropy) and `box` of the pictures with an object.
+
+        Each is the mean over the pictures that it counts.
+
+        Raises:
+            ValueError: there is not one target for each image.
+        """
+        check_count(targets, outputs.sizes)
+        truths = [_largest(target) for target in targets]
+        found = [image for image, truth in enumerate(truths) if len(truth)]
+        counted = [image for image, (truth, target) in enumerate(zip(truths, targets)) if len(truth) or not len(target)]
+        present = outputs.presence.new_tensor([float(len(truths[image])) for image in counted])
+        presence = F.binary_cross_entropy_with_logits(outputs.presence[counted], present, reduction="sum")
+        labels = torch.cat([truths[image].labels for image in found] or [targets[0].labels[:0]])
+        classes = F.cross_entropy(outputs.logits[found], labels, reduction="sum")
+        boxes = torch.cat(
+            [_fractions(truths[image].boxes, outputs.sizes[image]) for image in found] or [outputs.boxes[:0].detach()]
+        )
+        return {
+            "presence": presence / max(len(counted), 1),
+            "class": classes / max(len(found), 1),
+            "box": self.box_weight * self._box_loss(outputs.boxes[found], boxes) / max(len(found), 1),
+        }
+
+    def _box_loss(self, boxes: Tensor, truths: Tensor) -> Tensor:
+        if self.box_loss == "l2":
+            return F.mse_loss(boxes, truths, reduction="sum")
+        return F.smooth_l1_loss(boxes, truths, reduction="sum", beta=BETA)
+
+    @torch.no_grad()
+    def decode(self, outputs: LocalizeOutputs) -> list[Detections]:
+        """One detection or none for each picture, in pixels of the network's input."""
+        scores = outputs.presence.sigmoid()[:, None] * outputs.logits.softmax(-1)
+        return [self._decode_image(*image) for image in zip(scores, outputs.boxes, outputs.sizes)]
+
+    def _decode_image(self, scores: Tensor, box: Tensor, size: tuple[int, int]) -> Detections:
+        _, labels, candidates = self.postprocess.candidates(scores[None])
+        best = candidates.argsort(descending=True)[:1]
+        height, width = size
+        sides = box.new_tensor((width, height, width, height))
+        corners = clip(cxcywh_to_xyxy(torch.cat((box[:2], box[2:].clamp(min=0))) * sides), size)
+        return Detections(corners.expand(len(best), 4), candidates[best], labels[best])
+
+
+def _picture_mean(feature: Tensor, inputs: Inputs) -> Tensor:
+    """(B, C) the mean of each (B, C, h, w) map over the cells that its picture reaches into."""
+    rows, columns = feature.shape[2:]
+    weights = feature.new_zeros(len(inputs.sizes), rows, columns)
+    for image, (height, width) in enumerate(inputs.sizes):
+        inside_rows, inside_columns = -(-height * rows // inputs.size[0]), -(-width * columns // inputs.size[1])
+        weights[image, :inside_rows, :inside_columns] = 1 / (inside_rows * inside_columns)
+    return (feature * weights[:, None]).sum((2, 3))
+
+
+def _largest(target: Target) -> Target:
+    """The one object that the picture is about, or none."""
+    candidates = target[~target.ignored]
+    return candidates[area(candidates.boxes).argsort(descending=True, stable=True)[:1]]
+
+
+def _fractions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, 4) centre, width and height of xyxy pixels, as parts of a picture of (height, width) pixels."""
+    height, width = size
+    return xyxy_to_cxcywh(boxes) / boxes.new_tensor((width, height, width, height))

@@ -1,0 +1,105 @@
+"""Style transfer: pictures painted in the style of another; a network is scored by its losses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from rich.table import Table
+
+from detkit.heads.base import Head
+from detkit.predictions import Rendering
+from detkit.registry import tasks
+from detkit.structures import ClassList, Meta, Target
+from detkit.tasks.base import Task
+from detkit.tasks.drawing import side_by_side
+
+FIGURES = ("total", "content", "style", "variation")
+
+
+@dataclass(frozen=True)
+class StyleScores:
+    """The mean losses over a data set's pictures, weighted as in the config, and their sum; the lower the better."""
+
+    losses: Mapping[str, float]
+    remark: ClassVar[str] = ""
+
+    def as_dict(self) -> dict[str, float | int]:
+        """`total`, `content`, `style` and `variation`."""
+        return {"total": sum(self.losses.values()), **self.losses}
+
+    def table(self) -> Table:
+        """One line for each."""
+        table = Table("loss", "mean")
+        for name, value in self.as_dict().items():
+            table.add_row(name, f"{value:.4g}")
+        return table
+
+
+class StyleEvaluator:
+    """Keeps what predictions.json says of each picture; what is scored are the losses."""
+
+    def __init__(self, task: "StyleTransfer", classes: ClassList) -> None:
+        self.task, self.classes = task, classes
+        self._records: list[dict[str, Any]] = []
+
+    def update(self, predictions: Sequence[Rendering], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
+        """Add images."""
+        for prediction, meta in zip(predictions, metas):
+            self._records += self.task.records(prediction, meta, self.classes)
+
+    def compute(self) -> StyleScores:
+        """Without losses: `Task.scored` adds them."""
+        return StyleScores({})
+
+    def results(self) -> list[dict[str, Any]]:
+        """All records."""
+        return self._records
+
+
+@tasks.register("style")
+class StyleTransfer(Task[Rendering]):
+    """A picture for a picture."""
+
+    noun: ClassVar[str] = "renderings"
+
+    def figures(self, head: Head) -> tuple[str, ...]:
+        return FIGURES
+
+    def score(self, scores: Any, head: Head) -> float:
+        return -float(scores.as_dict()["total"])
+
+    def scored(self, scores: Any, losses: Mapping[str, float]) -> StyleScores:
+        return StyleScores(losses)
+
+    def evaluator(self, classes: ClassList, head: Head) -> StyleEvaluator:
+        return StyleEvaluator(self, classes)
+
+    def undo(self, prediction: Rendering, meta: Meta, class_names: tuple[str, ...]) -> Rendering:
+        image = prediction.image
+        if tuple(image.shape[1:]) == meta.size:
+            return prediction
+        return Rendering(F.interpolate(image[None], meta.size, mode="bilinear", antialias=True)[0].clamp(0, 1))
+
+    def describe(self, prediction: Rendering) -> str:
+        height, width = prediction.image.shape[1:]
+        return f"{width} x {height} pixels"
+
+    def records(self, prediction: Rendering, meta: Meta, classes: ClassList) -> list[dict[str, Any]]:
+        height, width = prediction.image.shape[1:]
+        return [{"image_id": meta.image_id, "width": width, "height": height}]
+
+    def draw(self, image: np.ndarray, prediction: Rendering) -> np.ndarray:
+        return prediction.pixels()
+
+    def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
+        return image
+
+    def compare(
+        self, image: np.ndarray, prediction: Rendering, target: Target, class_names: Sequence[str]
+    ) -> np.ndarray:
+        return side_by_side(image, prediction.pixels(), "content", "rendering")
+
+    def enlarged(self, prediction: Rendering, factor: int) -> Rendering:
+        return Rendering(prediction.image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2))

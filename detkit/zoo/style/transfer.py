@@ -1,0 +1,190 @@
+"""`detkit infer CONFIG.yaml --content A --style B`: one picture, changed step by step until it looks like the style.
+
+Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks". No network is trained: what is optimised
+are the pixels, under the losses of the head `style`.
+"""
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.optim import LBFGS, Adam, Optimizer
+
+from detkit.data.image import read_image, resized
+from detkit.errors import ConfigError, DetkitError, check_range
+from detkit.inference.options import check_output, claimed_output
+from detkit.inference.predictor import to_device
+from detkit.io.files import replacing
+from detkit.io.terminal import Console
+from detkit.predictions import Rendering
+from detkit.registry import heads
+from detkit.tasks.drawing import write_image
+from detkit.zoo.style.head import Style
+
+Losses = dict[str, float]
+FINAL_LR = 0.1
+"""Adam's last learning rate as a part of its first: a constant one would leave noise in the picture."""
+
+
+@dataclass(frozen=True)
+class StyleOptions:
+    """What `detkit infer CONFIG.yaml` takes; the config may hold any of it.
+
+    Args:
+        content: the picture to change.
+        style: the picture whose style it takes on.
+        head: `name: style`, the loss network, what of it is compared, and the weights of the losses.
+        optimizer: adam, or lbfgs, which needs fewer steps where it does not diverge.
+        lr: learning rate, of pixels in 0..1; adam's falls linearly to a tenth.
+        steps: how often the picture is changed.
+        every: steps after which the picture is written.
+        size: pixels of the result's longer side; null for the content's own. It takes about 8 KB of memory a pixel.
+        output: the folder to write to; default runs/style/run, run2 ...
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+
+    content: str
+    style: str
+    head: dict[str, Any]
+    optimizer: Literal["adam", "lbfgs"] = "adam"
+    lr: float = 0.02
+    steps: int = 200
+    every: int = 50
+    size: int | None = None
+    output: str | None = None
+    device: str = "auto"
+
+
+def transfer(options: StyleOptions, output: Path) -> list[Losses]:
+    """Optimise, and write into `output` the picture, those on the way to it, and losses.csv.
+
+    Returns:
+        The weighted losses of the content itself and after each step, by name, with their `total`.
+
+    Raises:
+        ConfigError: an option makes no sense.
+        CheckpointError: the weights of the loss network cannot be had.
+        DataError: a picture cannot be read, or is too small.
+        DetkitError: a loss is no longer a number.
+    """
+    check_range("infer", 1, steps=options.steps, every=options.every)
+    check_output(output)
+    head = build_head(options)
+    with claimed_output(output) as folder:
+        return _transfer(options, head, folder)
+
+
+def _transfer(options: StyleOptions, head: Style, output: Path) -> list[Losses]:
+    content = read_content(options).to(next(head.parameters()).device)
+    console = Console()
+    console.print(
+        f"content {options.content}, {content.shape[3]} x {content.shape[2]} pixels\nstyle   {options.style}\n"
+        f"output  {output}"
+    )
+    bar = Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    history: list[Losses] = []
+    started = time.perf_counter()
+    with bar:
+        shown = bar.add_task("", total=options.steps, status="")
+
+        def after(losses: Losses, picture: Tensor) -> None:
+            history.append(losses)
+            step = len(history) - 1
+            status = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            bar.update(shown, completed=step, status=status)
+            if step % options.every == 0:
+                console.print(f"step {step}  {status}")
+                _write(output / f"step_{step:05d}.jpg", picture)
+
+        picture = optimise(head, content, options, after)
+    path = output / f"{Path(options.content).stem}_in_{Path(options.style).stem}.png"
+    _write(path, picture)
+    _write_losses(output / "losses.csv", history)
+    first, last = history[0]["total"], history[-1]["total"]
+    console.print(
+        f"loss {first:.4g} -> {last:.4g}, {first / max(last, 1e-12):.1f} times lower, in {options.steps} steps and "
+        f"{time.perf_counter() - started:.0f} s -> {path}"
+    )
+    return history
+
+
+def build_head(options: StyleOptions) -> Style:
+    """The head `style` with the style taken in, on its device."""
+    name = str(options.head.get("name"))
+    if name != "style":
+        raise ConfigError(f"A config for detkit infer has the head 'style', but this one has '{name}'.")
+    given = {**options.head, "picture": options.style}
+    head: Style = heads.build(given, "head", channels=(3,), strides=(1,), num_classes=0)
+    head = to_device(head, options.device)
+    head.prepare()
+    return head.eval()
+
+
+def read_content(options: StyleOptions) -> Tensor:
+    """(1, 3, H, W) float32 in 0..1, of the size that was asked for."""
+    pixels = read_image(options.content)
+    if options.size is not None:
+        check_range("infer", 1, size=options.size)
+        pixels = resized(pixels, options.size)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def optimise(head: Style, content: Tensor, options: StyleOptions, after: Callable[[Losses, Tensor], None]) -> Tensor:
+    """The picture after all steps, (1, 3, H, W) in 0..1; it starts as the content.
+
+    Args:
+        after: called with the losses of the content and of the picture after each step.
+
+    Raises:
+        DetkitError: a loss is no longer a number.
+    """
+    truth = head.content_features(content)
+    picture = content.clone(memory_format=torch.contiguous_format).requires_grad_()
+    optimizer: Optimizer
+    if options.optimizer == "adam":
+        optimizer = Adam([picture], lr=options.lr)
+    else:
+        # One iteration a step, of one evaluation.
+        optimizer = LBFGS([picture], lr=options.lr, max_iter=1, history_size=20)
+    for step in range(options.steps + 1):
+        optimizer.zero_grad()
+        losses = head.compare(picture, truth)
+        total = torch.stack(list(losses.values())).sum()
+        values = {"total": total.item(), **{name: value.item() for name, value in losses.items()}}
+        if not math.isfinite(values["total"]):
+            raise DetkitError(f"The loss is {values['total']} after {step} steps. Lower lr, or use optimizer adam.")
+        after(values, picture.detach())
+        if step == options.steps:
+            break
+        total.backward()
+        if options.optimizer == "adam":
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - (1 - FINAL_LR) * step / options.steps)
+        optimizer.step(lambda total=total: total)
+        with torch.no_grad():
+            picture.clamp_(0, 1)
+    return picture.detach()
+
+
+def _write(path: Path, picture: Tensor) -> None:
+    write_image(path, Rendering(picture[0].float()).pixels())
+
+
+def _write_losses(path: Path, history: list[Losses]) -> None:
+    with replacing(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *history[0]])
+        writer.writeheader()
+        writer.writerows({"step": step, **losses} for step, losses in enumerate(history))
