@@ -44,8 +44,8 @@ def weights_are_loaded() -> bool:
 class Registry:
     """Parts of one kind by name.
 
-    The modules of `package` are imported at the first look-up, so that a new part is one new file
-    with `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
+    The modules of `package` are imported at the first look-up, so that a new part is one new file with
+    `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
     it is the module `module` of each folder. So are the modules that installed packages name as entry points of the
     group PLUGINS. A name that is not among them is looked up in the folders of detkit.zoo. A config cannot name a
     module to import.
@@ -201,3 +201,7 @@ datasets = Registry("data format", "detkit.data.formats")
 augmentations = Registry("augmentation", "detkit.data.augment")
 proposal_sources = Registry("source of proposals", "detkit.data.proposals")
 tasks = Registry("task", "detkit.tasks", module="task")
+weight_converters = Registry("converter of weights", "detkit.published")
+"""Functions that turn the state dict of another library into detkit's, each by a tensor that only its models have."""
+weight_files = Registry("file of weights", "detkit.published")
+"""Classes that read weights from files that are not state dicts; see detkit.published.read.WeightFile."""

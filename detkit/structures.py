@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -410,3 +410,65 @@ def _check_proposals(proposals: tuple[Tensor, ...] | None, images: int) -> None:
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(f"{name} must be {shape} {dtype}, but got {tuple(tensor.shape)} {tensor.dtype}")
+
+
+class Prediction(Protocol):
+    """What every prediction, Detections among them, can do."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same prediction with its tensors on `device`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """The classes of a whole picture.
+
+    Args:
+        scores: (C,) float32 in 0..1; they sum to 1 where a picture has exactly one class.
+        class_names: names by label; empty inside the network, filled by the predictor.
+    """
+
+    scores: Tensor
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_tensor(self.scores, "scores", 1, torch.float32)
+
+    def to(self, device: torch.device | str) -> Classification:
+        """The same with its tensor on `device`."""
+        return replace(self, scores=self.scores.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticMap:
+    """The class of every pixel.
+
+    Args:
+        labels: (H, W) uint8 in 0..C-1.
+        logits: (C, H, W) float32, what the labels are the largest of: what a network predicts, and a task's `undo`
+            turns into `labels` of the source's size. None elsewhere.
+        class_names: names by label; empty inside the network, filled by the predictor.
+    """
+
+    labels: Tensor
+    logits: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_tensor(self.labels, "labels", 2, torch.uint8)
+        if self.logits is not None:
+            check_tensor(self.logits, "logits", 3, torch.float32)
+
+    def to(self, device: torch.device | str) -> SemanticMap:
+        """The same with its tensors on `device`."""
+        logits = None if self.logits is None else self.logits.to(device)
+        return replace(self, labels=self.labels.to(device), logits=logits)
+
+
+def check_tensor(tensor: Tensor, name: str, dimensions: int, dtype: torch.dtype) -> None:
+    """Raise ValueError if a tensor has another type or number of dimensions."""
+    if tensor.ndim != dimensions or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} must be {dtype} of {dimensions} dimensions, but got {tuple(tensor.shape)} {tensor.dtype}"
+        )

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "detkit"
 LAYERS = [
     {"errors"},
     {"io", "schema"},
-    {"structures", "predictions", "registry", "config"},
+    {"structures", "registry", "config"},
     {"boxes"},
     {"data", "backbones"},
     {"necks"},

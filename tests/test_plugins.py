@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detkit.heads.base import Head
-from detkit.predictions import Classification
+from detkit.structures import Classification
 from detkit.registry import heads
 
 

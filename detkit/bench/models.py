@@ -21,7 +21,7 @@ from detkit.data.sources import find_images
 from detkit.errors import DetkitError, nearest
 from detkit.io.tensor_files import read_tensors
 from detkit.model import Model, build_model, load_tensors
-from detkit.published.read import CONVERTERS, PUBLISHED
+from detkit.published.read import PUBLISHED, find_converter
 
 CLASSES = 91
 """Of COCO as torchvision counts them, background included."""
@@ -124,7 +124,8 @@ def plausible_model(name: str, size: int, image: np.ndarray, seed: int) -> nn.Mo
 
 def detkit_model(name: str, state: dict[str, Tensor], size: int) -> Model:
     """detkit's model of torchvision's state dict, in evaluation mode; `size` as in `torchvision_model`."""
-    convert = next(convert for tensor, convert in CONVERTERS.items() if tensor in state)
+    convert = find_converter(state)
+    assert convert is not None
     tensors, experiment, classes = convert(state)
     if not name.startswith("ssd300"):
         experiment = replace(experiment, input=InputOptions((size, round(size * LONG_BY_SHORT)), "short_side"))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from detkit.boxes.nms import nms
 from detkit.errors import ConfigError, DetkitError
-from detkit.predictions import Prediction
-from detkit.structures import Inputs, Target
+from detkit.structures import Inputs, Prediction, Target
 
 ALL = 1_000_000_000
 """For Postprocess.max_candidates."""

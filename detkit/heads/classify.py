@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, check_count
 from detkit.heads.parts.pooling import pooled_pictures
-from detkit.predictions import Classification
 from detkit.registry import heads
-from detkit.structures import Inputs, Target
+from detkit.structures import Classification, Inputs, Target
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from detkit.data.image import read_image
 from detkit.data.sources import search
 from detkit.data.video import is_video
 from detkit.errors import DataError, counted, printable
@@ -25,7 +24,6 @@ from detkit.io.files import write_json
 from detkit.io.terminal import Console
 from detkit.structures import Meta
 from detkit.tasks.drawing import write_image
-from detkit.zoo.embedding.gallery import Gallery
 
 JPEG_SIDE = 65_500
 """Pixels of a side that a JPEG can have; a larger image is written as PNG."""
@@ -61,7 +59,7 @@ def infer(
     choices = predictor.task.complete(options)
     check_options({**options, "batch": batch})
     check_output(output, source)
-    limits = _limits(predictor, options, batch)
+    limits = predictor.task.prediction_options(predictor, options, batch)
     common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
     common |= {"choices": choices, "limits": limits}
     with claimed_output(output) as folder:
@@ -138,14 +136,6 @@ def _infer_pictures(
     each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
     console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
-
-
-def _limits(predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Those of the options by which a prediction itself is made, for `Predictor.predict_all`."""
-    limits = {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
-    if "gallery" in options:
-        limits["gallery"] = Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)
-    return limits
 
 
 def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:

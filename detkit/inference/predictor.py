@@ -18,7 +18,6 @@ from detkit.errors import ConfigError, DataError
 from detkit.inference.optimization import FastNetwork, Precision, check_choices
 from detkit.inference.windows import predict
 from detkit.model import Model, load_model
-from detkit.predictions import Recogniser
 from detkit.structures import Meta, Sample, Target
 from detkit.tasks.base import task_of
 
@@ -90,7 +89,7 @@ class Predictor:
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
-        gallery: Recogniser | None = None,
+        gallery: Any = None,
     ) -> Any:
         """What the model says of one picture, in its own pixels: a detector's Detections, best score first.
 
@@ -105,7 +104,7 @@ class Predictor:
             gallery: names what the picture shows, for a model that gives embeddings (see its Gallery.read).
 
         Returns:
-            Detections of a detector; of the other tasks what stands in detkit.predictions.
+            Detections of a detector; of the other tasks what stands in detkit.structures.
 
         Raises:
             DataError: the picture cannot be read.
@@ -122,7 +121,7 @@ class Predictor:
         iou: float | None = None,
         max_det: int | None = None,
         classes: Sequence[str | int] | None = None,
-        gallery: Recogniser | None = None,
+        gallery: Any = None,
         batch_size: int = 8,
     ) -> Iterator[Any]:
         """What the model says of each picture in turn; see `predict`."""

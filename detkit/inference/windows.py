@@ -19,8 +19,7 @@ from torch import Tensor
 from detkit.heads.parts.semantic import SemanticHead, labels_of
 from detkit.heads.parts.size_cache import PerSize
 from detkit.model import Model
-from detkit.predictions import Prediction, SemanticMap
-from detkit.structures import Batch, Target
+from detkit.structures import Batch, Prediction, SemanticMap, Target
 
 Size = tuple[int, int]
 Network = Callable[[Tensor, tuple[Size, ...], tuple[Tensor, ...] | None], Any]

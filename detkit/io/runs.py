@@ -10,7 +10,8 @@ from pathlib import Path
 from detkit.errors import CheckpointError
 
 BEST = Path("checkpoints") / "best.safetensors"
-TORCHVISION, MTCNN = "torchvision:", "mtcnn:"
+TORCHVISION = "torchvision:"
+PREFIXES = (TORCHVISION, "mtcnn:")
 """What the names of published models start with; see detkit.published."""
 SHOWN_RUNS = 8
 """As many runs are named where the one asked for is missing."""
@@ -32,7 +33,7 @@ def resolve_checkpoint(path: str | Path) -> str:
             if checkpoint.is_file():
                 return str(checkpoint)
         raise CheckpointError(f"The folder '{path}' holds no {BEST.as_posix()}. {_advice(given)}")
-    if not os.path.isfile(split_options(str(path))[0]) and not str(path).startswith((TORCHVISION, MTCNN)):
+    if not os.path.isfile(split_options(str(path))[0]) and not str(path).startswith(PREFIXES):
         raise CheckpointError(f"There is no checkpoint '{path}'. {_advice(given)}")
     return str(path)
 

@@ -43,6 +43,8 @@ FORMATS = {
     "darknet": "a file of Darknet's weights",
 }
 """What `file_format` answers for the files that can be read, and words for it."""
+OF_TENSORS = ("safetensors", "torch")
+"""Those of FORMATS that `read_tensors` reads."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     where = f"The file of weights '{printable(str(path))}'"
     kind = file_format(path)
-    if kind not in ("safetensors", "torch"):
+    if kind not in OF_TENSORS:
         raise CheckpointError(
             f"{where} is {FORMATS.get(kind, kind)}. A .safetensors file, or one of torch.save(model.state_dict(), "
             f"FILE), is needed here."

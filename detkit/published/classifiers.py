@@ -11,13 +11,15 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import unnamed_classes
 from detkit.published.names import count_rows
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
-from detkit.zoo.classifiers.densenet import with_current_names
 
 NETWORKS = (
     *("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "googlenet"),
     *("resnet18", "resnet34", "resnet50", "resnet101", "densenet121"),
 )
+OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""Of DenseNet's layers in torchvision's published file."""
 INPUT = (224, 224)
 HIDDEN = {"widths": [4096, 4096], "dropout": 0.5}
 # Of torchvision's classifiers, where they are more than one layer.
@@ -30,6 +32,9 @@ HEAD_NAMES = (
 AUXILIARY_NAMES = ((".conv.conv.", ".conv."), (".conv.bn.", ".norm."), (".fc1.", ".hidden."), (".fc2.", ".predictor."))
 
 
+@weight_converters.register("fc.weight")
+@weight_converters.register("classifier.weight")
+@weight_converters.register("classifier.6.weight")
 def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of one of torchvision's NETWORKS; the published ones have ImageNet's classes.
 
@@ -56,6 +61,11 @@ def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         name=network,
     )
     return tensors, experiment, imagenet_classes(classes)
+
+
+def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names of torchvision's code, which is newer than its published file."""
+    return {OLD_NAME.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
 
 
 def imagenet_classes(count: int) -> ClassList:

@@ -10,6 +10,7 @@ from detkit.data.semantic import BACKGROUND
 from detkit.errors import CheckpointError
 from detkit.published.classes import unnamed_classes
 from detkit.published.names import count_rows, renamed
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
 NAMES = (
@@ -23,6 +24,7 @@ SHORT_SIDE, LONG_SIDE = 520, 2080
 """Torchvision scales the shorter side to 520 and does not limit the longer one."""
 
 
+@weight_converters.register("classifier.1.running_mean")
 def convert_fcn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of torchvision's `fcn_resnet50` or `fcn_resnet101`; the published ones have the
     20 classes of VOC and background.

@@ -10,6 +10,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes, unnamed_classes
 from detkit.published.names import TRUNK, check_anchors, count_rows, epsilon_option, is_coco, renamed
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
 NAMES = (
@@ -33,6 +34,7 @@ BACKGROUND_ROWS = {"head.regions.box_predictor": 4, "head.mask.predictor": 1}
 """Torchvision predicts a box and a mask of the background, too, which nothing reads."""
 
 
+@weight_converters.register("rpn.head.cls_logits.weight")
 def convert_rcnn(
     state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:

@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,22 +13,15 @@ from detkit.backbones.weights import downloaded
 from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.errors import CheckpointError, DetkitError, nearest, printable
 from detkit.io.files import parse_yaml
-from detkit.io.runs import MTCNN, TORCHVISION, split_options
-from detkit.io.tensor_files import FORMATS, file_format, of_detkit, read_tensors
+from detkit.io.runs import PREFIXES, TORCHVISION, split_options
+from detkit.io.tensor_files import FORMATS, OF_TENSORS, file_format, of_detkit, read_tensors
 from detkit.io.torch_file import one_line
-from detkit.published.classifiers import NETWORKS, convert_classifier
-from detkit.published.fcn import convert_fcn
-from detkit.published.rcnn import convert_rcnn
-from detkit.published.retinanet import convert_retinanet
-from detkit.published.ssd import convert_ssd300_vgg16
-from detkit.published.yolox import STEM, convert_yolox
+from detkit.published.classifiers import NETWORKS
+from detkit.registry import weight_converters, weight_files
 from detkit.structures import ClassList
-from detkit.zoo.darknet.converter import read_darknet
-from detkit.zoo.faces.converter import convert_mtcnn, mtcnn_files
 
 logger = logging.getLogger(__name__)
 
-DARKNET_SUFFIX = ".weights"
 PUBLISHED = (
     "ssd300_vgg16",
     "fasterrcnn_resnet50_fpn",
@@ -43,15 +36,24 @@ PUBLISHED = (
 )
 Result = tuple[dict[str, Tensor], Experiment, ClassList]
 Converter = Callable[..., Result]
-CONVERTERS: dict[str, Converter] = {
-    # by a tensor that only this family has
-    "backbone.scale_weight": convert_ssd300_vgg16,
-    "rpn.head.cls_logits.weight": convert_rcnn,
-    "head.classification_head.cls_logits.weight": convert_retinanet,
-    STEM: convert_yolox,
-    "classifier.1.running_mean": convert_fcn,
-    **dict.fromkeys(("fc.weight", "classifier.weight", "classifier.6.weight"), convert_classifier),
-}
+
+
+class WeightFile(Protocol):
+    """Weights in files that are not state dicts, registered in detkit.registry.weight_files."""
+
+    def matches(self, source: str) -> bool:
+        """Whether `source` is such a file, or stands for some."""
+        ...
+
+    def read(self, source: str) -> Result:
+        """The tensors under detkit's names, the experiment and the classes.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another model.
+        """
+        ...
+
+
 COCO, CLASS_NAMES = "coco", "data.class_names"
 CHANGEABLE = ("backbone.", "neck.", "head.", "input.")
 OF_COCO = ("retinanet", "faster_rcnn", "mask_rcnn")
@@ -71,7 +73,7 @@ ASSUMED = (
 def is_published(source: str) -> bool:
     """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, or a file that is not one of detkit's."""
     file, options = split_options(source)
-    if source.startswith((TORCHVISION, MTCNN)) or options:
+    if source.startswith(PREFIXES) or options:
         return True
     kind = file_format(file)
     return not of_detkit(file) if kind == "safetensors" else kind in FORMATS or not file.endswith(".safetensors")
@@ -96,47 +98,52 @@ def read_published(source: str) -> Result:
     given = _parsed(text, source)
     options = {key: value for key, value in given.items() if key not in (COCO, CLASS_NAMES)}
     tensors, experiment, classes = _read(source, file, given.get(COCO), tuple(options))
-    if not file.startswith((TORCHVISION, MTCNN)):
+    if not file.startswith(PREFIXES):
         _say_what_is_assumed(source, experiment, classes, given)
     return tensors, _changed(experiment, options), _named(classes, given.get(CLASS_NAMES), source)
 
 
 def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -> Result:
     """As `read_published`, without the changes that options ask for; of these only the names are given."""
-    if file.startswith(MTCNN):
-        return convert_mtcnn({name: read_tensors(path) for name, path in mtcnn_files(file).items()})
     if file.startswith(TORCHVISION):
         return _converted(_download(file), source, coco, options)
-    if file_format(file) == "darknet" or (file.endswith(DARKNET_SUFFIX) and file_format(file) not in FORMATS):
-        return read_darknet(file)
+    if file.startswith(PREFIXES) or file_format(file) not in OF_TENSORS:
+        readers: list[WeightFile] = [weight_files.get(name)() for name in weight_files.names()]
+        for reader in readers:
+            if reader.matches(file):
+                return reader.read(file)
     return _converted(read_tensors(file), source, coco, options)
+
+
+def find_converter(state: Mapping[str, Tensor]) -> Converter | None:
+    """The function that turns a state dict of another library into detkit's; None for an unknown one."""
+    return next((weight_converters.get(name) for name in weight_converters.names() if name in state), None)
 
 
 def _converted(state: Mapping[str, Tensor], source: str, coco: bool | None, options: tuple[str, ...]) -> Result:
     where = f"'{printable(source)}'"
     inner: Mapping[str, Tensor] | None = state
     while inner is not None:
-        for name, convert in CONVERTERS.items():
-            if name in inner:
-                given = {"coco": coco, "options": options}
-                taken = {key: given[key] for key in inspect.signature(convert).parameters if key in given}
-                if coco is not None and "coco" not in taken:
-                    raise CheckpointError(f"{where}: '{COCO}' is for Faster R-CNN, Mask R-CNN and RetinaNet.")
-                try:
-                    return convert(inner, **taken)
-                except DetkitError as error:
-                    raise CheckpointError(f"{where} cannot be used. {error}") from None
-                # What tensors of other shapes than those of the model lead to.
-                except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                    raise CheckpointError(
-                        f"{where} has tensors of other shapes than the model that their names belong to "
-                        f"({one_line(error)}). Was it trained with other options?"
-                    ) from None
+        if convert := find_converter(inner):
+            given = {"coco": coco, "options": options}
+            taken = {key: given[key] for key in inspect.signature(convert).parameters if key in given}
+            if coco is not None and "coco" not in taken:
+                raise CheckpointError(f"{where}: '{COCO}' is for Faster R-CNN, Mask R-CNN and RetinaNet.")
+            try:
+                return convert(inner, **taken)
+            except DetkitError as error:
+                raise CheckpointError(f"{where} cannot be used. {error}") from None
+            # What tensors of other shapes than those of the model lead to.
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{where} has tensors of other shapes than the model that their names belong to "
+                    f"({one_line(error)}). Was it trained with other options?"
+                ) from None
         inner = _without_shared_prefix(inner)
     raise CheckpointError(
         f"{where} is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}), nor one of YOLOX's or "
-        f"Darknet's, and no checkpoint of detkit: it has none of the tensors {', '.join(CONVERTERS)}, but "
-        f"{', '.join(list(state)[:3])}. Weights of a backbone alone go to --backbone.weights."
+        f"Darknet's, and no checkpoint of detkit: it has none of the tensors {', '.join(weight_converters.names())}, "
+        f"but {', '.join(list(state)[:3])}. Weights of a backbone alone go to --backbone.weights."
     )
 
 

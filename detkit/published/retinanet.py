@@ -10,6 +10,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes, unnamed_classes
 from detkit.published.names import TRUNK, check_anchors, count_rows, epsilon_option, is_coco, renamed
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
 NAMES = (
@@ -28,6 +29,7 @@ RATIOS = [0.5, 1.0, 2.0]
 ANCHORS_PER_LOCATION = len(SIZES[0]) * len(RATIOS)
 
 
+@weight_converters.register("head.classification_head.cls_logits.weight")
 def convert_retinanet(
     state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:

@@ -11,6 +11,7 @@ from detkit.heads.ssd import from_torchvision as head_from_torchvision
 from detkit.necks.ssd_vgg import from_torchvision as trunk_from_torchvision
 from detkit.published.classes import coco_classes, unnamed_classes
 from detkit.published.names import COCO_OUTPUTS, check_anchors, count_rows
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
 # configs/ssd300_vgg16.yaml trains the same model.
@@ -29,6 +30,7 @@ SSD300_HEAD: dict[str, Any] = {
 }
 
 
+@weight_converters.register("backbone.scale_weight")
 def convert_ssd300_vgg16(
     state: Mapping[str, Tensor], options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:

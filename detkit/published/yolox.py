@@ -9,6 +9,7 @@ from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
 from detkit.published.classes import coco_classes_without_gaps, unnamed_classes
 from detkit.published.names import count_rows
+from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
 STEM = "backbone.backbone.stem.conv.conv.weight"
@@ -19,6 +20,7 @@ LARGEST = 2.0
 """Of the factors of width and depth; YOLOX-X has 1.25 and 1.33."""
 
 
+@weight_converters.register(STEM)
 def convert_yolox(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of YOLOX-Nano, Tiny, S, M, L or X; the tensors' shapes tell which.
 

@@ -15,9 +15,8 @@ from rich.table import Table
 from detkit.data.dataset import Dataset
 from detkit.errors import ConfigError, nearest
 from detkit.heads.base import Head
-from detkit.predictions import Prediction
 from detkit.registry import tasks
-from detkit.structures import ClassList, Meta, Target
+from detkit.structures import ClassList, Meta, Prediction, Target
 from detkit.tasks.drawing import side_by_side
 
 P = TypeVar("P", bound=Prediction)
@@ -142,6 +141,19 @@ class Task(ABC, Generic[P]):
             ConfigError: an option makes no sense.
         """
         yield lambda prediction: prediction
+
+    def prediction_options(self, predictor: Any, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        """Those of the user's options of `detkit infer` that `Predictor.predict_all` takes.
+
+        Args:
+            predictor: the detkit.inference.predictor.Predictor that is about to run.
+            options: what the user gave.
+            batch: images that go through the network together.
+
+        Raises:
+            DetkitError: what an option names cannot be read.
+        """
+        return {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
 
     def shown(self, prediction: P) -> P:
         """What of a prediction a person wants to see in a picture."""

@@ -224,7 +224,7 @@ def _annotate(
     picture: np.ndarray = cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)
     if objects.points is None:
         return picture
-    from detkit.tasks.drawing_points import draw_points
+    from detkit.tasks.points_drawing import draw_points
 
     return draw_points(picture, objects.points, getattr(objects, "visible", None), numbers=False)
 

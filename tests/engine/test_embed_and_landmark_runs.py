@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import detkit
 from detkit.cli import main
 from detkit.errors import ConfigError, DataError
-from detkit.predictions import Embedding
 from detkit.tasks.drawing import write_image
 from detkit.zoo.embedding.gallery import Gallery
+from detkit.zoo.embedding.structures import Embedding
 from detkit.zoo.faces.dataset import Faces
 
 CONFIG = """

@@ -13,10 +13,12 @@ from detkit.config import load_experiment
 from detkit.heads.base import Head
 from detkit.inference.optimization import FastNetwork, bf16_instructions
 from detkit.model import Model
-from detkit.predictions import Classification, Embedding, Landmarks, Rendering, SemanticMap
 from detkit.registry import heads, tasks
-from detkit.structures import IGNORED_PIXEL, ClassList, Detections, Inputs, Target
+from detkit.structures import IGNORED_PIXEL, Classification, ClassList, Detections, Inputs, SemanticMap, Target
+from detkit.zoo.embedding.structures import Embedding
 from detkit.zoo.faces.mtcnn import MTCNN
+from detkit.zoo.faces.structures import Landmarks
+from detkit.zoo.style.structures import Rendering
 
 PREDICTIONS: dict[str, type] = {
     "detect": Detections,

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as reference
 
 from detkit.errors import DataError
-from detkit.predictions import Classification
-from detkit.structures import ClassList, Meta, Target
+from detkit.structures import Classification, ClassList, Meta, Target
 from detkit.tasks.classification.metrics import (
     ClassificationEvaluator,
     ClassificationScores,

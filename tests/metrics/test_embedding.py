@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from scipy.stats import mannwhitneyu
 
 import detkit.zoo.embedding.metrics as module
-from detkit.predictions import Embedding
 from detkit.structures import Meta, Target
 from detkit.zoo.embedding.metrics import EmbeddingEvaluator, EmbeddingScores
+from detkit.zoo.embedding.structures import Embedding
 
 
 def scored(vectors: torch.Tensor, labels: list[int]) -> EmbeddingScores:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detkit.predictions import Landmarks
 from detkit.registry import heads
 from detkit.structures import ClassList, Meta, Target
 from detkit.zoo.faces.landmarks import object_of
 from detkit.zoo.faces.metrics import LandmarksEvaluator, LandmarksScores
+from detkit.zoo.faces.structures import Landmarks
 from detkit.zoo.faces.task import Landmarks as Task
 
 

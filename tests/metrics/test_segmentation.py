@@ -9,8 +9,7 @@ import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from detkit.data.masks import decode
-from detkit.predictions import SemanticMap
-from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, SemanticMap, Target
 from detkit.tasks.segmentation.metrics import SegmentationEvaluator, confusion_matrix
 
 COUNT = 6

@@ -16,9 +16,8 @@ from detkit.cli import main
 from detkit.data.dataset import Problems
 from detkit.engine.train import train
 from detkit.errors import ConfigError, DataError
-from detkit.predictions import Classification
 from detkit.registry import heads, tasks
-from detkit.structures import ClassList, Meta, Target
+from detkit.structures import Classification, ClassList, Meta, Target
 from detkit.tasks.classification.drawing import draw_classes, draw_classification, draw_confusion
 
 CROPS = ("--data", "{name: crops, data: {name: shapes, train_count: 6, val_count: 4, size: 64}}")

@@ -15,8 +15,7 @@ from detkit.cli import main
 from detkit.data.formats.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError, DataError
-from detkit.predictions import SemanticMap
-from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Sample, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Sample, SemanticMap, Target
 from detkit.tasks.segmentation.task import Segment, enlarged_labels
 
 TINY = """

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from detkit.errors import ConfigError, DetkitError
 from detkit.heads.base import Head, check_count
-from detkit.predictions import SemanticMap
-from detkit.structures import IGNORED_PIXEL, Target
+from detkit.structures import IGNORED_PIXEL, SemanticMap, Target
 
 MOST_CLASSES = IGNORED_PIXEL
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from detkit.predictions import Classification
+from detkit.structures import Classification
 from detkit.tasks.drawing import BACKGROUND, check_image, readable, text_size
 
 SHOWN_GUESSES = 3

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from detkit.errors import DataError
-from detkit.predictions import Classification
-from detkit.structures import ClassList, Meta, Target
+from detkit.structures import Classification, ClassList, Meta, Target
 
 SMALL = 12
 """The most classes for which the terminal shows the confusion matrix."""

@@ -10,9 +10,8 @@ import numpy as np
 from detkit.data.dataset import Dataset
 from detkit.errors import DataError
 from detkit.heads.base import Head
-from detkit.predictions import Classification
 from detkit.registry import tasks
-from detkit.structures import ClassList, Meta, Target
+from detkit.structures import Classification, ClassList, Meta, Target
 from detkit.tasks.base import Scores, Task
 from detkit.tasks.classification.drawing import best_guesses, draw_classes, draw_classification, draw_confusion
 from detkit.tasks.classification.metrics import (

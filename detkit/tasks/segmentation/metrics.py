@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from detkit.data.masks import encode
-from detkit.predictions import SemanticMap
-from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, SemanticMap, Target
 
 if TYPE_CHECKING:
     from rich.table import Table

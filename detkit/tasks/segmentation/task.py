@@ -13,9 +13,8 @@ from torch import Tensor
 from detkit.data.dataset import Dataset
 from detkit.errors import DataError
 from detkit.heads.base import Head
-from detkit.predictions import SemanticMap
 from detkit.registry import tasks
-from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Target
+from detkit.structures import IGNORED_PIXEL, ClassList, Meta, SemanticMap, Target
 from detkit.tasks.base import Task
 from detkit.tasks.drawing import side_by_side
 from detkit.tasks.segmentation.drawing import draw_semantic, write_palette_png

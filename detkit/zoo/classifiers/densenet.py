@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
+from detkit.published.classifiers import with_current_names
 from detkit.registry import backbones
 
-OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 CHANNELS = {2: 256, 3: 512, 4: 1024, 5: 1024}
 
 
@@ -89,8 +88,3 @@ class DenseNet121(Backbone):
                 stages.append([])
             stages[-1].append(layer)
         return [nn.Sequential(*stage) for stage in stages]
-
-
-def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` under the names of torchvision's code, which is newer than its published file."""
-    return {OLD_NAME.sub(r"\1\2.", name): tensor for name, tensor in state.items()}

@@ -13,8 +13,9 @@ from torch import Tensor
 from detkit.config import Experiment, InputOptions
 from detkit.data.formats.semantic_masks import VOC_NAMES
 from detkit.errors import CheckpointError
+from detkit.io.tensor_files import FORMATS, file_format
 from detkit.published.classes import coco_classes_without_gaps
-from detkit.registry import backbones, heads, necks
+from detkit.registry import backbones, heads, necks, weight_files
 from detkit.structures import ClassList
 from detkit.zoo.darknet.weight_file import Unit, convolutions, count_floats, read_floats, take_tensors
 
@@ -106,6 +107,20 @@ NETWORKS = (
         {"name": "yolov3_neck", "widths": [128, 256], "depths": [0, 1]},
     ),
 )
+
+
+@weight_files.register("darknet")
+class DarknetFile:
+    """A `.weights` file of Darknet's YOLOv2 or YOLOv3."""
+
+    def matches(self, source: str) -> bool:
+        """Whether it is one by its content, or by its name where the content is of no other known kind."""
+        kind = file_format(source)
+        return kind == "darknet" or (source.endswith(".weights") and kind not in FORMATS)
+
+    def read(self, source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+        """See `read_darknet`."""
+        return read_darknet(source)
 
 
 def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:

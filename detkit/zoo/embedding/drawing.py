@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from detkit.predictions import Embedding
 from detkit.tasks.classification.drawing import draw_classes
 from detkit.tasks.drawing import check_image
+from detkit.zoo.embedding.structures import Embedding
 
 
 def draw_embedding(image: np.ndarray, prediction: Embedding, title: str = "") -> np.ndarray:

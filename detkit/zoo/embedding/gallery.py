@@ -11,7 +11,7 @@ from torch import Tensor
 from detkit.data.sources import find_images
 from detkit.errors import ConfigError, DataError
 from detkit.inference.predictor import Predictor
-from detkit.predictions import Embedding
+from detkit.zoo.embedding.structures import Embedding
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from detkit.errors import check_range
 from detkit.heads.base import Head, check_count
 from detkit.heads.parts.pooling import pooled_pictures
-from detkit.predictions import Embedding
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
 from detkit.zoo.embedding.losses import build_embed_loss
+from detkit.zoo.embedding.structures import Embedding
 
 
 class EmbedOutputs(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.predictions import Embedding
 from detkit.structures import Meta, Target
+from detkit.zoo.embedding.structures import Embedding
 
 BLOCK = 1 << 24
 """Pairs that are looked at together."""

@@ -10,13 +10,15 @@ import torch
 from detkit.data.dataset import Dataset
 from detkit.errors import DataError
 from detkit.heads.base import Head
-from detkit.predictions import Embedding, Recogniser
+from detkit.inference.predictor import Predictor
 from detkit.registry import tasks
 from detkit.structures import ClassList, Meta, Target
 from detkit.tasks.base import Scores, Task
 from detkit.tasks.classification.drawing import draw_classes
 from detkit.zoo.embedding.drawing import caption, draw_embedding
+from detkit.zoo.embedding.gallery import Gallery
 from detkit.zoo.embedding.metrics import EmbeddingEvaluator, EmbeddingScores, record
+from detkit.zoo.embedding.structures import Embedding, Recogniser
 
 
 @tasks.register("embed")
@@ -36,6 +38,11 @@ class Embed(Task[Embedding]):
         assert isinstance(scores, EmbeddingScores)
         if isinstance(threshold := getattr(head, "threshold", None), torch.Tensor):
             threshold.fill_(scores.threshold)
+
+    def prediction_options(self, predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        if "gallery" not in options:
+            return {}
+        return {"gallery": Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)}
 
     @contextmanager
     def limited(

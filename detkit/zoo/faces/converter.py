@@ -8,9 +8,11 @@ from torch import Tensor
 
 from detkit.config import Experiment, InputOptions
 from detkit.errors import CheckpointError
-from detkit.io.runs import MTCNN as PREFIX
+from detkit.io.tensor_files import read_tensors
+from detkit.registry import weight_files
 from detkit.structures import ClassList
 
+PREFIX = "mtcnn:"
 NETWORKS = ("pnet", "rnet", "onet")
 OUTPUTS = {
     **{"conv4_1": "face", "conv4_2": "box"},
@@ -18,6 +20,19 @@ OUTPUTS = {
     **{"dense6_1": "face", "dense6_2": "box", "dense6_3": "points"},
 }
 """The last layers of the three networks; of the others only the prefix differs."""
+
+
+@weight_files.register("mtcnn")
+class MTCNNFiles:
+    """The three files of facenet-pytorch's MTCNN: "mtcnn:" and their folder."""
+
+    def matches(self, source: str) -> bool:
+        """Whether the source has the prefix."""
+        return source.startswith(PREFIX)
+
+    def read(self, source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
+        """See `mtcnn_files` and `convert_mtcnn`."""
+        return convert_mtcnn({name: read_tensors(path) for name, path in mtcnn_files(source).items()})
 
 
 def mtcnn_files(source: str) -> dict[str, Path]:

@@ -12,9 +12,9 @@ from detkit.boxes.convert import area
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, check_count
 from detkit.heads.parts.pooling import pooled_pictures
-from detkit.predictions import Landmarks as Prediction
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
+from detkit.zoo.faces.structures import Landmarks as Prediction
 
 
 class LandmarksOutputs(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.predictions import Landmarks
 from detkit.structures import Meta, Target
+from detkit.zoo.faces.structures import Landmarks
 
 FAILURE = 0.1
 """The normalised error from which on a picture counts as failed, as is the custom with faces."""

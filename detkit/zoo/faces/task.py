@@ -12,14 +12,14 @@ from detkit.data.dataset import Dataset
 from detkit.data.transforms import map_points
 from detkit.errors import ConfigError, DataError
 from detkit.heads.base import Head
-from detkit.predictions import Landmarks as Prediction
 from detkit.registry import tasks
 from detkit.structures import ClassList, Meta, Target
 from detkit.tasks.base import Scores, Task
 from detkit.tasks.drawing import side_by_side
-from detkit.tasks.drawing_points import draw_landmarks, draw_points
+from detkit.tasks.points_drawing import draw_points
 from detkit.zoo.faces.landmarks import object_of
 from detkit.zoo.faces.metrics import LandmarksEvaluator, record
+from detkit.zoo.faces.structures import Landmarks as Prediction
 
 MEASURES = {
     "box": "the diagonal of the object's box",
@@ -67,7 +67,7 @@ class Landmarks(Task[Prediction]):
         return [record(prediction, meta)]
 
     def draw(self, image: np.ndarray, prediction: Prediction) -> np.ndarray:
-        return draw_landmarks(image, prediction)
+        return draw_points(image, prediction.points[None], None)
 
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
         truth = object_of(target)

@@ -16,10 +16,10 @@ from detkit.data.image import read_image, resized
 from detkit.errors import ConfigError, DataError, check_range
 from detkit.heads.base import Head, check_count
 from detkit.heads.parts.losses import gram_matrix, style_loss, total_variation
-from detkit.predictions import Rendering
 from detkit.registry import backbones, heads
 from detkit.structures import Inputs, Target
 from detkit.zoo.style.network import SMALLEST_SIDE, StyleNetwork
+from detkit.zoo.style.structures import Rendering
 
 
 class StyleOutputs(NamedTuple):

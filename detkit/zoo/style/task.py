@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from detkit.heads.base import Head
-from detkit.predictions import Rendering
 from detkit.registry import tasks
 from detkit.structures import ClassList, Meta, Target
 from detkit.tasks.base import Task
 from detkit.tasks.drawing import side_by_side
+from detkit.zoo.style.structures import Rendering
 
 FIGURES = ("total", "content", "style", "variation")
 

@@ -23,10 +23,10 @@ from detkit.inference.options import check_output, claimed_output
 from detkit.inference.predictor import to_device
 from detkit.io.files import replacing
 from detkit.io.terminal import Console
-from detkit.predictions import Rendering
 from detkit.registry import heads
 from detkit.tasks.drawing import write_image
 from detkit.zoo.style.head import Style
+from detkit.zoo.style.structures import Rendering
 
 Losses = dict[str, float]
 FINAL_LR = 0.1

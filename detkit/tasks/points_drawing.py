@@ -1,33 +1,22 @@
-"""Pictures of landmarks: a dot for each point, with its number where there is room."""
+"""Draws landmarks: a dot for each point, with its number."""
 
 import numpy as np
 from torch import Tensor
 
-from detkit.predictions import Landmarks
 from detkit.tasks.drawing import check_image, font, label_colors, text_size
 
 
-def draw_landmarks(image: np.ndarray, prediction: Landmarks) -> np.ndarray:
-    """The picture with the points and their numbers, from 0; a point has the same colour in every picture.
+def draw_points(image: np.ndarray, points: Tensor, visible: Tensor | None, numbers: bool = True) -> np.ndarray:
+    """Draw landmarks as dots; a point has the same colour in every image.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        prediction: points in pixels of `image`.
+        points: (N, K, 2) x and y in pixels of `image`, for N objects.
+        visible: (N, K) bool, the points to draw; None for all.
+        numbers: write the number of each point, from 0, beside it.
 
     Returns:
         A new (H, W, 3) uint8 RGB image.
-
-    Raises:
-        ValueError: `image` has another shape or type.
-    """
-    return draw_points(image, prediction.points[None], None)
-
-
-def draw_points(image: np.ndarray, points: Tensor, visible: Tensor | None, numbers: bool = True) -> np.ndarray:
-    """The picture with the points (N, K, 2) of N objects, those of them that are visible (N, K); None for all.
-
-    Args:
-        numbers: write the number of each beside it.
 
     Raises:
         ValueError: `image` has another shape or type.

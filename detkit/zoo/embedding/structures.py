@@ -1,0 +1,46 @@
+"""The prediction of a model that embeds images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from detkit.structures import check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A picture as a point; pictures of the same thing lie near one another.
+
+    Args:
+        vector: (D,) float32, of length 1.
+        identity: the name of what the picture shows, by a gallery; None for what is not in it, and without one.
+        distance: to the nearest picture of the gallery, in 0..2; None without one.
+    """
+
+    vector: Tensor
+    identity: str | None = None
+    distance: float | None = None
+
+    def distance_to(self, other: Embedding) -> float:
+        """0 (the same point) to 2 (opposite): two pictures show the same where it is below a threshold, such as the one
+        that `detkit eval` finds the best."""
+        return float(torch.linalg.vector_norm(self.vector - other.vector))
+
+    def __post_init__(self) -> None:
+        check_tensor(self.vector, "vector", 1, torch.float32)
+
+    def to(self, device: torch.device | str) -> Embedding:
+        """The same with its tensor on `device`."""
+        return replace(self, vector=self.vector.to(device))
+
+
+class Recogniser(Protocol):
+    """What names the things in pictures by their embeddings, such as a gallery."""
+
+    def recognise(self, embedding: Embedding) -> Embedding:
+        """The embedding with what it shows."""
+        ...
