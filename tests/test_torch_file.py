@@ -330,4 +330,5 @@ def test_nothing_else_opens_a_pickle() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in calls
     ]
-    assert [item.partition(":")[0] for item in found] == ["data/transfer.py"], found  # which its own workers write
+    # Which its own workers write.
+    assert [item.partition(":")[0] for item in found] == ["data/shared_batches.py"], found

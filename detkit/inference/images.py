@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from detkit.data.image import read_image
 from detkit.data.sources import search
 from detkit.data.video import is_video
 from detkit.errors import DataError, counted, printable

@@ -115,7 +115,7 @@ class DarknetFile:
 
     def matches(self, source: str) -> bool:
         """Whether it is one by its content, or by its name where the content is of no other known kind."""
-        kind = file_format(source)
+        kind = file_format(source) if Path(source).expanduser().is_file() else "torch"
         return kind == "darknet" or (source.endswith(".weights") and kind not in FORMATS)
 
     def read(self, source: str) -> tuple[dict[str, Tensor], Experiment, ClassList]:
