@@ -44,8 +44,8 @@ def weights_are_loaded() -> bool:
 class Registry:
     """Parts of one kind by name.
 
-    The modules of `package` are imported at the first look-up, so that a new part is one new file
-    with `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
+    The modules of `package` are imported at the first look-up, so that a new part is one new file with
+    `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
     it is the module `module` of each folder. So are the modules that installed packages name as entry points of the
     group PLUGINS. A name that is not among them is looked up in the folders of detkit.zoo. A config cannot name a
     module to import.
