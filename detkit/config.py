@@ -282,7 +282,7 @@ def load_experiment(
     """Merge YAML files, later ones winning key by key, then apply overrides ["--train.lr", "0.1"].
 
     Args:
-        configs: paths of YAML files.
+        configs: YAML files, or names of configs; see `find_config`.
         overrides: arguments of the command line.
         base: an experiment to start from, as `experiment_to_dict` wrote it.
 
@@ -334,19 +334,54 @@ def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """A config file as a dict; relative paths in it (data.root, proposals.path) are made absolute from its own folder.
+def packaged_configs() -> dict[str, Path]:
+    """The configs that come with detkit, by name: those in the installed package, or in the checkout."""
+    package = Path(__file__).parent
+    folder = package / "configs"
+    folder = folder if folder.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(config: str) -> tuple[Path, Path]:
+    """The file of a config, and the folder at which relative paths in it start.
+
+    A config is given as a file, or by its name: `quickstart` is quickstart.yaml or configs/quickstart.yaml in the
+    working folder, else the one that comes with detkit. Relative paths in a file start at its own folder, but those in
+    a config that comes with detkit at the working folder: data are not kept in an installed package.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, names a key twice, or is not a mapping.
+        ConfigError: there is no such config; the message has the nearest one.
     """
-    file = Path(path)
-    if not os.path.isfile(path):
-        named = Path("configs", f"{file.stem}.yaml")  # by its name alone
-        if named.is_file():
-            raise ConfigError(f"There is no config file '{path}'. Did you mean '{named}'?")
-        near = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if os.path.isdir(file.parent) else []
-        raise ConfigError(f"There is no config file '{path}'. {nearest(path, near)}")
+    is_name = not config.endswith((".yaml", ".yml"))
+    # Unlike Path's, os.path.isfile answers for names that are too long, too.
+    for path in (config, *((f"{config}.yaml", f"configs/{config}.yaml") if is_name else ())):
+        if os.path.isfile(path):
+            return Path(path), Path(path).parent
+    packaged = packaged_configs()
+    if config in packaged:
+        return packaged[config], Path()
+    folder, stem = Path(config).parent, Path(config).stem
+    named = f"configs/{stem}.yaml"
+    if not is_name and os.path.isfile(named):
+        raise ConfigError(f"There is no config file '{config}'. Did you mean '{named}'?")
+    if stem in packaged:
+        raise ConfigError(
+            f"There is no config file '{config}'. Give its name alone to use the config that comes with detkit: detkit "
+            f"train {stem}"
+        )
+    local = [str(other) for other in sorted(folder.glob("*.yaml"))] if os.path.isdir(folder) else []
+    if is_name:
+        raise ConfigError(f"There is no config named '{config}'. {nearest(config, [*local, *packaged])}")
+    raise ConfigError(f"There is no config file '{config}'. {nearest(config, local)}")
+
+
+def read_yaml(config: str) -> dict[str, Any]:
+    """The content of a config; relative paths in it (data.root, proposals.path) are made absolute, see `find_config`.
+
+    Raises:
+        ConfigError: there is no such config, or it is not YAML, names a key twice, or is not a mapping.
+    """
+    path, folder = find_config(config)
     values = files.read_yaml(path, "config", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(
@@ -354,7 +389,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         )
     for options, key in _paths(values):
         try:
-            options[key] = str((file.parent / os.path.expanduser(options[key])).resolve())
+            options[key] = str((folder / os.path.expanduser(options[key])).resolve())
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, NUL
             raise ConfigError(f"The path {shown(options[key])} in '{path}' cannot be used: {error}.") from None
     return values

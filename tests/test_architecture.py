@@ -24,9 +24,10 @@ LAYERS = [
     {"tasks"},
     {"inference"},
     {"engine"},
+    {"cli"},
     {"zoo"},
     {"bench"},
-    {"cli_options", "cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

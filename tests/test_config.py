@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from detkit.config import TrainOptions, experiment_from_dict, experiment_to_dict, load_experiment, read_yaml
+from detkit.config import (
+    TrainOptions,
+    experiment_from_dict,
+    experiment_to_dict,
+    find_config,
+    load_experiment,
+    packaged_configs,
+    read_yaml,
+)
 from detkit.data.proposals.dataset import check_needed
 from detkit.errors import ConfigError
 from detkit.model import build_model
@@ -184,8 +192,43 @@ def test_precisions_have_the_names_that_predictions_know(short: str, precision: 
 
 def test_a_config_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parent)
-    with pytest.raises(ConfigError, match=r"no config file 'ssd_bccd'. Did you mean 'configs/ssd_bccd.yaml'\?"):
-        load_experiment(["ssd_bccd"], [])
+    with pytest.raises(ConfigError, match=r"no config file 'ssd_bccd.yaml'. Did you mean 'configs/ssd_bccd.yaml'\?"):
+        load_experiment(["ssd_bccd.yaml"], [])
+    assert load_experiment(["ssd_bccd"], []).name == "ssd_bccd"
+
+
+def test_configs_that_come_with_detkit_are_found_from_anywhere() -> None:
+    """Each test runs in an empty folder."""
+    assert find_config("quickstart") == (FOLDER / "quickstart.yaml", Path())
+    assert load_experiment(["quickstart"]) == load_experiment([str(FOLDER / "quickstart.yaml")])
+    assert set(packaged_configs()) == {path.stem for path in FOLDER.glob("*.yaml")}
+    for missing in ("quickstart.yaml", "configs/quickstart.yaml", "deep/quickstart"):
+        with pytest.raises(ConfigError, match=f"no config file '{missing}'. .* detkit train quickstart$"):
+            find_config(missing)
+    with pytest.raises(ConfigError, match=r"no config named 'quickstrat'. Did you mean 'quickstart'\?"):
+        find_config("quickstrat")
+
+
+@pytest.mark.parametrize("local", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_a_config_of_the_working_folder_wins(local: str) -> None:
+    path = Path(local)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(CONFIG)
+    assert find_config("quickstart") == (path, path.parent)
+    assert load_experiment(["quickstart"]).data["root"] == str(path.parent.absolute() / "pictures")
+
+
+def test_paths_in_a_config_that_comes_with_detkit_start_at_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the folder of the installed package."""
+    (tmp_path / "detkit/configs").mkdir(parents=True)
+    (tmp_path / "detkit/configs/mine.yaml").write_text(CONFIG)
+    monkeypatch.setattr("detkit.config.__file__", str(tmp_path / "detkit/config.py"))
+    assert list(packaged_configs()) == ["mine"]
+    assert load_experiment(["mine"]).data["root"] == str(Path("pictures").absolute())
+    Path("mine").mkdir()  # a folder of that name is not a config
+    assert load_experiment(["mine"]).data["root"] == str(Path("pictures").absolute())
 
 
 def test_what_may_be_null_is_named_in_words() -> None:

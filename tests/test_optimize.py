@@ -255,7 +255,7 @@ def test_a_compiler_that_fails_ends_the_command_with_one_paragraph(tmp_path: Pat
     Image.fromarray(picture()).save(tmp_path / "picture.png")
     arguments = ["infer", "model.safetensors", "--source", "picture.png", "--device", "cpu", "--compile"]
     result = subprocess.run(
-        [sys.executable, "-m", "detkit.cli", *arguments],
+        [sys.executable, "-m", "detkit", *arguments],
         cwd=tmp_path,
         env={**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,

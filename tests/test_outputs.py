@@ -261,7 +261,7 @@ def test_the_work_goes_on_after_the_reader_of_a_pipe_has_gone(checkpoint: Path, 
     for number in range(5):
         image(tmp_path / "in" / f"{number}.png")
     (tmp_path / "in" / "broken.png").write_bytes(b"x")
-    command = [sys.executable, "-u", "-m", "detkit.cli", "infer", str(checkpoint), "--source", str(tmp_path / "in")]
+    command = [sys.executable, "-u", "-m", "detkit", "infer", str(checkpoint), "--source", str(tmp_path / "in")]
     command += ["--output", str(tmp_path / "out"), "--skip-broken", "true", "--conf", "0", "--max-det", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -277,7 +277,7 @@ def test_a_name_that_is_not_utf8_is_predicted(checkpoint: Path, tmp_path: Path) 
     folder = os.fsencode(tmp_path / "in")
     os.mkdir(folder)
     os.rename(image(tmp_path / "a.png"), os.path.join(folder, b"caf\xe9.png"))
-    command = [sys.executable, "-m", "detkit.cli", "infer", str(checkpoint), "--source", str(tmp_path / "in")]
+    command = [sys.executable, "-m", "detkit", "infer", str(checkpoint), "--source", str(tmp_path / "in")]
     command += ["--output", str(tmp_path / "out"), "--conf", "0", "--max-det", "1"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=300)
     assert done.returncode == 0, done.stderr.decode()

@@ -57,7 +57,7 @@ def install(folder: Path, source: str) -> dict[str, str]:
 
 
 def detkit(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "detkit.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "detkit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -1,4 +1,4 @@
-"""Style transfer as a user meets it: one picture by `detkit infer CONFIG`, and a network by `detkit train`."""
+"""Style transfer as a user meets it: one image by `detkit style`, and a network by `detkit train`."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from detkit.cli import main
-from detkit.cli_options import config_values, parse_options
+from detkit.cli.parser import config_values, parse_options
 from detkit.data.video import VideoReader, VideoWriter
 from detkit.errors import CheckpointError, DetkitError
 from detkit.model import read_checkpoint
@@ -69,9 +69,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
-    values = config_values(StyleOptions, str(Path(__file__).parents[1] / "configs" / "style.yaml"))
+    values = config_values(StyleOptions, str(Path(__file__).parents[1] / "configs" / "style.yaml"), "style")
     arguments = ["--content", "a.jpg", "--style", "b.jpg"]
-    options = parse_options(StyleOptions, "infer", arguments, positional=False, values=values)
+    options = parse_options(StyleOptions, "style", arguments, positional=False, values=values)
     assert options is not None
     assert (options.head["name"], options.optimizer) == ("style", "lbfgs")
     assert options.head.keys() - {"name"} <= option_names(heads.get("style"))
@@ -80,7 +80,7 @@ def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
 def test_a_picture_takes_on_a_style(run: Run, folder: Path) -> None:
     out = folder / "out"
     pictures = ("--content", folder / "photos/0.png", "--style", folder / "paint.png")
-    status, output, error = run("infer", folder / "style.yaml", *pictures, "--output", out, "--lr=0.05")
+    status, output, error = run("style", folder / "style.yaml", *pictures, "--output", out, "--lr=0.05")
     assert status == 0, error
     assert sorted(path.name for path in out.iterdir()) == [
         "0_in_paint.png", "losses.csv", "step_00000.jpg", "step_00003.jpg", "step_00006.jpg",
@@ -103,7 +103,7 @@ def test_a_picture_takes_on_a_style(run: Run, folder: Path) -> None:
 def test_options_of_the_command_line_win(run: Run, folder: Path) -> None:
     pictures = ("--content", folder / "photos/0.png", "--style", folder / "paint.png", "--output", folder / "out")
     options = ("--optimizer", "lbfgs", "--lr", "0.5", "--size", "20", "--steps", "3", "--head.content_weight", "0")
-    status, _, error = run("infer", folder / "style.yaml", *pictures, *options, "--head.network.name=vgg16")
+    status, _, error = run("style", folder / "style.yaml", *pictures, *options, "--head.network.name=vgg16")
     assert status == 0, error
     assert Image.open(folder / "out/0_in_paint.png").size == (20, 17)
     with (folder / "out/losses.csv").open() as file:
@@ -118,7 +118,7 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.
     content, style = ("--content", folder / "photos/0.png"), ("--style", folder / "paint.png")
 
     def fails(arguments: tuple[object, ...], *parts: str) -> None:
-        status, _, error = run("infer", *arguments, "--output", folder / "bad")
+        status, _, error = run("style", *arguments, "--output", folder / "bad")
         assert status == 1
         assert error.startswith("detkit: ")
         assert error.strip().count("\n") == 0
@@ -134,8 +134,13 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.
     fails((config, *content, *style, "--device", "cuda:77"), "cuda:77")
     monkeypatch.setattr("detkit.backbones.weights.downloaded", _no_network)
     fails((config, *content, *style, "--head.network.weights", "imagenet"), "give weights its path (.pth")
-    fails((folder / "fast.yaml", *content, *style), "'data'", "style transfer alone")
+    fails((folder / "fast.yaml", *content, *style), "'data'", "not an option of detkit style")
     fails((folder / "absent.yaml", *content, *style), "absent.yaml", "style.yaml")
+    fails((), "detkit style needs a config first")
+    status, _, error = run("infer", config, *content, *style)
+    assert status == 1
+    assert "takes a run's folder or a checkpoint, but" in error
+    assert "detkit style" in error
 
 
 def test_a_loss_that_is_no_number_stops(folder: Path) -> None:

@@ -24,6 +24,7 @@ from detkit.config import Experiment, experiment_to_dict, load_experiment
 from detkit.errors import CheckpointError, ConfigError, WriteError
 from detkit.io.files import make_folder, read_text, replacing, write_error
 from detkit.io.torch_file import read_torch
+from detkit.tasks.base import Scores
 
 STATE_FORMAT, EARLIER_STATE_FORMAT = 2, 1
 """The earlier one has no checksum."""
@@ -41,6 +42,7 @@ class RunFolder:
 
     Attributes:
         rows: of metrics.csv, the names of the columns first.
+        best_scores: of `best` on the validation data, if this process evaluated it as `detkit eval` does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,6 +56,7 @@ class RunFolder:
         self.state = self.checkpoints / "training_state.pt"
         self.previous_state = self.checkpoints / "training_state_previous.pt"
         self.rows: list[list[str]] = []
+        self.best_scores: Scores | None = None
         self._lock: IO[str] | None = None
 
     @classmethod

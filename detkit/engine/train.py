@@ -103,8 +103,8 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
         resume: the folder of an unfinished run, which goes on exactly where its last whole epoch ended.
 
     Returns:
-        The run's folder, with checkpoints/best.safetensors and metrics.csv in it; None in all processes but the
-        first, which alone evaluates and writes.
+        The run's folder, with checkpoints/best.safetensors and metrics.csv in it, and the scores of the best epoch
+        unless that was before the resume; None in all processes but the first, which alone evaluates and writes.
 
     Raises:
         DetkitError: a mistake in config, data or weights, found before the first step where possible.
@@ -452,6 +452,8 @@ def _validate(
         # The first is the best so far, whatever its score.
         if score > progress.best_score or not progress.best_checksum:
             progress.best_score, progress.evaluations_since_best = score, 0
+            # Stored maps have all of the padding, without which `detkit eval` scores, so these figures may differ.
+            folder.best_scores = evaluation.scores if store is None else None
             task_of(model.head).plot(evaluation.scores, folder.pictures)
         else:
             progress.evaluations_since_best += 1

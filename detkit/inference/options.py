@@ -133,8 +133,13 @@ def _claim(folder: Path) -> bool:
         raise write_error(claim, error) from error
 
 
-def check_results_file(path: Path) -> None:
+def check_results_file(path: Path, option: str = "--save-json", beginning: bytes = b'[{"image_id"') -> None:
     """Refuse to replace a file that does not hold results of an earlier run.
+
+    Args:
+        path: the file to be written.
+        option: the option that names it, for messages.
+        beginning: the first bytes of such results.
 
     Raises:
         ConfigError: naming the file.
@@ -145,11 +150,9 @@ def check_results_file(path: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
+        raise ConfigError(f"The results cannot be written to {str(path)!r}: {error}. Give another {option}.") from None
+    if start not in (b"", b"[]") and not start.startswith(beginning):
         raise ConfigError(
-            f"The results cannot be written to {str(path)!r}: {error}. Give another --save-json."
-        ) from None
-    if start not in (b"", b"[]") and not start.startswith(b'[{"image_id"'):
-        raise ConfigError(
-            f"The file '{path}' holds something other than results of detkit, which would be lost. Give --save-json "
+            f"The file '{path}' holds something other than results of detkit, which would be lost. Give {option} "
             f"another name."
         )

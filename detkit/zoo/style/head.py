@@ -42,7 +42,7 @@ class Style(Head):
 
     The loss compares feature maps of a frozen network, the loss network: with those of the content where things are,
     with the Gram matrices of the style how they look. It alone, without the network that paints, is what
-    `detkit infer CONFIG.yaml --content A --style B` lowers by changing the pixels of one picture.
+    `detkit style CONFIG.yaml --content A --style B` lowers by changing the pixels of one picture.
 
     Checkpoints hold the loss network and the style's Gram matrices, so that an evaluation needs no other file.
 

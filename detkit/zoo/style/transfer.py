@@ -1,4 +1,4 @@
-"""`detkit infer CONFIG.yaml --content A --style B`: one picture, changed step by step until it looks like the style.
+"""Optimises one image step by step until it has the style of another: the work of `detkit style`.
 
 Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks". No network is trained: what is optimised
 are the pixels, under the losses of the head `style`.
@@ -35,7 +35,7 @@ FINAL_LR = 0.1
 
 @dataclass(frozen=True)
 class StyleOptions:
-    """What `detkit infer CONFIG.yaml` takes; the config may hold any of it.
+    """Options of `detkit style`; the config may hold any of them.
 
     Args:
         content: the picture to change.
@@ -74,7 +74,7 @@ def transfer(options: StyleOptions, output: Path) -> list[Losses]:
         DataError: a picture cannot be read, or is too small.
         DetkitError: a loss is no longer a number.
     """
-    check_range("infer", 1, steps=options.steps, every=options.every)
+    check_range("", 1, steps=options.steps, every=options.every)
     check_output(output)
     head = build_head(options)
     with claimed_output(output) as folder:
@@ -126,7 +126,7 @@ def build_head(options: StyleOptions) -> Style:
     """The head `style` with the style taken in, on its device."""
     name = str(options.head.get("name"))
     if name != "style":
-        raise ConfigError(f"A config for detkit infer has the head 'style', but this one has '{name}'.")
+        raise ConfigError(f"A config for detkit style has the head 'style', but this one has '{name}'.")
     given = {**options.head, "picture": options.style}
     head: Style = heads.build(given, "head", channels=(3,), strides=(1,), num_classes=0)
     head = to_device(head, options.device)
@@ -138,7 +138,7 @@ def read_content(options: StyleOptions) -> Tensor:
     """(1, 3, H, W) float32 in 0..1, of the size that was asked for."""
     pixels = read_image(options.content)
     if options.size is not None:
-        check_range("infer", 1, size=options.size)
+        check_range("", 1, size=options.size)
         pixels = resized(pixels, options.size)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 

@@ -1,0 +1,39 @@
+"""Read a data set from end to end and report what is broken: detkit check CONFIG.yaml [--anchors N]."""
+
+from typing import Any
+
+from detkit.cli.parser import experiment_help, leading_configs, load_config, take_option, wants_help
+from detkit.errors import DetkitError, counted, nearest
+
+OUTCOMES = {"fail": "stops at them", "skip": "leaves them out", "repair": "repairs them or leaves them out"}
+
+
+def run(arguments: list[str]) -> None:
+    """Check the data of a config; fails if there are problems."""
+    configs, rest = leading_configs(arguments)
+    anchors, rest = take_option(rest, "--anchors")
+    if anchors is not None and not (anchors.isdecimal() and int(anchors) > 0):
+        raise DetkitError(f"--anchors is the number of anchors to propose, at least 1, but is '{anchors}'.")
+    if wants_help(rest):
+        experiment_help("check", "Only 'data' is used, and 'input' by --anchors N, which proposes N anchors for YOLO.")
+        return
+    experiment = load_config(configs, rest, "check")
+    if experiment is None:
+        return
+    from detkit.data.check import check, propose_anchors
+    from detkit.registry import heads
+    from detkit.tasks.base import task_of
+
+    inner = experiment.data.get("data")  # of crops, where the files are named
+    policy = str((inner if isinstance(inner, dict) else experiment.data).get("broken", "fail"))
+    if policy not in OUTCOMES:
+        raise DetkitError(f"'data.broken' is '{policy}'. {nearest(policy, OUTCOMES)}")
+    head: Any = heads.get(str(experiment.head.get("name")))
+    problems = check(experiment.data, head.needs, head.open_set, task_of(head).check_data)
+    if anchors is not None:
+        propose_anchors(experiment.data, experiment.input, int(anchors))
+    if problems:
+        raise DetkitError(
+            f"{counted(problems, 'problem')} found, listed above. With data.broken = {policy}, as "
+            f"this config has it, training {OUTCOMES[policy]}."
+        )
