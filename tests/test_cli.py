@@ -384,8 +384,6 @@ def test_help_lists_every_option_with_its_default(run: Run) -> None:
                 assert f"--{prefix}{field.name} {field.name.upper()} " in text
     assert "learning rate at its peak, for batch_size pictures a step. (a number; default: 0.01)" in text
     assert "(a whole number or 'all'; default: 0)" in text
-    status, output, _ = run("bench", "learning", "--help")
-    assert "--rounds ROUNDS have no use here. (a whole number or null; default: null)" in " ".join(output.split())
 
 
 def test_two_processes_share_an_epoch_and_one_folder(tiny_config: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`detkit bench scaling`: how time and memory grow with pixels, batch, objects, classes and pictures of the data."""
+"""`python -m benchmarks scaling`: growth of time and memory with pixels, batch, objects, classes and data."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import SGD
 
-from detkit.bench.harness import (
+from benchmarks.harness import (
     Budget,
     Candidate,
     Case,
@@ -30,9 +30,9 @@ from detkit.bench.harness import (
     run_python,
     wall_clock,
 )
-from detkit.bench.models import made_up_picture
-from detkit.bench.options import ScalingOptions
-from detkit.bench.report import conditions, console, hardware, output_path, short_count, short_time, write_report
+from benchmarks.models import made_up_picture
+from benchmarks.options import ScalingOptions
+from benchmarks.report import conditions, console, hardware, output_path, short_count, short_time, write_report
 from detkit.config import Experiment, InputOptions
 from detkit.data.formats.coco import Coco
 from detkit.engine.malloc import keep_freed_memory
@@ -279,7 +279,7 @@ def _measure(axis: Axis, value: int, base: Setting, device: str, options: Scalin
     for row in rows:
         call = f"peak({row.name!r}, {facts}, {device!r}, {options.threads}, {options.seed})"
         row.peak_bytes = run_python(
-            "import json; from detkit.bench.scaling import data_peak, peak; "
+            "import json; from benchmarks.scaling import data_peak, peak; "
             f"print(json.dumps({call if axis.field else f'data_peak({value})'}))"
         )
     label = f"{value} x {value}" if axis.field == "side" else f"{value:,}"

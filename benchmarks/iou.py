@@ -1,4 +1,4 @@
-"""`detkit bench iou`: detkit.boxes.pairwise_iou beside torchvision and others."""
+"""`python -m benchmarks iou`: detkit.boxes.pairwise_iou beside torchvision and others."""
 
 import os
 from functools import partial
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from detkit.bench import peers
-from detkit.bench.harness import Budget, Candidate, Case, compare, cpu_threads, cuda_clock, wall_clock
-from detkit.bench.inputs import anchors_and_truths
-from detkit.bench.options import IouOptions
-from detkit.bench.report import conditions, console, hardware, output_path, table, write_report
+from benchmarks import peers
+from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads, cuda_clock, wall_clock
+from benchmarks.inputs import anchors_and_truths
+from benchmarks.options import IouOptions
+from benchmarks.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import pairwise_iou
 from detkit.errors import DetkitError
 

@@ -1,4 +1,4 @@
-"""`detkit bench inference`: from a picture to boxes and masks, detkit's networks beside torchvision's own."""
+"""`python -m benchmarks inference`: from an image to boxes and masks, detkit's networks beside torchvision's own."""
 
 import statistics
 import tempfile
@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from detkit.bench.harness import Budget, Candidate, Case, compare, cpu_threads, run_python
-from detkit.bench.models import (
+from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads, run_python
+from benchmarks.models import (
     as_tensor,
     detkit_model,
     load_side,
@@ -24,10 +24,10 @@ from detkit.bench.models import (
     plausible_model,
     speed_table,
 )
-from detkit.bench.options import InferenceOptions
-from detkit.bench.report import conditions, console, hardware, output_path, write_report
-from detkit.bench.yolo import SIZES as YOLO_SIZES
-from detkit.bench.yolo import yolo_case, yolo_table
+from benchmarks.options import InferenceOptions
+from benchmarks.report import conditions, console, hardware, output_path, write_report
+from benchmarks.yolo import SIZES as YOLO_SIZES
+from benchmarks.yolo import yolo_case, yolo_table
 from detkit.boxes.iou import pairwise_iou
 from detkit.data.loader import collate
 from detkit.errors import DetkitError
@@ -51,7 +51,7 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
 
     Both start from a uint8 picture, one at a time; YOLOX and its peer from a file. Torchvision computes in float32.
     Networks have random weights that behave like trained
-    ones; see detkit.bench.models.plausible_model.
+    ones; see benchmarks.models.plausible_model.
 
     Args:
         options: see there.
@@ -98,7 +98,7 @@ def peaks(
     precision: Precision,
     compile: bool,
 ) -> dict[str, Any]:
-    """The memory that one side takes in a process of its own; see detkit.bench.models.memory."""
+    """The memory that one side takes in a process of its own; see benchmarks.models.memory."""
     torch.set_num_threads(threads)
     images = pictures(source)[1]
     load = partial(load_side, side, name, size, file)
@@ -142,7 +142,7 @@ def _memory(name: str, state: dict[str, Tensor], device: str, options: Inference
             f"{name!r}, {options.input_size}, {file!r}, {device!r}, {options.threads}, {options.source!r}, "
             f"{options.precision!r}, {options.compile}"
         )
-        code = "import json; from detkit.bench.inference import peaks; print(json.dumps(peaks({!r}, {})))"
+        code = "import json; from benchmarks.inference import peaks; print(json.dumps(peaks({!r}, {})))"
         return {side: run_python(code.format(side, arguments)) for side in ("torchvision", "detkit")}
 
 

@@ -1,4 +1,4 @@
-"""`detkit bench matching`: the assignment of truths to anchors beside torchvision's, time and memory."""
+"""`python -m benchmarks matching`: assignment of ground truth to anchors beside torchvision's, time and memory."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher, SSDMatcher
 from torchvision.ops import box_iou
 
-from detkit.bench.harness import (
+from benchmarks.harness import (
     Budget,
     Candidate,
     Case,
@@ -20,9 +20,9 @@ from detkit.bench.harness import (
     run_python,
     wall_clock,
 )
-from detkit.bench.inputs import anchors_and_truths
-from detkit.bench.options import MatchingOptions
-from detkit.bench.report import conditions, console, hardware, output_path, table, write_report
+from benchmarks.inputs import anchors_and_truths
+from benchmarks.options import MatchingOptions
+from benchmarks.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import match_ssd, match_two_thresholds
 from detkit.errors import DetkitError
 from detkit.structures import Match
@@ -80,7 +80,7 @@ def peaks(shapes: Sequence[tuple[int, int]], seed: int) -> list[list[dict[str, i
 
 def _peaks_in_a_process(options: MatchingOptions) -> Any:
     call = f"peaks({options.shapes}, {options.seed})"
-    return run_python(f"import json; from detkit.bench.matching import peaks; print(json.dumps({call}))")
+    return run_python(f"import json; from benchmarks.matching import peaks; print(json.dumps({call}))")
 
 
 def _measure(rule: str, anchors: int, truths: int, device: str, options: MatchingOptions) -> Case:

@@ -1,4 +1,4 @@
-"""`detkit bench proposals`: selective search beside OpenCV's, recall of the objects of data sets and pictures a second.
+"""`python -m benchmarks proposals`: selective search beside OpenCV's, recall of objects and images per second.
 
 Both get the same pixels, picture by picture in turns: OpenCV in a process of another Python (--peer-python), since its
 package with selective search and the one that detkit needs overwrite each other.
@@ -21,10 +21,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.bench.harness import Case, Row, cpu_threads
-from detkit.bench.options import ProposalsOptions
-from detkit.bench.plot import plot_recall, require_matplotlib
-from detkit.bench.report import conditions, console, hardware, hardware_name, output_path, write_report
+from benchmarks.harness import Case, Row, cpu_threads
+from benchmarks.options import ProposalsOptions
+from benchmarks.plot import plot_recall, require_matplotlib
+from benchmarks.report import conditions, console, hardware, hardware_name, output_path, write_report
 from detkit.boxes import pairwise_iou
 from detkit.data.dataset import Dataset
 from detkit.data.splits import open_split
@@ -155,7 +155,7 @@ def mean_average(overlaps: Tensor, pictures: Sequence[Picture]) -> float:
 
 
 class Peer:
-    """OpenCV's selective search in a process of another Python; see detkit.bench.opencv_search.
+    """OpenCV's selective search in a process of another Python; see benchmarks.opencv_search.
 
     Raises:
         DetkitError: the Python does not start, or lacks OpenCV's selective search.

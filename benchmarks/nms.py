@@ -1,4 +1,4 @@
-"""`detkit bench nms`: detkit.boxes.nms beside torchvision and others, on made-up detections of growing number."""
+"""`python -m benchmarks nms`: detkit.boxes.nms beside torchvision and others, on made-up detections."""
 
 import statistics
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detkit.bench.harness import Budget, Candidate, Case, History, compare, cpu_threads, cuda_clock, run_python
-from detkit.bench.inputs import KINDS, Candidates
-from detkit.bench.options import NmsOptions
-from detkit.bench.peers import (
+from benchmarks.harness import Budget, Candidate, Case, History, compare, cpu_threads, cuda_clock, run_python
+from benchmarks.inputs import KINDS, Candidates
+from benchmarks.options import NmsOptions
+from benchmarks.peers import (
     Suppression,
     exact_nms,
     installed,
@@ -19,7 +19,7 @@ from detkit.bench.peers import (
     torchvision_batched,
     torchvision_nms,
 )
-from detkit.bench.report import conditions, console, growth, hardware, output_path, table, write_report
+from benchmarks.report import conditions, console, growth, hardware, output_path, table, write_report
 from detkit.boxes import nms
 from detkit.errors import DetkitError, nearest
 
@@ -56,7 +56,7 @@ def bench_nms(options: NmsOptions, command: str = "") -> dict[str, Any]:
     output_path("nms", machine, options)  # an error now, not after minutes
     if options.plot:
         # Before the measurement: what is missing is said at once, not after minutes.
-        from detkit.bench.plot import plot_rates, require_matplotlib
+        from benchmarks.plot import plot_rates, require_matplotlib
 
         require_matplotlib()
     out.print(f"{conditions(machine, options)}, IoU {options.iou}")

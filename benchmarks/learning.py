@@ -1,4 +1,4 @@
-"""`detkit bench learning`: do detkit's networks learn as torchvision's do, in the precision they are trained in?
+"""`python -m benchmarks learning`: whether detkit's networks learn as torchvision's do, in their training precision.
 
 Both sides take the same steps of SGD from the same weights on the same made-up objects; sampling is left to chance, so
 that the loss differs from seed to seed. What counts is whether the sides differ by more than the seeds do.
@@ -15,11 +15,11 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from detkit.bench.harness import Case, cpu_threads
-from detkit.bench.models import detkit_model, model_names, pictures, plausible_model
-from detkit.bench.options import LAST_STEPS, LearningOptions
-from detkit.bench.report import conditions, console, hardware, output_path, write_report
-from detkit.bench.train_step import (
+from benchmarks.harness import Case, cpu_threads
+from benchmarks.models import detkit_model, model_names, pictures, plausible_model
+from benchmarks.options import LAST_STEPS, LearningOptions
+from benchmarks.report import conditions, console, hardware, output_path, write_report
+from benchmarks.train_step import (
     CONDITIONS,
     batch_label,
     learner,

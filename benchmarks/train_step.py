@@ -1,4 +1,4 @@
-"""`detkit bench train_step`: forward, loss, backward and a step of SGD, detkit's networks beside torchvision's own."""
+"""`python -m benchmarks train_step`: forward, loss, backward and SGD of detkit's networks beside torchvision's own."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from detkit.bench.harness import Budget, Candidate, Case, compare, cpu_threads, run_python
-from detkit.bench.models import (
+from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads, run_python
+from benchmarks.models import (
     detkit_model,
     load_side,
     memory,
@@ -23,8 +23,8 @@ from detkit.bench.models import (
     plausible_model,
     speed_table,
 )
-from detkit.bench.options import TrainStepOptions
-from detkit.bench.report import conditions, console, hardware, output_path, write_report
+from benchmarks.options import TrainStepOptions
+from benchmarks.report import conditions, console, hardware, output_path, write_report
 from detkit.data.transforms import Fit
 from detkit.engine.malloc import keep_freed_memory
 from detkit.errors import DetkitError, counted
@@ -139,7 +139,7 @@ def peaks(
     seed: int,
     precision: str,
 ) -> dict[str, Any]:
-    """The memory that one side takes in a process of its own; see detkit.bench.models.memory."""
+    """The memory that one side takes in a process of its own; see benchmarks.models.memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     learned = training_batch(pictures(source)[1], size, batch, seed).to(device)
@@ -180,7 +180,7 @@ def _memory(name: str, file: str, size: int, count: int, device: str, options: T
         f"{name!r}, {size}, {file!r}, {device!r}, {options.threads}, {options.source!r}, {count}, {options.seed}, "
         f"{options.precision!r}"
     )
-    code = "import json; from detkit.bench.train_step import peaks; print(json.dumps(peaks({!r}, {})))"
+    code = "import json; from benchmarks.train_step import peaks; print(json.dumps(peaks({!r}, {})))"
     return {side: run_python(code.format(side, arguments)) for side in ("torchvision", "detkit")}
 
 

@@ -1,4 +1,4 @@
-"""The README's tables of whole networks, made from what the benchmarks left: `python benchmarks/readme.py`.
+"""`python -m benchmarks readme`: the README's tables of whole networks, made from the results of benchmarks.
 
 There is a table for each machine, number of threads and set of pictures. Of several measurements of the same thing the
 latest counts.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detkit.bench.report import hardware_name, short_count, short_time
+from benchmarks.report import hardware_name, short_count, short_time
 from detkit.errors import DetkitError, counted
 
 PLACE = re.compile(r"(<!-- benchmarks/readme\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

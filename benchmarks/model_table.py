@@ -1,4 +1,4 @@
-"""`detkit bench model_table`: size, cost and time of trained runs and of configs, beside the scores of the runs."""
+"""`python -m benchmarks model_table`: size, cost and time of runs and of configs, and the scores of the runs."""
 
 import csv
 import glob
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.bench.harness import Budget, Candidate, Case, compare, cpu_threads
-from detkit.bench.models import pictures
-from detkit.bench.options import ModelTableOptions
-from detkit.bench.report import conditions, console, hardware, output_path, write_report
+from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads
+from benchmarks.models import pictures
+from benchmarks.options import ModelTableOptions
+from benchmarks.report import conditions, console, hardware, output_path, write_report
 from detkit.config import Experiment, load_experiment
 from detkit.errors import CheckpointError, DetkitError
 from detkit.inference.predictor import Predictor
