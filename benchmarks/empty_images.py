@@ -87,11 +87,12 @@ def run(rule: str, seed: int, lr: float) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(CONFIG.format(seed=seed, lr=lr, runs=folder))
-        changes: dict[str, Any] = {
+        rules: dict[str, dict[str, Any]] = {
             "detkit": {},
             "torchvision": {"MINIMUM_NEGATIVES": 0},
             "summed": {"weigh_empty_images": lambda losses, positive, negative: losses},
-        }[rule]
+        }
+        changes = rules[rule]
         started = time.perf_counter()
         with mock.patch.multiple(ssd, **changes) if changes else mock.patch.object(ssd, "__doc__", ssd.__doc__):
             found = train(load_experiment([str(config)]))

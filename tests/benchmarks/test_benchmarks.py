@@ -159,7 +159,7 @@ def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
         (["readme", "--quick"], "python -m benchmarks readme takes no arguments, but got '--quick'"),
         (["nms", "20"], "'20' is not an option"),
         (["nms", "--rounds", "{class_path: subprocess.Popen}"], "'--rounds' must be a whole number or null"),
-        (["proposals", "--data", "{class_path: subprocess.Popen}"], "class_path"),
+        (["proposals", "--data", "{class_path: subprocess.Popen}"], "'data' needs a 'name'"),
         (["proposals", "--config", "none.yaml"], "none.yaml"),
         ([], "The name of a benchmark comes first"),
     ],
