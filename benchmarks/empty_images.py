@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -55,7 +56,8 @@ class Squares(Dataset):
         return self.with_objects + self.empty
 
     def _draw(self, index: int) -> tuple[np.random.Generator, list[tuple[int, int, int, int]]]:
-        rng, boxes = np.random.default_rng([*self.key, index]), []
+        rng = np.random.default_rng([*self.key, index])
+        boxes: list[tuple[int, int, int, int]] = []
         while len(boxes) < OBJECTS and index < self.with_objects:
             width, height = rng.integers(SIDE // 8, SIDE // 3, 2)
             left, top = rng.integers(0, SIDE - width), rng.integers(0, SIDE - height)
@@ -85,11 +87,12 @@ def run(rule: str, seed: int, lr: float) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(CONFIG.format(seed=seed, lr=lr, runs=folder))
-        changes = {
+        rules: dict[str, dict[str, Any]] = {
             "detkit": {},
             "torchvision": {"MINIMUM_NEGATIVES": 0},
             "summed": {"weigh_empty_images": lambda losses, positive, negative: losses},
-        }[rule]
+        }
+        changes = rules[rule]
         started = time.perf_counter()
         with mock.patch.multiple(ssd, **changes) if changes else mock.patch.object(ssd, "__doc__", ssd.__doc__):
             found = train(load_experiment([str(config)]))

@@ -26,7 +26,6 @@ LAYERS = [
     {"engine"},
     {"cli"},
     {"zoo"},
-    {"bench"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -37,17 +36,20 @@ def module_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
+def imported_names(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module != "detkit" else {f"detkit.{alias.name}" for alias in node.names}
+    return found
+
+
 def imported_modules(path: Path) -> set[str]:
     """First-level modules of detkit that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "detkit" else [f"detkit.{alias.name}" for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("detkit.")}
-    return found
+    return {name.split(".")[1] for name in imported_names(path) if name.startswith("detkit.")}
 
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
@@ -62,6 +64,11 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_layers_name_every_module_and_no_other() -> None:
     assert set(LEVEL) == {module_of(path) for path in FILES}
+
+
+def test_the_package_does_not_import_the_benchmarks() -> None:
+    importers = [path for path in FILES if any(name.split(".")[0] == "benchmarks" for name in imported_names(path))]
+    assert importers == []
 
 
 def test_one_module_opens_images() -> None:

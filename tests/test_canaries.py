@@ -205,8 +205,6 @@ def test_options_of_a_command_run_nothing(
     refused(capsys, "check", tiny_config, f"--data={text}")
     refused(capsys, "infer", tiny_config.with_name("none.safetensors"), "--source", "x", "--conf", text)
     refused(capsys, "infer", tiny_config.with_name("none.safetensors"), "--source", "x", "--proposals", text)
-    refused(capsys, "bench", "nms", "--rounds", text)
-    refused(capsys, "bench", "proposals", "--quick", "--data", text)
 
 
 def test_a_config_of_style_transfer_runs_nothing(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,8 +68,8 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
     if content[:1] in (b"{", b"["):
         kinds += [_json] * 4
     for _ in range(rng.choice((1, 1, 2, 3))):
-        content = rng.choice(kinds)(content, others, rng)
-    return content[:LONGEST]
+        content = rng.choice(kinds)(content, others, rng)[:LONGEST]
+    return content
 
 
 def _is_text(content: bytes) -> bool:
@@ -106,7 +106,7 @@ def _tokens(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
     lines = text.splitlines(keepends=True)
     if kind == 0 and lines:  # a line again, or without it
         index = rng.randrange(len(lines))
-        lines[index : index + 1] = [lines[index]] * rng.choice((0, 2, 2, 1000))
+        lines[index : index + 1] = [lines[index]] * min(rng.choice((0, 2, 2, 1000)), 2 + LONGEST // len(lines[index]))
         return "".join(lines).encode(errors="replace")
     found = list(NUMBER_OR_WORD.finditer(text))
     if not found:

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.bench.harness import Case, Row
-from detkit.bench.options import InferenceOptions
+from benchmarks.harness import Case, Row
+from benchmarks.options import InferenceOptions
 from detkit.config import Experiment, InputOptions
 from detkit.errors import DetkitError, nearest
 from detkit.inference.optimization import Precision
@@ -61,7 +61,7 @@ Predict = Callable[[str, float], Timing]
 
 
 class Peer:
-    """Ultralytics in a process of another Python; see detkit.bench.ultralytics_predict.
+    """Ultralytics in a process of another Python; see benchmarks.ultralytics_predict.
 
     Raises:
         DetkitError: the Python does not start, or lacks ultralytics.

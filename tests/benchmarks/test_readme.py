@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from detkit.bench.readme import rewrite, tables, with_tables
+from benchmarks.readme import rewrite, tables, with_tables
 from detkit.errors import DetkitError
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ EMPTY = dict.fromkeys(NAMES, "")
 
 def test_the_readme_has_the_tables_of_the_results_that_are_committed() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(text, tables(ROOT / "benchmarks" / "results")) == text, "run python benchmarks/readme.py"
+    assert with_tables(text, tables(ROOT / "benchmarks" / "results")) == text, "run python -m benchmarks readme"
 
 
 def write(folder: Path, name: str, benchmark: str, cases: list[dict[str, Any]], **more: Any) -> None:

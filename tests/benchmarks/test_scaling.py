@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from detkit.bench import scaling
-from detkit.bench.harness import Case, Row, peak_rise
-from detkit.bench.options import ScalingOptions
-from detkit.bench.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peak, exponents
-from detkit.cli import main
+from benchmarks import scaling
+from benchmarks.__main__ import main
+from benchmarks.harness import Case, Row, peak_rise
+from benchmarks.options import ScalingOptions
+from benchmarks.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data, data_peak, exponents
 from detkit.data.formats.coco import Coco
 
 AXES = (
@@ -29,7 +29,7 @@ def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
     monkeypatch.setattr(scaling, "keep_freed_memory", lambda: None)  # it would be for this whole process
     output = tmp_path / "result.json"
     arguments = ["--quick", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--output", str(output)]
-    assert main(["bench", "scaling", *arguments]) == 0
+    assert main(["scaling", *arguments]) == 0
     printed = capsys.readouterr().out
     for part in ("pixels of a picture, on cpu", "64 x 64", "96 x 96", "training step, time", "opening, memory"):
         assert part in printed

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.bench.harness import Case
-from detkit.bench.report import short_count
+from benchmarks.harness import Case
+from benchmarks.report import short_count
 from detkit.errors import DetkitError
 
 # The same in every panel, and in this order in the legend; told apart without colours by the markers.
@@ -70,7 +70,7 @@ def plot_recall(cases: Sequence[Case], title: str, path: Path) -> Path:
     """Write a PNG with a panel for each data set, of recall and best overlap against the proposals; its path.
 
     Args:
-        cases: with the facts of `detkit.bench.proposals.measure`.
+        cases: with the facts of `benchmarks.proposals.measure`.
         title: names the hardware.
         path: of the PNG.
     """

@@ -1,10 +1,11 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from detkit.bench.harness import (
+from benchmarks.harness import (
     SHORTEST_SAMPLE,
     Budget,
     Candidate,
@@ -17,8 +18,8 @@ from detkit.bench.harness import (
     rotated,
     run_python,
 )
-from detkit.bench.options import BenchOptions, MatchingOptions, NmsOptions
-from detkit.bench.report import default_output, growth, hardware, hardware_name, short_count, short_time, table
+from benchmarks.options import BenchOptions, MatchingOptions, NmsOptions
+from benchmarks.report import default_output, growth, hardware, hardware_name, short_count, short_time, table
 from detkit.errors import DetkitError
 
 
@@ -137,12 +138,11 @@ def test_hardware_names_the_machine():
     assert found["cpu"] in hardware_name(found)
 
 
-def test_default_output(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_default_output():
     machine = {"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 2, "gpu": "NVIDIA H200"}
-    assert str(default_output("nms", machine)) == "nms-intel-xeon-cpu-2-cores-nvidia-h200.json"
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    assert default_output("nms", machine).parent.parts == ("benchmarks", "results")
+    found = default_output("nms", machine)
+    assert found.name == "nms-intel-xeon-cpu-2-cores-nvidia-h200.json"
+    assert found.parent == Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,9 @@ def test_default_output(tmp_path, monkeypatch):
         ("AMD EPYC", None, "nms-amd-epyc-2-cores.json"),
     ],
 )
-def test_machines_of_one_name_do_not_share_a_file(tmp_path, monkeypatch, cpu, number, name):
-    monkeypatch.chdir(tmp_path)
+def test_machines_of_one_name_do_not_share_a_file(cpu, number, name):
     machine = {"cpu": cpu, "cpu_model_number": number, "cores": 2, "gpu": None}
-    assert str(default_output("nms", machine)) == name
+    assert default_output("nms", machine).name == name
 
 
 def case(work, **medians):

@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -252,12 +253,14 @@ def peak_rise(call: Callable[[], Any]) -> int | None:
 
 
 def run_python(code: str) -> Any:
-    """What `code` prints as JSON, run in a new Python.
+    """Run `code`, which may import benchmarks, in a new Python; returns what it prints as JSON.
 
     Raises:
         DetkitError: it failed; with the last line of its error.
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         problem = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         raise DetkitError(f"A measurement in a process of its own failed: {problem[0]}")

@@ -1,8 +1,6 @@
 """The table of models through the command line, on networks of a few thousand parameters."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,9 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from detkit.bench.model_table import scores_of
-from detkit.bench.models import made_up_picture
-from detkit.cli import main
+from benchmarks.__main__ import main
+from benchmarks.model_table import scores_of
+from benchmarks.models import made_up_picture
 from detkit.config import load_experiment
 from detkit.errors import CheckpointError
 from detkit.model import build_model
@@ -51,7 +49,7 @@ def bench(tmp_path, capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.chdir(tmp_path)
         given = ("--device", "cpu", "--rounds", "2", "--source", "picture.png", "--output", "out.json", *arguments)
-        status = main(["bench", "model_table", *given])
+        status = main(["model_table", *given])
         printed = capsys.readouterr()
         written = Path("out.json")
         return status, printed.out, printed.err, json.loads(written.read_text()) if written.exists() else None
@@ -121,9 +119,3 @@ def test_mistakes(bench, model, arguments, message):
     status, _, error, report = bench(*arguments)
     assert (status, report) == (1, None)
     assert message in error
-
-
-def test_door():
-    door = Path(__file__).parents[2] / "benchmarks" / "model_table.py"
-    done = subprocess.run([sys.executable, door, "--help"], capture_output=True, text=True, check=True)
-    assert "detkit bench model_table" in done.stdout

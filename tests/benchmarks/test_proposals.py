@@ -2,17 +2,15 @@
 
 import json
 import stat
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from detkit.bench.options import ProposalsOptions
-from detkit.bench.proposals import COUNTS, Picture, best_overlaps, mean_average, recall
-from detkit.cli import main
+from benchmarks.__main__ import main
+from benchmarks.options import ProposalsOptions
+from benchmarks.proposals import COUNTS, Picture, best_overlaps, mean_average, recall
 
 SHAPES = "{name: shapes, train_count: 2, val_count: 3, size: 64}"
 
@@ -33,7 +31,7 @@ for line in sys.stdin:
 def bench(tmp_path, capsys):
     def call(*arguments):
         output = tmp_path / "deep" / "result.json"
-        status = main(["bench", "proposals", *arguments, "--output", str(output)])
+        status = main(["proposals", *arguments, "--output", str(output)])
         printed = capsys.readouterr()
         return status, printed.out, printed.err, json.loads(output.read_text()) if output.exists() else None
 
@@ -136,10 +134,3 @@ def test_more_proposals_count_only_as_far_as_they_are_asked_for():
 def test_options():
     assert ProposalsOptions(data={}).picture_count == 30
     assert ProposalsOptions(data={}, quick=True).round_count == 1
-
-
-def test_door():
-    door = Path(__file__).parents[2] / "benchmarks" / "proposals.py"
-    done = subprocess.run([sys.executable, door, "--help"], capture_output=True, text=True, check=True)
-    assert "detkit bench proposals" in done.stdout
-    assert "peer_python" in done.stdout

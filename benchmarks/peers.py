@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from detkit.bench.inputs import Candidates
+from benchmarks.inputs import Candidates
 
 Suppression = Callable[[Candidates, float], Tensor]
 """Indices of the kept boxes from candidates and the IoU threshold."""

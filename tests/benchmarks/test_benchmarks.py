@@ -1,5 +1,6 @@
 """Each benchmark through the command line, on tiny inputs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import pytest
 import torch
 from torchvision import ops
 
-from detkit.bench import peers
-from detkit.bench.inputs import KINDS, anchors_and_truths
-from detkit.bench.nms import ExactCheck
+from benchmarks import peers
+from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.inputs import KINDS, anchors_and_truths
+from benchmarks.nms import ExactCheck
 from detkit.boxes import nms
-from detkit.cli import main
 from detkit.errors import DetkitError
+from detkit.schema import option_names
 
+CHECKOUT = Path(__file__).parents[2]
 TINY = ("--rounds", "2", "--seconds", "0.01", "--device", "cpu")
 
 
@@ -23,7 +26,7 @@ TINY = ("--rounds", "2", "--seconds", "0.01", "--device", "cpu")
 def bench(tmp_path, capsys):
     def call(*arguments):
         output = tmp_path / "deep" / "result.json"
-        status = main(["bench", *arguments, *TINY, "--output", str(output)])
+        status = main([*arguments, *TINY, "--output", str(output)])
         printed = capsys.readouterr()
         return status, printed.out, printed.err, json.loads(output.read_text()) if output.exists() else None
 
@@ -33,9 +36,9 @@ def bench(tmp_path, capsys):
 @pytest.fixture
 def no_new_process(monkeypatch):
     """What is measured in processes of its own is tested once; elsewhere it would only take time."""
-    monkeypatch.setattr("detkit.bench.nms.run_python", lambda code: [0.1, 0.2, 0.05])
+    monkeypatch.setattr("benchmarks.nms.run_python", lambda code: [0.1, 0.2, 0.05])
     peaks = [[{"detkit": 0, "torchvision": 0}]] * 2
-    monkeypatch.setattr("detkit.bench.matching.run_python", lambda code: peaks)
+    monkeypatch.setattr("benchmarks.matching.run_python", lambda code: peaks)
 
 
 def test_nms(bench, no_new_process, tmp_path):
@@ -43,7 +46,7 @@ def test_nms(bench, no_new_process, tmp_path):
     assert status == 0, error
     assert [(case["kind"], case["work"]) for case in report["cases"]] == [(k, n) for k in KINDS for n in (20, 200)]
     assert set(report) == {*("benchmark", "command", "date", "hardware", "options", "growth", "warm_start", "cases")}
-    assert report["command"].startswith("detkit bench nms --sizes 20,200")
+    assert report["command"].startswith("python -m benchmarks nms --sizes 20,200")
     assert (report["options"]["threads"], report["options"]["seed"]) == (1, 0)
     assert report["warm_start"]["extra_s"] == pytest.approx(0.25)
     assert report["growth"]["detector cpu"]["factor"]["detkit"] > 0
@@ -92,7 +95,7 @@ def test_matching(bench):
 
 
 def test_warm_start():
-    from detkit.bench.nms import warm_start
+    from benchmarks.nms import warm_start
 
     found = warm_start(1)
     assert found["extra_s"] == pytest.approx(found["import_s"] + found["first_call_s"] - found["second_call_s"])
@@ -112,16 +115,16 @@ def wrong_order(boxes, scores, threshold, *keys):
     ("wrong", "message"), [(without_the_last, "1 boxes are kept by one"), (wrong_order, "the order differs")]
 )
 def test_a_wrong_suppression_is_an_error(bench, no_new_process, monkeypatch, kind, wrong, message):
-    monkeypatch.setattr("detkit.bench.nms.nms", wrong)
+    monkeypatch.setattr("benchmarks.nms.nms", wrong)
     status, _, error, report = bench("nms", "--sizes", "50", "--kinds", kind, "--plot", "false")
     assert status == 1
-    assert error.startswith("detkit: detkit.boxes.nms on cpu is not torchvision.ops.nms")
+    assert error.startswith("benchmarks: detkit.boxes.nms on cpu is not torchvision.ops.nms")
     assert message in error
     assert report is None
 
 
 def test_a_wrong_iou_is_an_error(bench, monkeypatch):
-    monkeypatch.setattr("detkit.bench.iou.pairwise_iou", lambda a, b: ops.box_iou(a, b) + 2e-6)
+    monkeypatch.setattr("benchmarks.iou.pairwise_iou", lambda a, b: ops.box_iou(a, b) + 2e-6)
     status, _, error, _ = bench("iou", "--sizes", "8x4")
     assert status == 1
     assert "32 entries" in error
@@ -130,14 +133,14 @@ def test_a_wrong_iou_is_an_error(bench, monkeypatch):
 def test_a_wrong_matching_is_an_error(bench, no_new_process, monkeypatch):
     from detkit.boxes import match_ssd
 
-    monkeypatch.setattr("detkit.bench.matching.match_ssd", lambda a, b: match_ssd(a, b, threshold=0.01))
+    monkeypatch.setattr("benchmarks.matching.match_ssd", lambda a, b: match_ssd(a, b, threshold=0.01))
     status, _, error, _ = bench("matching", "--sizes", "60x3")
     assert status == 1
     assert "anchors have another truth" in error
 
 
 def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
-    monkeypatch.setattr("detkit.bench.iou._free_memory", lambda: 3000)
+    monkeypatch.setattr("benchmarks.iou._free_memory", lambda: 3000)
     status, output, _, report = bench("iou", "--sizes", "8x4,8x8")
     assert status == 0
     assert [case["size"] for case in report["cases"]] == ["8x4"]
@@ -150,14 +153,23 @@ def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
     [
         (["nmss"], "There is no benchmark 'nmss'. Did you mean 'nms'?"),
         (["nms", "--kinds", "detectr"], "--kinds holds 'detectr'. Did you mean 'detector'?"),
-        (["nms", "--size", "3"], "'--size' is not a valid option of detkit bench nms"),
+        (["nms", "--size", "3"], "'--size' is not a valid option of python -m benchmarks nms"),
         (["iou", "--sizes", "3"], "which is not two numbers"),
-        ([], "detkit bench needs the name of a benchmark"),
+        (["readm"], "There is no benchmark 'readm'. Did you mean 'readme'?"),
+        (["readme", "--quick"], "python -m benchmarks readme takes no arguments, but got '--quick'"),
+        (["nms", "20"], "'20' is not an option"),
+        (["nms", "--rounds", "{class_path: subprocess.Popen}"], "'--rounds' must be a whole number or null"),
+        (["proposals", "--data", "{class_path: subprocess.Popen}"], "'data' needs a 'name'"),
+        (["proposals", "--config", "none.yaml"], "none.yaml"),
+        ([], "The name of a benchmark comes first"),
     ],
 )
 def test_mistakes(capsys, arguments, message):
-    assert main(["bench", *arguments]) == 1
-    assert message in capsys.readouterr().err
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("benchmarks: ")
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_without_matplotlib_the_plot_is_refused_before_measuring(bench, monkeypatch):
@@ -171,22 +183,47 @@ def test_without_matplotlib_the_plot_is_refused_before_measuring(bench, monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_cuda_is_refused(capsys):
-    assert main(["bench", "iou", "--device", "cuda"]) == 1
+    assert main(["iou", "--device", "cuda"]) == 1
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
 def test_help(capsys):
-    assert main(["bench", "--help"]) == 0
-    assert "matching" in capsys.readouterr().out
-    assert main(["bench", "nms", "--help"]) == 0
-    assert "samples of each candidate" in " ".join(capsys.readouterr().out.split())
+    assert main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in (*BENCHMARKS, "readme"))
 
 
-@pytest.mark.parametrize("name", ["nms", "iou", "matching"])
-def test_doors(name):
-    door = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, door, "--help"], capture_output=True, text=True, check=True)
-    assert f"detkit bench {name}" in done.stdout
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_of_a_benchmark(capsys, name):
+    assert main([name, "--help"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"usage: python -m benchmarks {name} " in output
+    assert all(f"--{option} {option.upper()}" in output for option in option_names(BENCHMARKS[name][1]))
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert callable(getattr(module, f"bench_{name}"))
+
+
+def test_the_readme_is_rewritten_from_the_results(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr("benchmarks.readme.rewrite", lambda *paths: given.extend(paths))
+    assert main(["readme"]) == 0
+    assert given == [CHECKOUT / "README.md", CHECKOUT / "benchmarks" / "results"]
+    assert "README.md: nothing changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        (["-m", "benchmarks", "nms", "--kinds", "none"], 1, "benchmarks: --kinds holds 'none'."),
+        (["-m", "benchmarks.empty_images", "--help"], 0, ""),
+        (["benchmarks/empty_images.py", "--help"], 0, ""),
+    ],
+)
+def test_entries(command, status, message):
+    done = subprocess.run([sys.executable, *command], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == status
 
 
 @pytest.mark.parametrize("kind", KINDS)

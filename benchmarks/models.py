@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from detkit.bench.harness import Case, peak_rise
-from detkit.bench.report import short_count
+from benchmarks.harness import Case, peak_rise
+from benchmarks.report import short_count
 from detkit.boxes import nms
 from detkit.config import InputOptions
 from detkit.data.image import read_image

@@ -3,26 +3,24 @@
 import contextlib
 import io
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from detkit.bench import inference, learning, options, train_step
-from detkit.bench.harness import peak_rise
-from detkit.bench.models import (
+from benchmarks import inference, learning, options, train_step
+from benchmarks.__main__ import main
+from benchmarks.harness import peak_rise
+from benchmarks.models import (
     detkit_model,
     made_up_picture,
     memory,
     pictures,
     plausible_model,
 )
-from detkit.cli import main
 from detkit.errors import DetkitError
 from detkit.structures import Detections
 
@@ -42,7 +40,7 @@ def state(picture):
 @pytest.fixture
 def few_proposals(monkeypatch, state):
     """Networks of the same weights, which look at 50 regions instead of 1000."""
-    from detkit.bench import models
+    from benchmarks import models
 
     whole = models.torchvision_model
 
@@ -89,7 +87,7 @@ def bench(tmp_path, capsys, monkeypatch, picture, few_proposals):
         common = ("--models", NAME, "--size", str(SIZE), "--device", "cpu", "--threads", "1")
         rounds = () if name == "learning" else ("--rounds", "2")
         given = (*common, *rounds, "--source", str(tmp_path / "picture.png"), "--output", str(output), *arguments)
-        status = main(["bench", name, *given])
+        status = main([name, *given])
         printed = capsys.readouterr()
         return status, printed.out, printed.err, json.loads(output.read_text()) if output.exists() else None
 
@@ -255,7 +253,7 @@ def test_pictures(tmp_path, monkeypatch, picture):
     [
         (["inference", "--models", "fasterrcnn_resnet50"], "Did you mean 'fasterrcnn_resnet50_fpn'?"),
         (["inference", "--size", "3"], "--size must be at least 32"),
-        (["inference", "--batch", "2"], "'--batch' is not a valid option of detkit bench inference"),
+        (["inference", "--batch", "2"], "'--batch' is not a valid option of python -m benchmarks inference"),
         (["train_step", "--batch", "0"], "--batch must be at least 1"),
         (["learning", "--steps", "9"], "--steps must be at least 10"),
         (["learning", "--rounds", "3"], "--rounds and --seconds have no use"),
@@ -263,15 +261,8 @@ def test_pictures(tmp_path, monkeypatch, picture):
     ],
 )
 def test_mistakes(capsys, arguments, message):
-    assert main(["bench", *arguments, "--device", "cpu"]) == 1
+    assert main([*arguments, "--device", "cpu"]) == 1
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["inference", "train_step"])
-def test_doors(name):
-    door = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, door, "--help"], capture_output=True, text=True, check=True)
-    assert f"detkit bench {name}" in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_benchmark():

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from detkit.bench import yolo
-from detkit.bench.models import made_up_picture
-from detkit.bench.options import InferenceOptions
-from detkit.bench.yolo import BOXES, Peer, Timing, threshold, yolo_case, yolo_table, yolox
-from detkit.cli import main
+from benchmarks import yolo
+from benchmarks.__main__ import main
+from benchmarks.models import made_up_picture
+from benchmarks.options import InferenceOptions
+from benchmarks.yolo import BOXES, Peer, Timing, threshold, yolo_case, yolo_table, yolox
 from detkit.errors import DetkitError
 from detkit.tasks.drawing import write_image
 
@@ -224,7 +224,7 @@ def test_through_the_command_line(
     output = tmp_path / "result.json"
     given = ["--models", "yolox_s", "--peer_python", stand_in(tmp_path), "--source", str(tmp_path / "picture.png")]
     common = ["--device", "cpu", "--rounds", "2", "--threads", "1", "--precision", "fp32", "--output", str(output)]
-    assert main(["bench", "inference", *given, *common]) == 0
+    assert main(["inference", *given, *common]) == 0
     printed = capsys.readouterr().out
     for part in ("file to boxes on cpu", "ultralytics 9.9, yolov8s.yaml", "processor time"):
         assert part in printed
@@ -234,7 +234,7 @@ def test_through_the_command_line(
     assert case["rows"][1]["ratio"] == pytest.approx(case["rows"][0]["median_us"] / case["rows"][1]["median_us"])
     assert "cpu, fp32" in case["facts"]["choices"]["detkit"]
     assert case["facts"]["boxes"]["detkit"][0] > 0
-    assert main(["bench", "inference", *given[:2], "--peer_python", "/no/such/python", *given[4:], *common]) == 1
+    assert main(["inference", *given[:2], "--peer_python", "/no/such/python", *given[4:], *common]) == 1
     assert "does not start" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What `detkit bench` takes: one list of options, common to all benchmarks, and what each adds."""
+"""Options of `python -m benchmarks`: those common to all benchmarks, and those that each adds."""
 
 import os
 from dataclasses import dataclass, field
@@ -23,8 +23,7 @@ class BenchOptions:
         threads: CPU threads of torch and OpenCV.
         seed: of the made-up inputs.
         device: auto (the CPU, and a GPU where there is one), cpu, cuda.
-        output: the JSON file to write; default <benchmark>-<hardware>.json in benchmarks/results where that folder
-            exists, else in the current one.
+        output: the JSON file to write; default <benchmark>-<hardware>.json in benchmarks/results.
         quick: small sizes and few rounds, for a first impression; what is given besides has precedence.
     """
 

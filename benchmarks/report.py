@@ -15,11 +15,12 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from detkit.bench.harness import Case, Row
-from detkit.bench.options import BenchOptions, usable_cores
+from benchmarks.harness import Case, Row
+from benchmarks.options import BenchOptions, usable_cores
 from detkit.errors import DetkitError, counted
 from detkit.io.terminal import Console
 
+RESULTS = Path(__file__).with_name("results")
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "numpy", "numba", "lsnms", "powerboxes", "supervision")
 
@@ -53,17 +54,16 @@ def hardware_name(machine: dict[str, Any]) -> str:
 
 
 def default_output(benchmark: str, machine: dict[str, Any]) -> Path:
-    """nms-intel-xeon-8488c-2-cores.json in benchmarks/results where that folder exists, else in the current one.
+    """benchmarks/results/nms-intel-xeon-8488c-2-cores.json.
 
     Cloud machines of several generations call themselves "AMD EPYC": a name without a number gets the processor's own,
     nms-amd-epyc-family-25-model-17-2-cores.json.
     """
-    folder = Path("benchmarks/results")
     cpu = re.sub(r"\((r|tm)\)|@.*", "", machine["cpu"].lower())
     if not re.search(r"\d", cpu) and machine.get("cpu_model_number"):
         cpu = f"{cpu} {machine['cpu_model_number']}"
     slug = re.sub(r"[^a-z0-9]+", "-", hardware_name({**machine, "cpu": cpu}).lower()).strip("-")
-    return (folder if folder.is_dir() else Path()) / f"{benchmark}-{slug}.json"
+    return RESULTS / f"{benchmark}-{slug}.json"
 
 
 def output_path(benchmark: str, machine: dict[str, Any], options: BenchOptions) -> Path:
