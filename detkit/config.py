@@ -18,7 +18,7 @@ from detkit.io import files
 from detkit.schema import build, convert, from_text, given_options, option_names, option_type, plain, put, shown
 
 PartOptions = dict[str, Any]
-PATHS = (("data", "root"), ("head", "picture"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
+PATHS = (("data", "root"), ("head", "style_image"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
 """Options of parts that are paths."""
 OF_PARTS = ("data", "backbone", "neck", "head", "proposals")
 """Those keys of a config that are parts."""

@@ -31,7 +31,7 @@ head:
   style_weights: [100.0, 1.0e+4]
   content_weight: 0.01
   variation_weight: 0.0
-  picture_size: 40
+  style_size: 40
   width: 4
   blocks: 1
 """
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
         write_image(tmp_path / "photos" / f"{number}.png", cells.repeat(7, axis=0).repeat(7, axis=1))
     write_image(tmp_path / "paint.png", random.integers(0, 255, (50, 60, 3), dtype=np.uint8))
     (tmp_path / "style.yaml").write_text(f"{HEAD}optimizer: adam\nsteps: 6\nevery: 3\n")
-    text = HEAD.replace("  name: style\n", "  name: style\n  picture: paint.png\n")
+    text = HEAD.replace("  name: style\n", "  name: style\n  style_image: paint.png\n")
     (tmp_path / "fast.yaml").write_text(f"{text}{FAST}runs: {tmp_path / 'runs'}\n")
     return tmp_path
 

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
     "style_weights": [3.0, 5.0],
     "content_weight": 2.0,
     "variation_weight": 7.0,
-    "picture_size": 24,
+    "style_size": 24,
     "width": 4,
     "blocks": 1,
 }
@@ -51,7 +51,7 @@ def gram(features: Tensor) -> Tensor:
 
 
 def test_losses_are_those_of_the_definitions(style_picture: str) -> None:
-    head = build(picture=style_picture)
+    head = build(style_image=style_picture)
     head.prepare()
     from PIL import Image
 
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_definitions(style_picture: str) -> None:
 
 
 def test_the_content_itself_has_no_content_loss_and_the_style_itself_no_style_loss(style_picture: str) -> None:
-    head = build(picture=style_picture, picture_size=48)
+    head = build(style_image=style_picture, style_size=48)
     head.prepare()
     from PIL import Image
 
@@ -87,7 +87,7 @@ def test_the_content_itself_has_no_content_loss_and_the_style_itself_no_style_lo
 
 
 def test_only_the_network_that_paints_learns(style_picture: str) -> None:
-    head = build(picture=style_picture).train()
+    head = build(style_image=style_picture).train()
     assert not any(parameter.requires_grad for parameter in head.network.parameters())
     assert all(parameter.requires_grad for parameter in head.painter.parameters())
 
@@ -167,11 +167,11 @@ def test_a_style_that_is_not_given_or_not_there_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"needs 'head\.picture'"):
         build().prepare()
     with pytest.raises(DataError, match=r"'nowhere\.jpg' does not exist"):
-        build(picture="nowhere.jpg").prepare()
+        build(style_image="nowhere.jpg").prepare()
 
 
 def test_learns_to_paint_one_picture(style_picture: str) -> None:
-    head = build(picture=style_picture, width=8, content_weight=1.0, style_weights=[1.0, 1.0], variation_weight=0.0)
+    head = build(style_image=style_picture, width=8, content_weight=1.0, style_weights=[1.0, 1.0], variation_weight=0.0)
     head.prepare()
     contents = torch.rand(2, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     optimizer = torch.optim.Adam(head.painter.parameters(), 1e-2)

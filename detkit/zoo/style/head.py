@@ -52,8 +52,8 @@ class Style(Head):
         network: the loss network, `name` of a backbone and its options, among them the maps that it gives: of a VGG
             `layers`. Default: VGG-19 with its ImageNet weights, the first convolution of each block, and the last one
             of block 4.
-        picture: the file with the style.
-        picture_size: to how many pixels the longer side of the style is brought; strokes are larger in the result the
+        style_image: the file with the style.
+        style_size: to how many pixels the longer side of the style is brought; strokes are larger in the result the
             larger they are in it.
         content_map: which of the network's maps, counted from 0, is compared with the content's.
         style_maps: likewise, with the style's.
@@ -78,8 +78,8 @@ class Style(Head):
         strides: Sequence[int],
         num_classes: int,
         network: dict[str, Any] | None = None,
-        picture: str | None = None,
-        picture_size: int = 256,
+        style_image: str | None = None,
+        style_size: int = 256,
         content_map: int = 4,
         style_maps: tuple[int, ...] = (0, 1, 2, 3, 5),
         content_weight: float = 1.0,
@@ -92,13 +92,13 @@ class Style(Head):
         if tuple(channels) != (3,) or tuple(strides) != (1,):
             raise ConfigError("The head 'style' paints pictures themselves: it needs backbone {name: pixels}, no neck.")
         check_range("head", 0, content_weight=content_weight, variation_weight=variation_weight)
-        check_range("head", 1, picture_size=picture_size, width=width)
+        check_range("head", 1, style_size=style_size, width=width)
         check_range("head", 0, blocks=blocks)
         self.network: Backbone = backbones.build(DEFAULT_NETWORK if network is None else network, "head.network")
         self.network.freeze(len(self.network.stages()))
         self.network.requires_grad_(False)
         self._check_maps(content_map, style_maps, style_weights)
-        self.picture, self.picture_size = picture, picture_size
+        self.style_image, self.style_size = style_image, style_size
         self.content_map, self.style_maps = content_map, style_maps
         self.content_weight, self.style_weights, self.variation_weight = content_weight, style_weights, variation_weight
         self.painter = StyleNetwork(width, blocks)
@@ -123,9 +123,9 @@ class Style(Head):
             ConfigError: there is none.
             DataError: it cannot be read.
         """
-        if self.picture is None:
-            raise ConfigError("The head 'style' needs 'head.picture', the file with the style.")
-        pixels = resized(read_image(self.picture), self.picture_size)
+        if self.style_image is None:
+            raise ConfigError("The head 'style' needs 'head.style_image', the file with the style.")
+        pixels = resized(read_image(self.style_image), self.style_size)
         picture = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
             maps = self.maps(picture)

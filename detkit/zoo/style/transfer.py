@@ -127,7 +127,7 @@ def build_head(options: StyleOptions) -> Style:
     name = str(options.head.get("name"))
     if name != "style":
         raise ConfigError(f"A config for detkit style has the head 'style', but this one has '{name}'.")
-    given = {**options.head, "picture": options.style}
+    given = {**options.head, "style_image": options.style}
     head: Style = heads.build(given, "head", channels=(3,), strides=(1,), num_classes=0)
     head = to_device(head, options.device)
     head.prepare()
