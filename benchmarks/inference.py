@@ -20,7 +20,7 @@ from benchmarks.models import (
     load_side,
     memory,
     model_names,
-    pictures,
+    photos,
     plausible_model,
     speed_table,
 )
@@ -49,7 +49,7 @@ STAGE_ROUNDS = 5
 def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, Any]:
     """Check, measure, print tables, write the JSON; returns what the JSON holds.
 
-    Both start from a uint8 picture, one at a time; YOLOX and its peer from a file. Torchvision computes in float32.
+    Both start from a uint8 image, one at a time; YOLOX and its peer from a file. Torchvision computes in float32.
     Networks have random weights that behave like trained
     ones; see benchmarks.models.plausible_model.
 
@@ -65,8 +65,8 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
     names = [name for name in asked if name not in YOLO_SIZES]
     devices, machine, out = options.devices(), hardware(), console()
     output_path("inference", machine, options)  # an error now, not after minutes
-    source, images = pictures(options.source)
-    out.print(f"{conditions(machine, options)}; {len(images)} pictures: {source}")
+    source, images = photos(options.source)
+    out.print(f"{conditions(machine, options)}; {len(images)} images: {source}")
     cases: list[Case] = []
     with cpu_threads(options.threads):
         for name in names:
@@ -79,10 +79,10 @@ def bench_inference(options: InferenceOptions, command: str = "") -> dict[str, A
     for device in devices if names else []:
         of_device = [case for case in cases if case.device == device]
         out.print()
-        out.print(speed_table(f"a picture on {device}", of_device), soft_wrap=False)
+        out.print(speed_table(f"an image on {device}", of_device), soft_wrap=False)
         out.print()
         out.print(_stage_table(of_device), soft_wrap=False)
-    path, report = write_report("inference", cases + beside, options, machine, command, pictures=source)
+    path, report = write_report("inference", cases + beside, options, machine, command, images=source)
     out.print(f"\nresults -> {path}")
     return report
 
@@ -100,7 +100,7 @@ def peaks(
 ) -> dict[str, Any]:
     """The memory that one side takes in a process of its own; see benchmarks.models.memory."""
     torch.set_num_threads(threads)
-    images = pictures(source)[1]
+    images = photos(source)[1]
     load = partial(load_side, side, name, size, file)
     return memory(lambda: partial(_each_twice, _call(side, load(), device, precision, compile), images), device)
 
@@ -149,7 +149,7 @@ def _memory(name: str, state: dict[str, Tensor], device: str, options: Inference
 def _call(
     side: str, model: Any, device: str, precision: Precision = "fp32", compile: bool = False
 ) -> Callable[[np.ndarray], Any]:
-    """From a picture to detections on the CPU, as each library's own users write it."""
+    """From an image to detections on the CPU, as each library's own users write it."""
     if side == "detkit":
         return _predict(Predictor(model, device, precision=precision, compile=compile))
     return partial(_torchvision, model.to(device), device)
@@ -175,7 +175,7 @@ def _each_twice(call: Callable[[np.ndarray], Any], images: Sequence[np.ndarray])
 
 
 def stages(predictor: Predictor, images: Sequence[np.ndarray]) -> dict[str, float]:
-    """Milliseconds a picture of each part of `Predictor.predict`: the median over rounds of the mean over pictures."""
+    """Milliseconds an image of each part of `Predictor.predict`: the median over rounds of the mean over images."""
     with predictor.network.arithmetic():
         samples = [_stage_round(predictor, images) for _ in range(STAGE_ROUNDS + 1)]  # the first warms up
     return {name: statistics.median(values) for name, values in zip(STAGES, zip(*samples[1:]))}
@@ -186,7 +186,7 @@ def _stage_round(predictor: Predictor, images: Sequence[np.ndarray]) -> list[flo
     spent = [0.0] * len(STAGES)
     for image in images:
         clocks = [_now(device)]
-        meta = Meta("", "the picture", (image.shape[0], image.shape[1]))
+        meta = Meta("", "the image", (image.shape[0], image.shape[1]))
         batch = collate([model.fit(Sample(image, Target.empty(), meta))], model.fit).to(device)
         clocks.append(_now(device))
         features = network.features(batch.images)
@@ -253,9 +253,9 @@ def unmatched_in_half(found: Detections, expected: dict[str, Tensor]) -> int:
 
 
 def _stage_table(cases: Sequence[Case]) -> Table:
-    """Where detkit's time goes: a column for each part, milliseconds a picture."""
+    """Where detkit's time goes: a column for each part, milliseconds an image."""
     out = Table(
-        title="detkit's parts, ms a picture", title_justify="left", box=None, pad_edge=False, header_style="bold"
+        title="detkit's parts, ms an image", title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     out.add_column("model", no_wrap=True)
     for stage in STAGES:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PICTURE = 1280.0
-"""Width and height of the picture, in pixels, whatever the number of boxes: more boxes are a denser scene."""
+IMAGE = 1280.0
+"""Width and height of the image, in pixels, whatever the number of boxes: more boxes are a denser scene."""
 IMAGES, CLASSES = 8, 80
 
 
@@ -51,7 +51,7 @@ def detector(count: int, seed: int) -> Candidates:
 def uniform(count: int, seed: int) -> Candidates:
     """Boxes anywhere, sides from 8 to 64 pixels."""
     random = torch.Generator().manual_seed(seed)
-    centres = torch.rand(count, 2, generator=random) * PICTURE
+    centres = torch.rand(count, 2, generator=random) * IMAGE
     sides = 8 + 56 * torch.rand(count, 2, generator=random)
     return Candidates(_inside(centres, sides), torch.rand(count, generator=random))
 
@@ -60,7 +60,7 @@ def dense(count: int, seed: int) -> Candidates:
     """The most work: each box overlaps some 24 others, but by an IoU of at most about 0.45, so that nearly all stay."""
     random = torch.Generator().manual_seed(seed)
     across = max(1, round(count**0.5))
-    step = PICTURE / across
+    step = IMAGE / across
     cells = torch.arange(count)
     cells = torch.stack((cells % across, cells // across), dim=1)
     centres = (cells + 0.5 + 0.05 * torch.rand(count, 2, generator=random)) * step
@@ -70,7 +70,7 @@ def dense(count: int, seed: int) -> Candidates:
 
 
 def batched(count: int, seed: int) -> Candidates:
-    """8 pictures like `detector`'s, whose objects are of 80 classes; `count` boxes in all."""
+    """8 images like `detector`'s, whose objects are of 80 classes; `count` boxes in all."""
     counts = [(count + image) // IMAGES for image in range(IMAGES)]
     scenes = [_scene(number, seed * IMAGES + image) for image, number in enumerate(counts)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -87,18 +87,18 @@ KINDS: dict[str, Callable[[int, int], Candidates]] = {
 }
 
 
-def anchors_and_truths(anchors: int, truths: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(A, 4) and (N, 4) float32 xyxy pixels; each truth is a jittered anchor, so that none overlaps nothing."""
+def anchors_and_targets(anchors: int, targets: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(A, 4) and (N, 4) float32 xyxy pixels; each ground truth is a jittered anchor, so that none overlaps nothing."""
     random = torch.Generator().manual_seed(seed)
     centres, sides = _objects(anchors, random)
-    member = torch.randint(anchors, (truths,), generator=random)
-    jitter = torch.randn(truths, 4, generator=random)
-    truth_centres = centres[member] + 0.1 * sides[member] * jitter[:, :2]
-    return _inside(centres, sides), _inside(truth_centres, sides[member] * torch.exp(0.1 * jitter[:, 2:]))
+    member = torch.randint(anchors, (targets,), generator=random)
+    jitter = torch.randn(targets, 4, generator=random)
+    target_centres = centres[member] + 0.1 * sides[member] * jitter[:, :2]
+    return _inside(centres, sides), _inside(target_centres, sides[member] * torch.exp(0.1 * jitter[:, 2:]))
 
 
 def _scene(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of one picture: those of objects, with their classes, and stray ones."""
+    """Boxes, scores and labels of one image: those of objects, with their classes, and stray ones."""
     random = torch.Generator().manual_seed(seed)
     stray = count // 3
     object_centres, object_sides = _objects(max(1, round(count / 12)), random)
@@ -120,13 +120,13 @@ def _classes(count: int, random: torch.Generator) -> Tensor:
 
 
 def _objects(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centres and sides (count, 2) anywhere in the picture: median side 80 pixels, log-normal, various shapes."""
-    centres = torch.rand(count, 2, generator=random) * PICTURE
+    """Centres and sides (count, 2) anywhere in the image: median side 80 pixels, log-normal, various shapes."""
+    centres = torch.rand(count, 2, generator=random) * IMAGE
     size, shape = torch.randn(count, 1, generator=random), torch.randn(count, 2, generator=random)
     return centres, 80 * torch.exp(0.8 * size + 0.3 * shape)
 
 
 def _inside(centres: Tensor, sides: Tensor) -> Tensor:
-    """xyxy clipped to the picture; none loses all of its area."""
-    centres = centres.clamp(0, PICTURE)
-    return torch.cat((centres - sides / 2, centres + sides / 2), dim=1).clamp(0, PICTURE)
+    """xyxy clipped to the image; none loses all of its area."""
+    centres = centres.clamp(0, IMAGE)
+    return torch.cat((centres - sides / 2, centres + sides / 2), dim=1).clamp(0, IMAGE)

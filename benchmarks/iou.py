@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from benchmarks import peers
 from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads, cuda_clock, wall_clock
-from benchmarks.inputs import anchors_and_truths
+from benchmarks.inputs import anchors_and_targets
 from benchmarks.options import IouOptions
 from benchmarks.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import pairwise_iou
@@ -55,7 +55,7 @@ def bench_iou(options: IouOptions, command: str = "") -> dict[str, Any]:
 
 
 def _measure(rows: int, columns: int, device: str, options: IouOptions) -> Case:
-    boxes_a, boxes_b = (boxes.to(device) for boxes in anchors_and_truths(rows, columns, options.seed))
+    boxes_a, boxes_b = (boxes.to(device) for boxes in anchors_and_targets(rows, columns, options.seed))
     on_cpu, pairs = device == "cpu", rows * columns
     calls = {"detkit": pairwise_iou, **(peers.ious() if on_cpu else {"torchvision": box_iou})}
     clock = wall_clock if on_cpu else cuda_clock

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.harness import Case, cpu_threads
-from benchmarks.models import detkit_model, model_names, pictures, plausible_model
+from benchmarks.models import detkit_model, model_names, photos, plausible_model
 from benchmarks.options import LAST_STEPS, LearningOptions
 from benchmarks.report import conditions, console, hardware, output_path, write_report
 from benchmarks.train_step import (
@@ -47,14 +47,14 @@ def bench_learning(options: LearningOptions, command: str = "") -> dict[str, Any
     """
     devices, names, machine, out = options.devices(), model_names(options.models), hardware(), console()
     output_path("learning", machine, options)  # an error now, not after minutes
-    source, images = pictures(options.source)
+    source, images = photos(options.source)
     stated = CONDITIONS.format(precision=options.precision)
     out.print(f"{conditions(machine, options)}; {source}\n{stated}; learning rate {options.lr}, {BATCHES} batches")
     with cpu_threads(options.threads):
         cases = [_learn(name, images, device, options) for device in devices for name in names]
     out.print()
     out.print(_table(cases, options), soft_wrap=False)
-    path, report = write_report("learning", cases, options, machine, command, pictures=source, conditions=stated)
+    path, report = write_report("learning", cases, options, machine, command, images=source, conditions=stated)
     out.print(f"\nresults -> {path}")
     return report
 

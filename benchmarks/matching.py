@@ -20,7 +20,7 @@ from benchmarks.harness import (
     run_python,
     wall_clock,
 )
-from benchmarks.inputs import anchors_and_truths
+from benchmarks.inputs import anchors_and_targets
 from benchmarks.options import MatchingOptions
 from benchmarks.report import conditions, console, hardware, output_path, table, write_report
 from detkit.boxes import match_ssd, match_two_thresholds
@@ -28,7 +28,7 @@ from detkit.errors import DetkitError
 from detkit.structures import Match
 
 Assignment = Callable[[Tensor, Tensor], Match | Tensor]
-"""Anchors and truths to a Match, or to torchvision's (A,) int64."""
+"""Anchors and ground truths to a Match, or to torchvision's (A,) int64."""
 
 
 def bench_matching(options: MatchingOptions, command: str = "") -> dict[str, Any]:
@@ -48,7 +48,7 @@ def bench_matching(options: MatchingOptions, command: str = "") -> dict[str, Any
     with cpu_threads(options.threads):
         for rule, of_rule in zip(RULES, _peaks_in_a_process(options)):
             for device in devices:
-                measured = [_measure(rule, anchors, truths, device, options) for anchors, truths in options.shapes]
+                measured = [_measure(rule, anchors, targets, device, options) for anchors, targets in options.shapes]
                 if device == "cpu":
                     for case, peaks_of_case in zip(measured, of_rule):
                         for row in case.rows:
@@ -70,10 +70,10 @@ def peaks(shapes: Sequence[tuple[int, int]], seed: int) -> list[list[dict[str, i
     found: list[list[dict[str, int | None]]] = []
     for calls in RULES.values():
         found.append([])
-        for anchors, truths in shapes:
+        for anchors, targets in shapes:
             for call in calls.values():
-                call(*anchors_and_truths(16, 2, seed))  # compiles
-            boxes = anchors_and_truths(anchors, truths, seed)
+                call(*anchors_and_targets(16, 2, seed))  # compiles
+            boxes = anchors_and_targets(anchors, targets, seed)
             found[-1].append({name: peak_rise(partial(call, *boxes)) for name, call in calls.items()})
     return found
 
@@ -83,48 +83,48 @@ def _peaks_in_a_process(options: MatchingOptions) -> Any:
     return run_python(f"import json; from benchmarks.matching import peaks; print(json.dumps({call}))")
 
 
-def _measure(rule: str, anchors: int, truths: int, device: str, options: MatchingOptions) -> Case:
-    boxes = [tensor.to(device) for tensor in anchors_and_truths(anchors, truths, options.seed)]
+def _measure(rule: str, anchors: int, targets: int, device: str, options: MatchingOptions) -> Case:
+    boxes = [tensor.to(device) for tensor in anchors_and_targets(anchors, targets, options.seed)]
     clock = wall_clock if device == "cpu" else cuda_clock
     candidates = [Candidate(name, partial(call, *boxes), clock, compiles=True) for name, call in RULES[rule].items()]
-    label = f"{rule}, {anchors}x{truths} on {device}, seed {options.seed}"
+    label = f"{rule}, {anchors}x{targets} on {device}, seed {options.seed}"
     check = partial(_check, _as_torchvision(RULES[rule]["torchvision"](*boxes)), label)
-    rows = compare(candidates, check, anchors * truths, Budget(options.round_count, options.sample_seconds))
-    return Case(rule, device, f"{anchors}x{truths}", anchors * truths, rows)
+    rows = compare(candidates, check, anchors * targets, Budget(options.round_count, options.sample_seconds))
+    return Case(rule, device, f"{anchors}x{targets}", anchors * targets, rows)
 
 
 def _check(expected: Tensor, label: str, name: str, result: Match | Tensor) -> int:
-    """Anchors with another truth than torchvision's; for detkit there must be none."""
+    """Anchors with another ground truth than torchvision's; for detkit there must be none."""
     differing = int((_as_torchvision(result) != expected).sum())
     if name == "detkit" and differing:
         raise DetkitError(
-            f"detkit's matching is not torchvision's: {differing} anchors have another truth ({label}). This is a "
+            f"detkit's matching is not torchvision's: {differing} anchors have another target ({label}). This is a "
             "fault of detkit; please report it with this line."
         )
     return differing
 
 
 def _as_torchvision(found: Match | Tensor) -> Tensor:
-    """(A,) int64 the truth of each anchor, -1 for a negative and -2 for an ignored one."""
+    """(A,) int64 the ground truth of each anchor, -1 for a negative and -2 for an ignored one."""
     if isinstance(found, Tensor):
         return found
-    return torch.where(found.positive, found.truth_index, torch.where(found.ignored, -2, -1))
+    return torch.where(found.positive, found.target_index, torch.where(found.ignored, -2, -1))
 
 
-def _detkit_ssd(anchors: Tensor, truths: Tensor) -> Match:
-    return match_ssd(anchors, truths)
+def _detkit_ssd(anchors: Tensor, targets: Tensor) -> Match:
+    return match_ssd(anchors, targets)
 
 
-def _detkit_two_thresholds(anchors: Tensor, truths: Tensor) -> Match:
-    return match_two_thresholds(anchors, truths)
+def _detkit_two_thresholds(anchors: Tensor, targets: Tensor) -> Match:
+    return match_two_thresholds(anchors, targets)
 
 
-def _torchvision_ssd(anchors: Tensor, truths: Tensor) -> Tensor:
-    return SSDMatcher(0.5)(box_iou(truths, anchors))
+def _torchvision_ssd(anchors: Tensor, targets: Tensor) -> Tensor:
+    return SSDMatcher(0.5)(box_iou(targets, anchors))
 
 
-def _torchvision_two_thresholds(anchors: Tensor, truths: Tensor) -> Tensor:
-    return Matcher(0.7, 0.3, allow_low_quality_matches=True)(box_iou(truths, anchors))
+def _torchvision_two_thresholds(anchors: Tensor, targets: Tensor) -> Tensor:
+    return Matcher(0.7, 0.3, allow_low_quality_matches=True)(box_iou(targets, anchors))
 
 
 RULES: dict[str, dict[str, Assignment]] = {

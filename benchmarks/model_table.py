@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Budget, Candidate, Case, compare, cpu_threads
-from benchmarks.models import pictures
+from benchmarks.models import photos
 from benchmarks.options import ModelTableOptions
 from benchmarks.report import conditions, console, hardware, output_path, write_report
 from detkit.config import Experiment, load_experiment
@@ -22,7 +22,7 @@ from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model
 from detkit.structures import ClassList
 
-COLUMNS = ("model", "input", "parameters", "GFLOPs", "ms a picture", "mAP50", "mAP50-95", "minutes of training")
+COLUMNS = ("model", "input", "parameters", "GFLOPs", "ms an image", "mAP50", "mAP50-95", "minutes of training")
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Entry:
 def bench_model_table(options: ModelTableOptions, command: str = "") -> dict[str, Any]:
     """Measure, print the table in Markdown, write the JSON; returns what the JSON holds.
 
-    FLOPs are those of one picture, with all that the network computes for it, a multiplication and an addition counted
-    as two; only convolutions and products of matrices count. Time is from a uint8 picture to boxes of a score above
+    FLOPs are those of one image, with all that the network computes for it, a multiplication and an addition counted
+    as two; only convolutions and products of matrices count. Time is from a uint8 image to boxes of a score above
     0.25, one at a time, in float32, the models in turns.
 
     Args:
@@ -54,12 +54,12 @@ def bench_model_table(options: ModelTableOptions, command: str = "") -> dict[str
         command: how it was called, for the JSON.
 
     Raises:
-        DetkitError: a model is neither a run nor a config, or the pictures cannot be read.
+        DetkitError: a model is neither a run nor a config, or the images cannot be read.
     """
     machine, out = hardware(), console()
     output_path("model_table", machine, options)  # an error now, not after minutes
     entries = [_entry(path, options.classes) for path in _paths(options.models or "")]
-    source, images = pictures(options.source)
+    source, images = photos(options.source)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     cases: list[Case] = []
     with cpu_threads(options.threads):
@@ -69,7 +69,7 @@ def bench_model_table(options: ModelTableOptions, command: str = "") -> dict[str
         out.print(f"\non {device}: {conditions(machine, options)}; the first of: {source}\n")
         out.print(markdown([case for case in cases if case.device == device]))
     path, report = write_report(
-        "model_table", cases, options, machine, command, pictures=source, load_average_before=load
+        "model_table", cases, options, machine, command, images=source, load_average_before=load
     )
     out.print(f"\nresults -> {path}")
     return report

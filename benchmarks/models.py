@@ -1,4 +1,4 @@
-"""One network in detkit and in torchvision: the same architecture, weights and pictures, for benchmarks of models."""
+"""One network in detkit and in torchvision: the same architecture, weights and images, for benchmarks of models."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ from detkit.published.read import PUBLISHED, find_converter
 CLASSES = 91
 """Of COCO as torchvision counts them, background included."""
 CANDIDATES = 300
-"""Boxes of a picture whose score is over the threshold: about what a trained detector finds before suppression."""
+"""Boxes of an image whose score is over the threshold: about what a trained detector finds before suppression."""
 LONG_BY_SHORT = 1333 / 800
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")
 
@@ -48,12 +48,12 @@ def model_names(text: str, others: Iterable[str] = ()) -> list[str]:
     return names
 
 
-def pictures(source: str | None) -> tuple[str, list[np.ndarray]]:
-    """What the pictures are, and each as (H, W, 3) uint8 RGB.
+def photos(source: str | None) -> tuple[str, list[np.ndarray]]:
+    """What the images are, and each as (H, W, 3) uint8 RGB.
 
     Args:
-        source: a picture, a folder of pictures or a glob; None for photographs that come with scikit-image, or made-up
-            pictures where it is not installed.
+        source: an image, a folder of images or a glob; None for photographs that come with scikit-image, or made-up
+            images where it is not installed.
 
     Raises:
         DataError: there are none, or one cannot be read.
@@ -63,12 +63,12 @@ def pictures(source: str | None) -> tuple[str, list[np.ndarray]]:
     try:
         from skimage import data
     except ImportError:
-        return "made-up pictures", [made_up_picture(*size, seed) for seed, size in enumerate(((480, 640), (640, 480)))]
+        return "made-up images", [made_up_image(*size, seed) for seed, size in enumerate(((480, 640), (640, 480)))]
     photographs = [np.ascontiguousarray(getattr(data, name)()) for name in PHOTOGRAPHS]
     return f"photographs of scikit-image: {', '.join(PHOTOGRAPHS)}", photographs
 
 
-def made_up_picture(height: int, width: int, seed: int) -> np.ndarray:
+def made_up_image(height: int, width: int, seed: int) -> np.ndarray:
     """(H, W, 3) uint8 with structure at every scale."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(1, 3, height, width)
@@ -83,7 +83,7 @@ def torchvision_model(name: str, size: int) -> nn.Module:
 
     Args:
         name: one of detkit.published.PUBLISHED.
-        size: what the shorter side of a picture becomes in pixels, the longer one at most 1333/800 as many; SSD300
+        size: what the shorter side of an image becomes in pixels, the longer one at most 1333/800 as many; SSD300
             has its own.
     """
     sizes = {} if name.startswith("ssd300") else {"min_size": size, "max_size": round(size * LONG_BY_SHORT)}
@@ -94,30 +94,30 @@ def torchvision_model(name: str, size: int) -> nn.Module:
 def plausible_model(name: str, size: int, image: np.ndarray, seed: int) -> nn.Module:
     """Like `torchvision_model`, with random weights whose outputs for `image` are those of a trained network in kind.
 
-    Batch norms fit the picture, for with those of a new network the values of 50 layers grow without bound; offsets
+    Batch norms fit the image, for with those of a new network the values of 50 layers grow without bound; offsets
     are small, and few boxes have a score over the threshold. What comes out means nothing, but takes as long.
     """
     torch.manual_seed(seed)
     model: Any = torchvision_model(name, size)
-    picture = as_tensor(image)
+    photo = as_tensor(image)
     with torch.no_grad():
-        _fit_batch_norms(model, picture)
+        _fit_batch_norms(model, photo)
         if name.startswith("ssd300"):
             head = model.head
-            _spread(model, picture, head.regression_head.module_list, 1.0)
-            logits = _spread(model, picture, head.classification_head.module_list, 2.0)
+            _spread(model, photo, head.regression_head.module_list, 1.0)
+            logits = _spread(model, photo, head.classification_head.module_list, 2.0)
             _raise_background(head.classification_head.module_list, logits, model.score_thresh)
         elif name.startswith("retinanet"):
-            _spread(model, picture, [model.head.regression_head.bbox_reg], 0.2)
+            _spread(model, photo, [model.head.regression_head.bbox_reg], 0.2)
             classes = model.head.classification_head.cls_logits
-            (values,) = _spread(model, picture, [classes], 1.0)
+            (values,) = _spread(model, photo, [classes], 1.0)
             least = values.flatten().topk(CANDIDATES).values[-1]
             classes.bias += math.log(model.score_thresh / (1 - model.score_thresh)) - least
         else:
-            _spread(model, picture, [model.rpn.head.cls_logits], 1.0)
-            _spread(model, picture, [model.rpn.head.bbox_pred], 0.2)
-            _spread(model, picture, [model.roi_heads.box_predictor.bbox_pred], 1.0)
-            logits = _spread(model, picture, [model.roi_heads.box_predictor.cls_score], 2.0)
+            _spread(model, photo, [model.rpn.head.cls_logits], 1.0)
+            _spread(model, photo, [model.rpn.head.bbox_pred], 0.2)
+            _spread(model, photo, [model.roi_heads.box_predictor.bbox_pred], 1.0)
+            logits = _spread(model, photo, [model.roi_heads.box_predictor.cls_score], 2.0)
             _raise_background([model.roi_heads.box_predictor.cls_score], logits, model.roi_heads.score_thresh)
     return model
 
@@ -145,7 +145,7 @@ def load_side(side: str, name: str, size: int, file: str) -> Any:
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
-    """(3, H, W) float32 in 0..1, as torchvision's models take a picture."""
+    """(3, H, W) float32 in 0..1, as torchvision's models take an image."""
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div_(255)
 
 
@@ -171,7 +171,7 @@ def memory(load: Callable[[], Callable[[], Any]], device: str) -> dict[str, int 
 
 
 def speed_table(title: str, cases: Sequence[Case]) -> Table:
-    """A row for each model: milliseconds a picture, median and in brackets the best, the ratio, and memory."""
+    """A row for each model: milliseconds an image, median and in brackets the best, the ratio, and memory."""
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     out.add_column("model", no_wrap=True)
     for heading in ("detkit", "torchvision", "times as fast", "memory: detkit", "torchvision"):
@@ -199,7 +199,7 @@ def _resident() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _fit_batch_norms(model: Any, picture: Tensor) -> None:
+def _fit_batch_norms(model: Any, image: Tensor) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
@@ -207,14 +207,14 @@ def _fit_batch_norms(model: Any, picture: Tensor) -> None:
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    model([picture])
+    model([image])
     for norm in norms:
         norm.momentum = momentum
         norm.eval()
 
 
-def _spread(model: nn.Module, picture: Tensor, layers: Iterable[nn.Module], deviation: float) -> list[Tensor]:
-    """New random weights for prediction layers, with which each output has mean 0 and this deviation on the picture;
+def _spread(model: nn.Module, image: Tensor, layers: Iterable[nn.Module], deviation: float) -> list[Tensor]:
+    """New random weights for prediction layers, with which each output has mean 0 and this deviation on the image;
     (places, channels) of those outputs, for each layer."""
     layers = list(layers)
     values: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
@@ -223,7 +223,7 @@ def _spread(model: nn.Module, picture: Tensor, layers: Iterable[nn.Module], devi
         nn.init.normal_(layer.weight)  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         hooks.append(layer.register_forward_hook(lambda m, _, out: values[m].append(out.movedim(1, -1).flatten(0, -2))))
-    model([picture])
+    model([image])
     for hook in hooks:
         hook.remove()
     spread = []

@@ -120,17 +120,17 @@ class IouOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class MatchingOptions(BenchOptions):
-    """Assignment of truths to anchors.
+    """Assignment of ground truths to anchors.
 
-    Args:
-        sizes: anchors against truths, with commas between; default 8732x8,100000x200, with --quick without the last.
+    Args: sizes: anchors against ground truths, with commas between; default 8732x8,100000x200, with --quick without the
+        last.
     """
 
     sizes: str | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Anchors and truths of each case."""
+        """Anchors and ground truths of each case."""
         return parse_shapes(self.sizes or ("8732x8" if self.quick else "8732x8,100000x200"))
 
 
@@ -144,8 +144,8 @@ class ModelOptions(BenchOptions):
             the memory comes on top.
         threads: default all cores that the process may use.
         models: torchvision's names of networks, with commas between; v2 of both R-CNNs can be had as well.
-        source: a picture, a folder of pictures, or a glob in quotes; default photographs that come with scikit-image,
-            or made-up pictures where it is not installed.
+        source: an image, a folder of images, or a glob in quotes; default photographs that come with scikit-image,
+            or made-up images where it is not installed.
         size: pixels of the network's input (of its shorter side in inference); default 512, with --quick 256. SSD300
             has its own.
     """
@@ -176,7 +176,7 @@ class ModelOptions(BenchOptions):
 
 @dataclass(frozen=True)
 class InferenceOptions(ModelOptions):
-    """From a picture to boxes and masks, one picture at a time.
+    """From an image to boxes and masks, one image at a time.
 
     Args:
         models: torchvision's names of networks, with commas between, and yolox_s, yolox_m, yolox_l; v2 of both R-CNNs
@@ -197,7 +197,7 @@ class TrainStepOptions(ModelOptions):
     """Forward, loss, backward and a step of SGD.
 
     Args:
-        batch: pictures of a step; default 2, of SSD300 8.
+        batch: images of a step; default 2, of SSD300 8.
         precision: of detkit's step, as train.precision: fp32 (32-true) or bf16 (bf16-mixed); auto takes bf16 where the
             hardware multiplies it faster. The losses that are compared beforehand are always in fp32.
     """
@@ -244,18 +244,18 @@ class LearningOptions(TrainStepOptions):
 
 @dataclass(frozen=True)
 class ProposalsOptions(BenchOptions):
-    """Proposals by selective search, on pictures of data sets.
+    """Proposals by selective search, on images of data sets.
 
     Args:
-        rounds: passes over the pictures; default 3, with --quick 1.
+        rounds: passes over the images; default 3, with --quick 1.
         seconds: has no use here.
         device: auto or cpu, which are the same here.
         data: the data set as in a config, '{name: coco, root: PATH}', or a list of such.
         config: a config whose `data` is the data set.
         split: of each data set.
-        pictures: at most so many of each data set, the first; default 30, with --quick 5.
+        images: at most so many of each data set, the first; default 30, with --quick 5.
         mode: of selective search.
-        longest_side: pictures with a longer side are shrunk to it beforehand, for all candidates.
+        longest_side: images with a longer side are shrunk to it beforehand, for all candidates.
         peer_python: a Python that has opencv-contrib-python; without it, OpenCV's selective search is left out.
         plot: draw recall against the number of proposals, as PNG beside the JSON.
     """
@@ -263,7 +263,7 @@ class ProposalsOptions(BenchOptions):
     data: dict[str, Any] | list[dict[str, Any]] | None = None
     config: str | None = None
     split: Literal["train", "val"] = "val"
-    pictures: int | None = None
+    images: int | None = None
     mode: Literal["fast", "quality"] = "fast"
     longest_side: int = 640
     peer_python: str | None = None
@@ -271,29 +271,29 @@ class ProposalsOptions(BenchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pictures", "longest_side"):
+        for name in ("images", "longest_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DetkitError(f"--{name} must be at least 1, but is {value}.")
         if self.seconds is not None:
-            raise DetkitError("--seconds has no use for proposals: every picture is timed. Give --rounds, --pictures.")
+            raise DetkitError("--seconds has no use for proposals: every image is timed. Give --rounds, --images.")
         if self.device == "cuda":
             raise DetkitError("Selective search runs on the CPU; leave out --device.")
         if (self.data is None) == (self.config is None):
             raise DetkitError(
-                "The benchmark of proposals needs pictures with objects. Give either --config CONFIG.yaml or "
+                "The benchmark of proposals needs images with objects. Give either --config CONFIG.yaml or "
                 "--data '{name: coco, root: PATH}'."
             )
 
     @property
     def round_count(self) -> int:
-        """Passes over the pictures."""
+        """Passes over the images."""
         return self.rounds or (1 if self.quick else 3)
 
     @property
-    def picture_count(self) -> int:
-        """Pictures of each data set."""
-        return self.pictures or (5 if self.quick else 30)
+    def image_count(self) -> int:
+        """Images of each data set."""
+        return self.images or (5 if self.quick else 30)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class ModelTableOptions(BenchOptions):
         models: runs' folders, which have weights and scores, and configs, which get random weights, with commas
             between; globs are allowed, in quotes.
         classes: of a config that does not name its own.
-        source: a picture, of which a folder gives its first; default a photograph that comes with scikit-image.
+        source: an image, of which a folder gives its first; default a photograph that comes with scikit-image.
     """
 
     models: str | None = None

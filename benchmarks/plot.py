@@ -1,4 +1,4 @@
-"""The pictures of benchmarks: boxes a second against their number; objects found against the number of proposals."""
+"""The images of benchmarks: boxes a second against their number; objects found against the number of proposals."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def plot_recall(cases: Sequence[Case], title: str, path: Path) -> Path:
         axis.set_title(f"{case.kind}, {case.size}; a second: {rates}", fontsize=10)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: short_count(value))
-        axis.set_xlabel("proposals of a picture")
+        axis.set_xlabel("proposals of an image")
         axis.grid(visible=True, which="major", color="#dddddd")
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title)

@@ -1,6 +1,6 @@
 """`python -m benchmarks proposals`: selective search beside OpenCV's, recall of objects and images per second.
 
-Both get the same pixels, picture by picture in turns: OpenCV in a process of another Python (--peer-python), since its
+Both get the same pixels, image by image in turns: OpenCV in a process of another Python (--peer-python), since its
 package with selective search and the one that detkit needs overwrite each other.
 """
 
@@ -32,7 +32,7 @@ from detkit.errors import DetkitError
 from detkit.zoo.rcnn.selective_search import SelectiveSearch, shrink
 
 COUNTS = (10, 50, 100, 500, 1000, 2000)
-"""Numbers of proposals of a picture at which the objects found are counted."""
+"""Numbers of proposals of an image at which the objects found are counted."""
 
 RECALL_IOU = 0.5
 
@@ -41,8 +41,8 @@ Search = Callable[[np.ndarray], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and its objects.
+class ImageFile:
+    """One image and its objects.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -70,7 +70,7 @@ def bench_proposals(options: ProposalsOptions, command: str = "") -> dict[str, A
     if options.plot:
         require_matplotlib()
     data_sets = [
-        (_title(data, options.split), _pictures(open_split(data, options.split, frozenset()), options))
+        (_title(data, options.split), _image_files(open_split(data, options.split, frozenset()), options))
         for data in _data_options(options)
     ]
     out.print(conditions(machine, options))
@@ -81,42 +81,42 @@ def bench_proposals(options: ProposalsOptions, command: str = "") -> dict[str, A
         else:
             searches |= {"OpenCV": peer.search}
         cases = []
-        for title, pictures in data_sets:
-            cases.append(measure(title, pictures, searches, options.round_count))
+        for title, images in data_sets:
+            cases.append(measure(title, images, searches, options.round_count))
             out.print()
             out.print(_table(cases[-1]), soft_wrap=False)
         version = None if peer is None else peer.version
     path, report = write_report("proposals", cases, options, machine, command, peer_opencv=version)
     out.print(f"\nresults -> {path}")
     if options.plot:
-        picture = plot_recall(cases, hardware_name(machine), path.with_suffix(".png"))
-        out.print(f"plot    -> {picture}")
+        image = plot_recall(cases, hardware_name(machine), path.with_suffix(".png"))
+        out.print(f"plot    -> {image}")
     return report
 
 
-def measure(title: str, pictures: Sequence[Picture], searches: Mapping[str, Search], rounds: int) -> Case:
-    """Time all candidates picture by picture in turns, and compare what they propose with the objects.
+def measure(title: str, images: Sequence[ImageFile], searches: Mapping[str, Search], rounds: int) -> Case:
+    """Time all candidates image by image in turns, and compare what they propose with the objects.
 
     Args:
         title: of the data set.
-        pictures: at least one.
+        images: at least one.
         searches: candidates by name; the one named OpenCV is what the ratio refers to.
-        rounds: passes over the pictures.
+        rounds: passes over the images.
 
     Returns:
         A case whose facts hold, by candidate, the `recall` of objects with an IoU of 0.5 or more, the best overlap of
         an object as the mean of each class and over these (`mabo`), both by the number of proposals, and the mean
-        number of `proposals` of a picture.
+        number of `proposals` of an image.
     """
     for search in searches.values():
-        search(pictures[0].image)  # compiles, or loads what is compiled
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in pictures] for name in searches}
+        search(images[0].image)  # compiles, or loads what is compiled
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in images] for name in searches}
     found: dict[str, list[Tensor]] = {name: [] for name in searches}
     names = list(searches)
     for number in range(rounds):
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(images):
             for name in names[:: 1 if (number + index) % 2 == 0 else -1]:
-                proposals, taken = searches[name](picture.image)
+                proposals, taken = searches[name](image.image)
                 seconds[name][index].append(taken)
                 if number == 0:
                     found[name].append(proposals)
@@ -124,21 +124,21 @@ def measure(title: str, pictures: Sequence[Picture], searches: Mapping[str, Sear
     reference = next((row.rate for row in rows if row.name == "OpenCV"), None)
     for row in rows:
         row.ratio = row.rate / reference if row.rate and reference else None
-    facts: dict[str, Any] = {"objects": sum(len(picture.boxes) for picture in pictures), "recall": {}, "mabo": {}}
+    facts: dict[str, Any] = {"objects": sum(len(image.boxes) for image in images), "recall": {}, "mabo": {}}
     for name in names:
-        overlaps = best_overlaps(pictures, found[name])
+        overlaps = best_overlaps(images, found[name])
         facts["recall"][name] = {count: recall(found_by) for count, found_by in overlaps.items()}
-        facts["mabo"][name] = {count: mean_average(found_by, pictures) for count, found_by in overlaps.items()}
+        facts["mabo"][name] = {count: mean_average(found_by, images) for count, found_by in overlaps.items()}
     facts["proposals"] = {name: statistics.mean(map(len, found[name])) for name in names}
-    return Case(title, "cpu", f"{len(pictures)} pictures", len(pictures), rows, facts)
+    return Case(title, "cpu", f"{len(images)} images", len(images), rows, facts)
 
 
-def best_overlaps(pictures: Sequence[Picture], proposals: Sequence[Tensor]) -> dict[int, Tensor]:
-    """For each of COUNTS: (objects of all pictures,) the best IoU with so many first proposals of its picture."""
+def best_overlaps(images: Sequence[ImageFile], proposals: Sequence[Tensor]) -> dict[int, Tensor]:
+    """For each of COUNTS: (objects of all images,) the best IoU with so many first proposals of its image."""
     found: dict[int, list[Tensor]] = defaultdict(list)
-    for picture, boxes in zip(pictures, proposals):
+    for image, boxes in zip(images, proposals):
         for count in COUNTS:
-            ious = pairwise_iou(picture.boxes, boxes[:count])
+            ious = pairwise_iou(image.boxes, boxes[:count])
             found[count].append(ious.amax(1) if ious.shape[1] else ious.new_zeros(len(ious)))
     return {count: torch.cat(parts) for count, parts in found.items()}
 
@@ -148,9 +148,9 @@ def recall(overlaps: Tensor) -> float:
     return (overlaps >= RECALL_IOU).float().mean().item()
 
 
-def mean_average(overlaps: Tensor, pictures: Sequence[Picture]) -> float:
-    """The mean over the classes of the mean best IoU of their objects, (N,) over all pictures."""
-    labels = torch.cat([picture.labels for picture in pictures])
+def mean_average(overlaps: Tensor, images: Sequence[ImageFile]) -> float:
+    """The mean over the classes of the mean best IoU of their objects, (N,) over all images."""
+    labels = torch.cat([image.labels for image in images])
     return torch.stack([overlaps[labels == label].mean() for label in labels.unique()]).mean().item()
 
 
@@ -162,7 +162,7 @@ class Peer:
     """
 
     def __init__(self, python: str, mode: str, threads: int, folder: Path) -> None:
-        self._picture = folder / "picture.npy"
+        self._image = folder / "image.npy"
         self._errors = folder / "errors.txt"
         program = Path(__file__).with_name("opencv_search.py")
         with self._errors.open("w") as errors:
@@ -177,12 +177,12 @@ class Peer:
 
     def search(self, image: np.ndarray) -> tuple[Tensor, float]:
         """As `Search` says; the seconds are those of the search alone."""
-        np.save(self._picture, image)
+        np.save(self._image, image)
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{self._picture}\n")
+        self._process.stdin.write(f"{self._image}\n")
         self._process.stdin.flush()
         seconds = float(self._answer()["seconds"])
-        with np.load(self._picture.with_suffix(".npz")) as arrays:
+        with np.load(self._image.with_suffix(".npz")) as arrays:
             return torch.from_numpy(arrays["boxes"]), seconds
 
     def close(self) -> None:
@@ -229,12 +229,12 @@ def _detkit(options: ProposalsOptions) -> Search:
 
 
 def _row(name: str, seconds: Sequence[Sequence[float]]) -> Row:
-    """Of each picture the median of its passes counts."""
-    medians = [statistics.median(of_picture) for of_picture in seconds]
+    """Of each image the median of its passes counts."""
+    medians = [statistics.median(of_image) for of_image in seconds]
     return Row(
         name,
         median_us=statistics.median(medians) * 1e6,
-        samples_us=[round(second * 1e6, 1) for of_picture in seconds for second in of_picture],
+        samples_us=[round(second * 1e6, 1) for of_image in seconds for second in of_image],
         rate=len(medians) / sum(medians),
     )
 
@@ -251,23 +251,23 @@ def _title(data: Mapping[str, Any], split: str) -> str:
     return f"{Path(str(data['root'])).name if 'root' in data else data.get('name')} {split}"
 
 
-def _pictures(dataset: Dataset, options: ProposalsOptions) -> list[Picture]:
-    """The first pictures of a data set, shrunk, with the objects that count: no crowds, none that are difficult.
+def _image_files(dataset: Dataset, options: ProposalsOptions) -> list[ImageFile]:
+    """The first images of a data set, shrunk, with the objects that count: no crowds, none that are difficult.
 
     Raises:
         DetkitError: they have no objects.
     """
-    pictures = []
-    for index in range(min(options.picture_count, len(dataset))):
+    images = []
+    for index in range(min(options.image_count, len(dataset))):
         sample = dataset[index]
         target = dataset.target(index)
         image = np.ascontiguousarray(shrink(np.asarray(sample.image), options.longest_side))
         scale = torch.tensor([image.shape[1] / sample.image.shape[1], image.shape[0] / sample.image.shape[0]] * 2)
         counts = ~target.ignored
-        pictures.append(Picture(image, target.boxes[counts] * scale, target.labels[counts]))
-    if not any(len(picture.boxes) for picture in pictures):
-        raise DetkitError(f"The first {len(pictures)} pictures have no object to find. Raise --pictures.")
-    return pictures
+        images.append(ImageFile(image, target.boxes[counts] * scale, target.labels[counts]))
+    if not any(len(photo.boxes) for photo in images):
+        raise DetkitError(f"The first {len(images)} images have no object to find. Raise --images.")
+    return images
 
 
 def _table(case: Case) -> Table:
@@ -279,7 +279,7 @@ def _table(case: Case) -> Table:
         header_style="bold",
     )
     out.add_column("", no_wrap=True)
-    for heading in ("pictures a second", "times as fast", *(f"{count:,}" for count in COUNTS)):
+    for heading in ("images a second", "times as fast", *(f"{count:,}" for count in COUNTS)):
         out.add_column(heading, justify="right", no_wrap=True)
     for row in case.rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.1f}"

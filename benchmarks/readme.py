@@ -1,6 +1,6 @@
 """`python -m benchmarks readme`: the README's tables of whole networks, made from the results of benchmarks.
 
-There is a table for each machine, number of threads and set of pictures. Of several measurements of the same thing the
+There is a table for each machine, number of threads and set of images. Of several measurements of the same thing the
 latest counts.
 """
 
@@ -51,8 +51,8 @@ def tables(folder: Path) -> dict[str, str]:
         return [(record, case) for record in chosen for case in record["cases"] if wanted(case)]
 
     return {
-        "inference": _speed(of("inference", lambda case: not _is_yolo(case)), "a picture"),
-        "yolo": _speed(of("inference", _is_yolo), "a picture, from its file"),
+        "inference": _speed(of("inference", lambda case: not _is_yolo(case)), "an image"),
+        "yolo": _speed(of("inference", _is_yolo), "an image, from its file"),
         "train_step": _speed(of("train_step"), "a step"),
         "learning": _learning(of("learning")),
         "scaling": _scaling([record for record in records if record["benchmark"] == "scaling"]),
@@ -95,7 +95,7 @@ def _speed(measured: Iterable[tuple[Record, Record]], unit: str) -> str:
         calls = 1 if record["benchmark"] == "train_step" else case["work"]
         rows = {row["name"]: {**row, "median_us": row["median_us"] / calls} for row in case["rows"]}
         reference = next((name for name in REFERENCES if name in rows), "")
-        group = f"{_machine(record, case)}; {record['pictures']}"
+        group = f"{_machine(record, case)}; {record['images']}"
         reference_of[group] = reference or reference_of.get(group, "")
         files.setdefault(group, []).append(record["file"])
         networks = groups.setdefault(group, {})
@@ -168,7 +168,7 @@ def _learning(measured: Iterable[tuple[Record, Record]]) -> str:
     files: dict[str, list[Path]] = {}
     for record, case in measured:
         options, ends = record["options"], case["facts"]["ends"]
-        group = f"{_machine(record, case)}; detkit in {_precision(record, case)}; {record['pictures']}"
+        group = f"{_machine(record, case)}; detkit in {_precision(record, case)}; {record['images']}"
         losses = [", ".join(f"{value:.3f}" for value in ends[side]) for side in ("torchvision", "detkit")]
         cells = [f"`{case['kind']}`, {case['size']}", str(options["steps"]), *losses]
         groups.setdefault(group, {})[cells[0]] = cells

@@ -30,7 +30,7 @@ from benchmarks.harness import (
     run_python,
     wall_clock,
 )
-from benchmarks.models import made_up_picture
+from benchmarks.models import made_up_image
 from benchmarks.options import ScalingOptions
 from benchmarks.report import conditions, console, hardware, output_path, short_count, short_time, write_report
 from detkit.config import Experiment, InputOptions
@@ -44,12 +44,12 @@ from detkit.tasks.drawing import write_image
 BOXES_AN_OBJECT = 12
 """That enter suppression for each object, as a detector gives them."""
 OBJECTS_IN_DATA = 7
-"""Of each picture of the data set."""
+"""Of each image of the data set."""
 LINEAR = 1.1
 """A growth with an exponent up to it is linear: the times of the largest two sizes are known to some 5 %."""
 MEASURABLE = 2_000_000
 """Bytes; of less the system's counters know too little for an exponent."""
-DATA = "pictures of a data set"
+DATA = "images of a data set"
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Setting:
     """What a network works on.
 
     Args:
-        side: height and width of the pictures in pixels.
-        batch: pictures of a call.
-        objects: of each picture.
+        side: height and width of the images in pixels.
+        batch: images of a call.
+        objects: of each image.
         classes: of the detector.
     """
 
@@ -90,9 +90,9 @@ class Axis:
 
 
 AXES = (
-    Axis("pixels of a picture", "side", (128, 192, 256, 384, 512, 768), (64, 128)),
-    Axis("pictures of a batch", "batch", (1, 2, 4, 8, 16), (1, 4)),
-    Axis("objects of a picture", "objects", (1, 10, 30, 100, 300, 1000), (1, 30)),
+    Axis("pixels of an image", "side", (128, 192, 256, 384, 512, 768), (64, 128)),
+    Axis("images of a batch", "batch", (1, 2, 4, 8, 16), (1, 4)),
+    Axis("objects of an image", "objects", (1, 10, 30, 100, 300, 1000), (1, 30)),
     Axis("classes", "classes", (20, 80, 250, 500, 1000), (20, 100)),
     Axis(DATA, None, (100, 1000, 10000), (10, 100)),
 )
@@ -104,7 +104,7 @@ def bench_scaling(options: ScalingOptions, command: str = "") -> dict[str, Any]:
     The network is SSD on small_ssd with random weights: a training step (forward, loss, backward, SGD), a prediction,
     and the post-processing alone, whose scores are fixed: of every object, BOXES_AN_OBJECT boxes are candidates.
 
-    Freed memory is kept for the next call, as by `detkit train`. Else large tensors (of 16 pictures of 256 pixels, say,
+    Freed memory is kept for the next call, as by `detkit train`. Else large tensors (of 16 images of 256 pixels, say,
     or two of 768) are mapped anew each time, which took 40 % of a prediction's time, but nothing of smaller ones'.
 
     Args:
@@ -221,26 +221,26 @@ def peak(name: str, setting: dict[str, int], device: str, threads: int, seed: in
     return torch.cuda.max_memory_allocated() - before
 
 
-def data_peak(pictures: int) -> int | None:
+def data_peak(images: int) -> int | None:
     """Bytes by which opening a data set raises the memory at most; for a process of its own."""
     with coco_data(2) as root:
         Coco(str(root), "train")
-    with coco_data(pictures) as root:
+    with coco_data(images) as root:
         return peak_rise(lambda: Coco(str(root), "train"))
 
 
 @contextmanager
-def coco_data(pictures: int) -> Iterator[Path]:
-    """The folder of a data set in COCO's layout: one picture under many names, OBJECTS_IN_DATA boxes in each."""
+def coco_data(photos: int) -> Iterator[Path]:
+    """The folder of a data set in COCO's layout: one image under many names, OBJECTS_IN_DATA boxes in each."""
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("annotations", "train"):
             (root / name).mkdir()
-        write_image(root / "one.jpg", made_up_picture(96, 128, 0))
+        write_image(root / "one.jpg", made_up_image(96, 128, 0))
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for number in range(pictures):
+        for number in range(photos):
             name = f"{number:012}.jpg"
             os.link(root / "one.jpg", root / "train" / name)
             images.append({"id": number, "file_name": name, "height": 96, "width": 128})
@@ -303,14 +303,14 @@ def _outputs(model: Model, images: Tensor) -> Any:
 
 
 def _target(setting: Setting) -> Target:
-    """Objects with sides of a twentieth to a third of the picture's."""
+    """Objects with sides of a twentieth to a third of the image's."""
     sides = setting.side * (0.05 + 0.28 * torch.rand(setting.objects, 2))
     corners = (setting.side - sides) * torch.rand(setting.objects, 2)
     return Target(torch.cat((corners, corners + sides), 1), torch.randint(setting.classes, (setting.objects,)))
 
 
 def _fixed_scores(outputs: SSDOutputs, setting: Setting) -> SSDOutputs:
-    """Outputs by which, in each picture, BOXES_AN_OBJECT anchors for each object have a score of a half to nearly 1 in
+    """Outputs by which, in each image, BOXES_AN_OBJECT anchors for each object have a score of a half to nearly 1 in
     one class, as far as there are anchors, and all other scores are next to 0."""
     batch, anchors, columns = outputs.logits.shape
     logits = torch.full((batch, anchors, columns), -20.0)

@@ -19,7 +19,7 @@ from benchmarks.models import (
     load_side,
     memory,
     model_names,
-    pictures,
+    photos,
     plausible_model,
     speed_table,
 )
@@ -36,7 +36,7 @@ LEARNING_RATE = 1e-6
 """So small that the network stays as it is: all steps have the same work."""
 LOSS_TOLERANCE = 0.01
 OBJECTS = 7
-"""Of each picture, made up."""
+"""Of each image, made up."""
 MEMORY_STEPS = 3
 LOSS_NAMES = {
     "loss_objectness": "objectness",
@@ -90,7 +90,7 @@ def bench_train_step(options: TrainStepOptions, command: str = "") -> dict[str, 
     """
     devices, names, machine, out = options.devices(), model_names(options.models), hardware(), console()
     output_path("train_step", machine, options)  # an error now, not after minutes
-    source, images = pictures(options.source)
+    source, images = photos(options.source)
     stated = CONDITIONS.format(precision=options.precision)
     out.print(f"{conditions(machine, options)}; {source}\n{stated}")
     keep_freed_memory()
@@ -102,14 +102,14 @@ def bench_train_step(options: TrainStepOptions, command: str = "") -> dict[str, 
     for device in devices:
         out.print()
         of_device = [case for case in cases if case.device == device]
-        out.print(speed_table(f"a step on {device}, ms for each of its pictures", of_device), soft_wrap=False)
-    path, report = write_report("train_step", cases, options, machine, command, pictures=source, conditions=stated)
+        out.print(speed_table(f"a step on {device}, ms for each of its images", of_device), soft_wrap=False)
+    path, report = write_report("train_step", cases, options, machine, command, images=source, conditions=stated)
     out.print(f"\nresults -> {path}")
     return report
 
 
 def training_batch(images: Sequence[np.ndarray], size: int, count: int, seed: int) -> TrainingBatch:
-    """`count` pictures stretched to `size` pixels, with made-up objects: boxes of a tenth to two thirds of the side,
+    """`count` images stretched to `size` pixels, with made-up objects: boxes of a tenth to two thirds of the side,
     masks of the ellipses in them."""
     generator = torch.Generator().manual_seed(seed)
     fit = Fit((size, size))
@@ -142,7 +142,7 @@ def peaks(
     """The memory that one side takes in a process of its own; see benchmarks.models.memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    learned = training_batch(pictures(source)[1], size, batch, seed).to(device)
+    learned = training_batch(photos(source)[1], size, batch, seed).to(device)
     return memory(
         lambda: partial(_repeat, _step(side, load_side(side, name, size, file), learned, device, precision)), device
     )
@@ -190,14 +190,14 @@ def _check(side: str, loss: float) -> None:
 
 
 def step_shape(name: str, options: TrainStepOptions) -> tuple[int, int]:
-    """The side of the pictures in pixels, and how many a step has."""
+    """The side of the images in pixels, and how many a step has."""
     is_ssd = name.startswith("ssd300")
     return 300 if is_ssd else options.input_size, options.batch or (8 if is_ssd else 2)
 
 
 def batch_label(count: int, size: int) -> str:
-    """Pictures of a step, as tables name them."""
-    return f"{counted(count, 'picture')} of {size} px"
+    """Images of a step, as tables name them."""
+    return f"{counted(count, 'image')} of {size} px"
 
 
 def step_precision(asked: str, device: str) -> str:

@@ -1,7 +1,7 @@
-"""YOLOX in detkit beside Ultralytics' YOLO of about the same FLOPs, from a picture's file to boxes.
+"""YOLOX in detkit beside Ultralytics' YOLO of about the same FLOPs, from an image's file to boxes.
 
 Their networks differ, so that there is nothing to compare but time. Both have random weights; each gets the threshold
-at which it finds about 100 boxes in the first picture, so that there is something to suppress and to scale back.
+at which it finds about 100 boxes in the first image, so that there is something to suppress and to scale back.
 """
 
 import json
@@ -148,7 +148,7 @@ def yolo_case(name: str, images: Sequence[np.ndarray], options: InferenceOptions
 
 
 def yolox(name: str, seed: int, image: np.ndarray) -> Model:
-    """YOLOX of a published size with random weights, its batch norms fitted to a picture: without that all places would
+    """YOLOX of a published size with random weights, its batch norms fitted to an image: without that all places would
     have one score, and a threshold would find all boxes or none.
 
     Raises:
@@ -178,7 +178,7 @@ def yolox(name: str, seed: int, image: np.ndarray) -> Model:
 def yolo_table(cases: Sequence[Case]) -> Table:
     """Milliseconds from file to boxes, on the clock and of the processor."""
     out = Table(title="file to boxes on cpu", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "", "a picture", "processor time", "times as fast"):
+    for heading in ("model", "", "an image", "processor time", "times as fast"):
         out.add_column(heading, justify="left" if heading in ("model", "") else "right", no_wrap=True)
     for case in cases:
         peer = case.facts["peer"]
@@ -191,7 +191,7 @@ def yolo_table(cases: Sequence[Case]) -> Table:
 
 
 def threshold(call: Predict, file: str) -> float:
-    """The score above which a side finds some BOXES boxes in a picture, by bisection; there may be none so exact."""
+    """The score above which a side finds some BOXES boxes in an image, by bisection; there may be none so exact."""
     low, high = 0.0, 1.0  # of the exponent: random weights give scores of many orders of magnitude
     best = (BOXES, 1.0)
     for _ in range(STEPS):
@@ -206,7 +206,7 @@ def threshold(call: Predict, file: str) -> float:
 
 
 def _gflops(model: Model) -> float:
-    """Of a picture of SIDE x SIDE; a multiplication and an addition are two."""
+    """Of an image of SIDE x SIDE; a multiplication and an addition are two."""
     images = torch.zeros(1, 3, SIDE, SIDE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images, ((SIDE, SIDE),))
@@ -222,7 +222,7 @@ def _predict(predictor: Predictor, file: str, conf: float) -> Timing:
 def _in_turns(
     sides: dict[str, Predict], files: Sequence[str], thresholds: dict[str, float], options: InferenceOptions
 ) -> dict[str, list[Timing]]:
-    """Every picture by every side, round after round, each round beginning with another side."""
+    """Every image by every side, round after round, each round beginning with another side."""
     samples: dict[str, list[Timing]] = {side: [] for side in sides}
     start = time.perf_counter()
     for number in range(options.round_count):

@@ -5,7 +5,9 @@ constructor arguments of the part registered by that name, and are checked when 
 is listed here, once.
 """
 
+import copy
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -17,29 +19,47 @@ from detkit.errors import ConfigError, nearest
 from detkit.io import files
 from detkit.schema import build, convert, from_text, given_options, option_names, option_type, plain, put, shown
 
+logger = logging.getLogger(__name__)
+
 PartOptions = dict[str, Any]
-PATHS = (("data", "root"), ("head", "style_image"), ("data", "data", "root"), ("proposals", "path"), ("proposals", "cache"))
+PATHS = (
+    ("data", "root"),
+    ("head", "style_image"),
+    ("data", "data", "root"),
+    ("proposals", "path"),
+    ("proposals", "cache"),
+)
 """Options of parts that are paths."""
+RENAMED = (
+    ("head", "picture", "style_image"),
+    ("head", "picture_size", "style_size"),
+)
+"""Options of parts that had another name up to version 0.1: part, old name, new name."""
+RENAMED_VALUES = (
+    ("data", "name", "pictures", "images"),
+    ("head", "normalise", "picture", "image"),
+)
+"""Values likewise: part, option, old value, new value."""
 OF_PARTS = ("data", "backbone", "neck", "head", "proposals")
 """Those keys of a config that are parts."""
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How a picture becomes the network's input.
+    """How an image becomes the network's input.
 
     Args:
-        size: height and width of the network's input in pixels; for short_side the length of a picture's shorter side,
+        size: height and width of the network's input in pixels; for short_side the length of an image's shorter side,
             and the most that its longer side may have.
-        resize: stretch pictures to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
-            short_side keeps it too, and pads the pictures of a batch to the largest of them; crop, for segmentation,
-            cuts parts of `size` at random in training, and goes over whole pictures in windows of it afterwards.
+        resize: stretch images to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
+            short_side keeps it too, and pads the images of a batch to the largest of them; crop, for segmentation,
+            cuts parts of `size` at random in training, and goes over whole images in windows of it afterwards.
         multi_scale: smallest and largest factor of `size` in training: each batch gets another input at random, with
             sides that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction keep
             to `size`. Null for always `size`.
         overlap: of neighbouring windows under crop, as a fraction of their sides; more is slower and smoother.
-        trim_padding: evaluate and predict letterboxed pictures with no more padding than to multiples of 32 and to the
-            largest picture of the batch, which saves its time. For heads that do not depend on the size of the input:
+        trim_padding: evaluate and predict letterboxed images with no more padding than to multiples of 32 and to the
+            largest image of the batch, which saves its time. For heads that do not depend on the size of the input:
             yolov2, yolov3, yolox, where `size` is a multiple of the coarsest map's stride, up to 32; others have all of
             the padding.
     """
@@ -83,7 +103,7 @@ class InputOptions:
         if self.resize == "short_side":
             raise ConfigError(
                 "'input.multi_scale' cannot go with input.resize short_side, where each batch is as large as its "
-                "pictures. Set input.resize to stretch or letterbox, or input.multi_scale to null."
+                "images. Set input.resize to stretch or letterbox, or input.multi_scale to null."
             )
         if not 0 < factors[0] <= factors[1] < math.inf:
             raise ConfigError(
@@ -105,12 +125,12 @@ class TrainOptions:
     """How a model is trained.
 
     Args:
-        epochs: passes over the training pictures.
-        batch_size: pictures of one optimiser step, in all: over all devices and accumulated batches.
-        accumulate: batches whose gradients are summed up to one step, each batch_size / accumulate pictures.
-        workers: processes that read and augment pictures; 0 does it in the training process.
+        epochs: passes over the training images.
+        batch_size: images of one optimiser step, in all: over all devices and accumulated batches.
+        accumulate: batches whose gradients are summed up to one step, each batch_size / accumulate images.
+        workers: processes that read and augment images; 0 does it in the training process.
         optimizer: the rule of the step.
-        lr: learning rate at its peak, for batch_size pictures a step.
+        lr: learning rate at its peak, for batch_size images a step.
         backbone_lr_factor: the backbone's learning rate as a multiple of `lr`.
         momentum: of sgd; first beta of adam and adamw.
         weight_decay: not applied to biases and to the weights of normalisation layers.
@@ -124,9 +144,9 @@ class TrainOptions:
             evaluated and saved; null for none.
         freeze: the first stages of the backbone that keep their weights and batch-norm statistics; all for the whole
             backbone.
-        freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few pictures.
+        freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few images.
         store_features: with a backbone that is frozen as a whole and without augmentation, compute its maps of each
-            picture in the first epoch only, and keep them in files in the run's folder until its end.
+            image in the first epoch only, and keep them in files in the run's folder until its end.
         precision: arithmetic of the forward and backward passes. auto is bf16-mixed (weights, losses and sums in 32
             bits, the factors of convolutions and linear layers in 16) where the hardware multiplies bf16 faster:
             tensor cores, AMX, AVX512-BF16; else, and for heads that need it, 32-true. Evaluation is in 32 bits.
@@ -138,20 +158,20 @@ class TrainOptions:
             the head gives for an image in evaluations; null for COCO's 100. With another number the figures cannot be
             compared with published ones.
         patience: evaluations without a better score after which training stops early; null for never.
-        plain_epochs: last epochs, trained on pictures without augmentation.
-        unmixed_epochs: last epochs, trained without those augmentations that mix pictures (mosaic, mixup), the others
+        plain_epochs: last epochs, trained on images without augmentation.
+        unmixed_epochs: last epochs, trained without those augmentations that mix images (mosaic, mixup), the others
             staying on, as YOLOX does.
-        per_class: so many pictures of one class stand together in a batch, which then has as many of each of several
-            classes (metric learning's P x K), for data with one class a picture; null for any.
+        per_class: so many images of one class stand together in a batch, which then has as many of each of several
+            classes (metric learning's P x K), for data with one class an image; null for any.
         reduced_decoding: decode large JPEGs at 1/2, 1/4 or 1/8 of their sides in training, where that leaves twice the
             input's pixels along each axis, and enough for what `augment` cuts out. It takes noise out of them, which
-            stays in the whole pictures of validation and prediction, and costs score where there is much of it. Not
+            stays in the whole images of validation and prediction, and costs score where there is much of it. Not
             with proposals.
-        cache: keep decoded pictures in memory or in a file on the disk of `runs`, shared by the workers, so that each
+        cache: keep decoded images in memory or in a file on the disk of `runs`, shared by the workers, so that each
             is decoded once; null for never. It changes no result.
-        cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (a picture of 640 x 480 has 0.9 MB); the
-            pictures beyond are decoded each time.
-        seed: of the weights, the order of pictures and their augmentation.
+        cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (an image of 640 x 480 has 0.9 MB); the
+            images beyond are decoded each time.
+        seed: of the weights, the order of images and their augmentation.
     """
 
     epochs: int = 50
@@ -208,13 +228,13 @@ class TrainOptions:
             raise ConfigError(f"'train.freeze' must be a number of stages, or all, but is {self.freeze}.")
         if self.batch_size % (self.accumulate * self.devices):
             raise ConfigError(
-                f"'train.batch_size' is the total, {self.batch_size} pictures a step: it must be a multiple of "
+                f"'train.batch_size' is the total, {self.batch_size} images a step: it must be a multiple of "
                 f"train.accumulate x train.devices = {self.accumulate * self.devices}."
             )
         batch = self.batch_size // (self.accumulate * self.devices)
         if self.per_class is not None and (self.per_class < 1 or batch % self.per_class or batch == self.per_class):
             raise ConfigError(
-                f"'train.per_class' is {self.per_class}, but the pictures of a batch, {batch} (train.batch_size over "
+                f"'train.per_class' is {self.per_class}, but the images of a batch, {batch} (train.batch_size over "
                 f"train.accumulate x train.devices), must be a multiple of it, twice at least, so that a batch has "
                 f"several classes."
             )
@@ -244,12 +264,12 @@ class Experiment:
         backbone: `name` of a backbone and its options.
         head: `name` of a head and its options.
         neck: `name` of a neck and its options; null for none.
-        augment: augmentations of training pictures, each a `name` and its options; those that mix pictures (mosaic,
+        augment: augmentations of training images, each a `name` and its options; those that mix images (mosaic,
             mixup) run first, in order, then those that move pixels, then the resize to the input, then those that only
             change colours.
         proposals: `name` of a source of proposals (selective_search, file) for a head that needs them, its options, and
             the folder `cache` in which they are kept; null for none.
-        input: how a picture becomes the network's input.
+        input: how an image becomes the network's input.
         train: how the model is trained.
         weights: a checkpoint to start from: a run's folder, a .safetensors file, torchvision:NAME, a .pth file of
             torchvision's or YOLOX's, a .weights file of Darknet's; null to start from the backbone's own weights.
@@ -315,7 +335,7 @@ def experiment_from_dict(values: Any) -> Experiment:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"An experiment has keys and values (data, backbone, head, ...), but is {shown(values)}.")
-    values = plain(values, "")
+    values = _with_current_names(plain(values, ""))
     _check_keys(values, "the experiment")
     for options, key in _paths(values):
         # A run is evaluated and resumed from other folders than it was started in.
@@ -387,12 +407,35 @@ def read_yaml(config: str) -> dict[str, Any]:
         raise ConfigError(
             f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {shown(values)}."
         )
+    values = _with_current_names(values, f"{path}: ")
     for options, key in _paths(values):
         try:
             options[key] = str((folder / os.path.expanduser(options[key])).resolve())
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, NUL
             raise ConfigError(f"The path {shown(options[key])} in '{path}' cannot be used: {error}.") from None
     return values
+
+
+def _with_current_names(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """`values` of an experiment of an earlier version under the current names; those of a user's file (`where`) are
+    logged."""
+    values = copy.deepcopy(values)
+    for part, old, new in RENAMED:
+        options = values.get(part)
+        if isinstance(options, dict) and old in options:
+            options[new] = options.pop(old)
+            _log_renamed(where, f"{part}.{old}", f"{part}.{new}")
+    for part, key, old, new in RENAMED_VALUES:
+        options = values.get(part)
+        if isinstance(options, dict) and options.get(key) == old:
+            options[key] = new
+            _log_renamed(where, f"{part}.{key}: {old}", f"{part}.{key}: {new}")
+    return values
+
+
+def _log_renamed(where: str, old: str, new: str) -> None:
+    if where:
+        logger.warning(f"{where}'{old}' is called '{new}' now. The old name is accepted until version 0.3.")
 
 
 def _is_switch(name: str) -> bool:

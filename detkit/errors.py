@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend: each one paragraph, saying what, where and the remedy.
+"""The errors that are the user's to fix: each one paragraph, saying what, where and the remedy.
 
 The command line prints these without a traceback; every other exception is a fault of detkit's own.
 """
@@ -66,7 +66,7 @@ def check_range(path: str, low: float, high: float = math.inf, **options: float)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun in the plural that it needs: "1 picture", "2,000 pictures"."""
+    """A number with its noun in the plural that it needs: "1 image", "2,000 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

@@ -149,7 +149,7 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
 
     Raises:
         ConfigError: a part or option is unknown, or the parts do not fit together.
-        CheckpointError: the backbone's weights cannot be had.
+        CheckpointError: the backbone's weights is not available.
     """
     with nullcontext() if load_weights else without_weights():
         backbone: Backbone = backbones.build(experiment.backbone, "backbone")
@@ -159,11 +159,11 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
             neck = necks.build(experiment.neck, "neck", channels=channels, strides=strides)
             channels, strides = neck.channels, neck.strides
         head: Head = heads.build(experiment.head, "head", channels=channels, strides=strides, num_classes=len(classes))
-    whole_picture = not head.any_size and bool(head.needs & {"boxes", "points", "image_labels"})
-    if experiment.input.resize == "crop" and whole_picture:
+    whole_image = not head.any_size and bool(head.needs & {"boxes", "points", "image_labels"})
+    if experiment.input.resize == "crop" and whole_image:
         raise ConfigError(
             f"'input.resize' crop is for heads that say something of each pixel, but the head "
-            f"'{experiment.head['name']}' says something of the whole picture. Set input.resize to stretch, letterbox "
+            f"'{experiment.head['name']}' says something of the whole image. Set input.resize to stretch, letterbox "
             f"or short_side."
         )
     model = Model(backbone, neck, head, experiment, classes)

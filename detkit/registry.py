@@ -155,7 +155,7 @@ def _import_plugins() -> None:
             package = point.dist.name if point.dist is not None else "unknown"
             raise ConfigError(
                 f"The installed package '{package}' has parts for detkit in its module '{point.value}', which cannot "
-                f"be imported ({type(error).__name__}: {error}). Mend that package, or uninstall it."
+                f"be imported ({type(error).__name__}: {error}). Fix that package, or uninstall it."
             ) from error
 
 

@@ -282,7 +282,7 @@ def _adapter(annotation: Any) -> Any:
 
 
 def _strict(annotation: Any) -> Any:
-    """`annotation` with pydantic's conversions between numbers, truth values and text switched off."""
+    """`annotation` with pydantic's conversions between numbers, ground truth values and text switched off."""
     from pydantic import AllowInfNan, BeforeValidator, Field, Strict, StringConstraints
 
     if annotation is int:

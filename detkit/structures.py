@@ -63,12 +63,12 @@ class ClassList:
 IGNORED_PIXEL = 255
 """In Target.semantic: this pixel counts neither in the loss nor in the scores, as in VOC and Cityscapes."""
 OF_OBJECTS = ("boxes", "labels", "crowd", "difficult", "area", "masks", "points", "visible")
-OF_PICTURE = ("image_labels", "semantic")
+OF_IMAGE = ("image_labels", "semantic")
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The truth of one image.
+    """The ground truth of one image.
 
     Args:
         boxes: (N, 4) float32 xyxy pixels.
@@ -80,7 +80,7 @@ class Target:
         masks: (N, H, W) bool, or None where the data has none.
         points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None where the data has none.
         visible: (N, K) bool: which of the points were annotated; the others say nothing. None without points.
-        image_labels: (M,) int64 in 0..C-1, the classes of the picture as a whole, or None where the data has none.
+        image_labels: (M,) int64 in 0..C-1, the classes of the image as a whole, or None where the data has none.
         semantic: (H, W) uint8, the class of each pixel, IGNORED_PIXEL where there is no telling; or None.
     """
 
@@ -135,18 +135,18 @@ class Target:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> Target:
-        """The objects that `index` (a bool mask or indices, 1-D) selects; what is of the picture as a whole stays."""
+        """The objects that `index` (a bool mask or indices, 1-D) selects; what is of the image as a whole stays."""
         chosen = {name: tensor[index] for name, tensor in self._tensors(OF_OBJECTS)}
         return replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
         move = partial(_moved, device=torch.device(device))
-        return replace(self, **{name: move(tensor) for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
+        return replace(self, **{name: move(tensor) for name, tensor in self._tensors(OF_OBJECTS + OF_IMAGE)})
 
     def copy(self) -> Target:
         """The same target in memory of its own."""
-        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors(OF_OBJECTS + OF_PICTURE)})
+        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors(OF_OBJECTS + OF_IMAGE)})
 
     def _tensors(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for name in names if (tensor := getattr(self, name)) is not None]
@@ -172,7 +172,7 @@ class Meta:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image with its truth, before batching.
+    """One image with its ground truth, before batching.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -274,21 +274,21 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Which truth each anchor is responsible for; no index value has a second meaning.
+    """Which ground truth each anchor is responsible for; no index value has a second meaning.
 
     Args:
-        truth_index: (A,) int64 index of a truth; to be read only where `positive`.
+        truth_index: (A,) int64 index of a ground truth; to be read only where `positive`.
         positive: (A,) bool.
         ignored: (A,) bool: neither positive nor negative, takes no part in the loss.
     """
 
-    truth_index: Tensor
+    target_index: Tensor
     positive: Tensor
     ignored: Tensor
 
     def __post_init__(self) -> None:
-        shape = tuple(self.truth_index.shape)
-        _check(self.truth_index, "truth_index", shape, torch.int64)
+        shape = tuple(self.target_index.shape)
+        _check(self.target_index, "target_index", shape, torch.int64)
         _check(self.positive, "positive", shape, torch.bool)
         _check(self.ignored, "ignored", shape, torch.bool)
 
@@ -422,10 +422,10 @@ class Prediction(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """The classes of a whole picture.
+    """The classes of a whole image.
 
     Args:
-        scores: (C,) float32 in 0..1; they sum to 1 where a picture has exactly one class.
+        scores: (C,) float32 in 0..1; they sum to 1 where an image has exactly one class.
         class_names: names by label; empty inside the network, filled by the predictor.
     """
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny experiment on made-up pictures that trains in seconds."""
+"""Shared by all tests: a tiny experiment on made-up images that trains in seconds."""
 
 import os
 import shutil

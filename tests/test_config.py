@@ -24,7 +24,7 @@ from detkit.model import build_model
 from detkit.structures import ClassList
 
 CONFIG = """
-data: {name: voc, root: pictures}
+data: {name: voc, root: images}
 backbone: {name: small_ssd}
 head: {name: ssd, iou_threshold: 0.5}
 augment: [{name: flip, horizontal: 0.5}]
@@ -58,7 +58,7 @@ def test_later_files_win_key_by_key(config: Path, tmp_path: Path) -> None:
 
 def test_a_relative_root_belongs_to_its_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
-    assert load_experiment([str(config)]).data["root"] == str(config.parent / "pictures")
+    assert load_experiment([str(config)]).data["root"] == str(config.parent / "images")
     assert load_experiment([str(config)], ["--data.root", "here"]).data["root"] == "/here"
 
 
@@ -215,7 +215,7 @@ def test_a_config_of_the_working_folder_wins(local: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(CONFIG)
     assert find_config("quickstart") == (path, path.parent)
-    assert load_experiment(["quickstart"]).data["root"] == str(path.parent.absolute() / "pictures")
+    assert load_experiment(["quickstart"]).data["root"] == str(path.parent.absolute() / "images")
 
 
 def test_paths_in_a_config_that_comes_with_detkit_start_at_the_working_folder(
@@ -226,9 +226,9 @@ def test_paths_in_a_config_that_comes_with_detkit_start_at_the_working_folder(
     (tmp_path / "detkit/configs/mine.yaml").write_text(CONFIG)
     monkeypatch.setattr("detkit.config.__file__", str(tmp_path / "detkit/config.py"))
     assert list(packaged_configs()) == ["mine"]
-    assert load_experiment(["mine"]).data["root"] == str(Path("pictures").absolute())
+    assert load_experiment(["mine"]).data["root"] == str(Path("images").absolute())
     Path("mine").mkdir()  # a folder of that name is not a config
-    assert load_experiment(["mine"]).data["root"] == str(Path("pictures").absolute())
+    assert load_experiment(["mine"]).data["root"] == str(Path("images").absolute())
 
 
 def test_what_may_be_null_is_named_in_words() -> None:
@@ -371,3 +371,22 @@ def test_a_config_of_aliases_takes_no_memory(tmp_path: Path) -> None:
     config.write_text("\n".join(lines))
     with pytest.raises(ConfigError, match="once its aliases are expanded"):
         load_experiment([str(config)])
+
+
+def test_names_of_the_first_version_keep_loading(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tmp_path / "style.yaml"
+    config.write_text(
+        "data: {name: pictures, root: photos}\nbackbone: {name: pixels}\n"
+        "head: {name: style, picture: paint.png, picture_size: 64}\n"
+    )
+    experiment = load_experiment([str(config)])
+    assert experiment.data["name"] == "images"
+    assert experiment.head == {"name": "style", "style_image": str(tmp_path / "paint.png"), "style_size": 64}
+    assert "'head.picture' is called 'head.style_image' now" in caplog.text
+    caplog.clear()
+    values = experiment_to_dict(experiment)
+    values["head"]["picture"] = values["head"].pop("style_image")
+    assert experiment_from_dict(values) == experiment  # as the metadata of an old checkpoint
+    assert not caplog.text
+    overrides = ["--head.picture", str(tmp_path / "c.png")]
+    assert load_experiment([str(config)], overrides).head["style_image"] == str(tmp_path / "c.png")

@@ -276,13 +276,13 @@ def test_command_line(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
     from detkit.cli import main
 
-    picture = tmp_path / "a.png"
-    Image.fromarray(Shapes("val", val_count=1, size=96)[0].image).save(picture)
+    image = tmp_path / "a.png"
+    Image.fromarray(Shapes("val", val_count=1, size=96)[0].image).save(image)
     arguments = [
         "infer",
         str(tiny_file),
         "--source",
-        str(picture),
+        str(image),
         "--output",
         str(tmp_path / "out"),
         "--device",
@@ -293,7 +293,7 @@ def test_command_line(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_old_header(tiny_file: Path, tmp_path: Path) -> None:
-    """Before version 0.2 the pictures seen take 32 bits."""
+    """Before version 0.2 the images seen take 32 bits."""
     old = write(tmp_path / "old.weights", random_weights(LAYERS["yolov3-tiny"], seed=1), version=(0, 1))
     assert old.stat().st_size == tiny_file.stat().st_size - 4
     first, second = load_model(old), load_model(tiny_file)

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, in which colours, and what is left untouched."""
+"""Images: what is drawn where, in which colours, and what is left untouched."""
 
 import logging
 from dataclasses import replace
@@ -39,12 +39,12 @@ def has_color(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
 
 def test_boxes_and_labels_have_the_colour_of_their_class_in_rgb() -> None:
     found = detections_at((100, 100, 200, 200), (300, 300, 400, 400), labels=[0, 1], names=("cat", "dog"))
-    picture = draw_detections(blank(), found)
-    assert has_color(picture, RED)[150, 100]
-    assert has_color(picture, GREEN)[350, 300]
+    image = draw_detections(blank(), found)
+    assert has_color(image, RED)[150, 100]
+    assert has_color(image, GREEN)[350, 300]
     # The label stands right above its box.
-    assert has_color(picture, RED)[85:99, 100:160].any()
-    assert not drawn(picture)[210:275].any()
+    assert has_color(image, RED)[85:99, 100:160].any()
+    assert not drawn(image)[210:275].any()
 
 
 def test_the_image_given_is_untouched() -> None:
@@ -70,8 +70,8 @@ def test_a_read_only_or_strided_image_is_drawn_too() -> None:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 640, 480), (600, 0, 640, 30), (0, 460, 30, 480), (639, 479, 640, 480)])
-def test_labels_and_lines_stay_inside_the_picture(box: tuple[int, ...]) -> None:
-    # The text is as wide in the middle of the picture, where nothing can be cut off.
+def test_labels_and_lines_stay_inside_the_image(box: tuple[int, ...]) -> None:
+    # The text is as wide in the middle of the image, where nothing can be cut off.
     names = ("a rather long name",)
     middle = has_color(draw_detections(blank(), detections_at((300, 200, 301, 201), names=names)), RED).sum()
     at_border = has_color(draw_detections(blank(), detections_at(box, names=names)), RED)
@@ -82,12 +82,12 @@ def test_labels_and_lines_stay_inside_the_picture(box: tuple[int, ...]) -> None:
         assert at_border[-1].mean() > 0.9
 
 
-def test_lines_and_text_grow_with_the_picture() -> None:
+def test_lines_and_text_grow_with_the_image() -> None:
     def shares(scale: int) -> float:
-        picture = draw_detections(
+        image = draw_detections(
             blank(480 * scale, 640 * scale), detections_at((100 * scale, 100 * scale, 300 * scale, 300 * scale))
         )
-        return float(drawn(picture).mean())
+        return float(drawn(image).mean())
 
     # Lines of the same width in both would cover a sixth of the share.
     assert shares(6) == pytest.approx(shares(1), rel=0.4)
@@ -106,11 +106,11 @@ def test_the_best_score_is_on_top() -> None:
     boxes = torch.tensor([[100.0, 100, 300, 300]] * 2)
     for scores in ([0.9, 0.5], [0.5, 0.9]):
         best = int(np.argmax(scores))
-        picture = draw_detections(blank(), Detections(boxes, torch.tensor(scores), torch.tensor([0, 1])))
-        assert has_color(picture, (RED, GREEN)[best])[200, 100]
+        image = draw_detections(blank(), Detections(boxes, torch.tensor(scores), torch.tensor([0, 1])))
+        assert has_color(image, (RED, GREEN)[best])[200, 100]
 
 
-def test_ignored_truths_show_their_corners_only() -> None:
+def test_ignored_targets_show_their_corners_only() -> None:
     box = torch.tensor([[100.0, 100, 400, 400]])
     label, flag = torch.tensor([0]), torch.tensor([True])
     plain = draw_targets(blank(), Target(box, label), ["cat"])
@@ -139,16 +139,16 @@ def mixed(color: tuple[int, int, int]) -> np.ndarray:
 
 def test_each_object_with_a_mask_has_a_colour_of_its_own() -> None:
     found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
-    picture = draw_detections(blank(), found)
+    image = draw_detections(blank(), found)
     for index, color in enumerate((RED, GREEN)):
-        inside = picture[masks[index]]
+        inside = image[masks[index]]
         assert (np.abs(inside - mixed(color)) <= 1).all(axis=1).mean() > 0.9
         # Its outline, its box and its label have the full colour.
         left = 50 + 250 * index
-        assert has_color(picture, color)[200, [left, left + 20]].all()
-        assert has_color(picture, color)[85:99, left : left + 40].any()
-        # Inside of the box, outside of the mask, the picture is as it was.
-        assert not drawn(picture)[120:280, left + 5 : left + 15].any()
+        assert has_color(image, color)[200, [left, left + 20]].all()
+        assert has_color(image, color)[85:99, left : left + 40].any()
+        # Inside of the box, outside of the mask, the image is as it was.
+        assert not drawn(image)[120:280, left + 5 : left + 15].any()
 
 
 def test_the_best_object_keeps_its_colour_when_others_go() -> None:
@@ -157,21 +157,21 @@ def test_the_best_object_keeps_its_colour_when_others_go() -> None:
         assert has_color(draw_detections(blank(), found[torch.arange(count)]), RED)[200, 70]
 
 
-def test_truth_and_detections_show_masks_side_by_side() -> None:
+def test_target_and_detections_show_masks_side_by_side() -> None:
     found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
     target = Target(found.boxes, found.labels, masks=found.masks)
-    picture = compare(blank(), found, target, ["cat"])[-480:]
-    for half in (picture[:, :640], picture[:, -640:]):
+    image = compare(blank(), found, target, ["cat"])[-480:]
+    for half in (image[:, :640], image[:, -640:]):
         assert drawn(half)[masks.any(0)].all()
 
 
 def test_ignored_masks_are_outlines_only() -> None:
     found, masks = with_masks((50, 100, 250, 300), (300, 100, 500, 300))
     target = Target(found.boxes, found.labels, crowd=torch.tensor([True, False]), masks=found.masks)
-    picture = draw_targets(blank(), target, ["cat"])
-    assert drawn(picture)[200, 70]
-    assert not drawn(picture)[150:250, 100:200].any()
-    assert drawn(picture)[masks[1]].all()
+    image = draw_targets(blank(), target, ["cat"])
+    assert drawn(image)[200, 70]
+    assert not drawn(image)[150:250, 100:200].any()
+    assert drawn(image)[masks[1]].all()
 
 
 def test_empty_masks_and_no_masks_are_drawn() -> None:
@@ -199,11 +199,11 @@ def test_eighty_classes_have_eighty_colours_that_depend_on_the_label_alone() -> 
 
 
 def test_names_beyond_ascii_are_drawn_each_differently() -> None:
-    pictures = [
+    images = [
         draw_detections(blank(), detections_at((100, 100, 400, 400), names=(name,))) for name in ("é", "ß", "Ж", "Ω")
     ]
-    for index, picture in enumerate(pictures):
-        assert all((picture != other).any() for other in pictures[:index])
+    for index, image in enumerate(images):
+        assert all((image != other).any() for other in images[:index])
 
 
 def test_a_name_that_no_font_has_becomes_the_number_and_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,23 +215,23 @@ def test_a_name_that_no_font_has_becomes_the_number_and_is_warned_about(caplog: 
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 300), (300, 8)])
-def test_tiny_pictures_and_many_objects_are_drawn(size: tuple[int, int]) -> None:
+def test_tiny_images_and_many_objects_are_drawn(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     corner = torch.tensor(rng.uniform(0, max(size), (200, 2))).float()
     found = Detections(torch.cat([corner, corner + 5], 1), torch.rand(200), torch.randint(50, (200,)))
     assert draw_detections(blank(*size), found).shape == (*size, 3)
 
 
-def test_compare_has_the_truth_on_the_left() -> None:
+def test_compare_has_the_target_on_the_left() -> None:
     found = detections_at((300, 300, 400, 400), labels=[1])
     target = Target(torch.tensor([[300.0, 300, 400, 400]]), torch.tensor([0]))
-    picture = compare(blank(), found, target, ["cat", "dog"])
-    assert picture.shape[0] > 480
-    assert picture.shape[1] > 1280
-    assert has_color(picture[:, :640], RED).any()
-    assert not has_color(picture[:, :640], GREEN).any()
-    assert has_color(picture[:, -640:], GREEN).any()
-    assert not has_color(picture[:, -640:], RED).any()
+    image = compare(blank(), found, target, ["cat", "dog"])
+    assert image.shape[0] > 480
+    assert image.shape[1] > 1280
+    assert has_color(image[:, :640], RED).any()
+    assert not has_color(image[:, :640], GREEN).any()
+    assert has_color(image[:, -640:], GREEN).any()
+    assert not has_color(image[:, -640:], RED).any()
 
 
 def test_grid_keeps_every_pixel_of_images_of_different_sizes() -> None:
@@ -249,19 +249,19 @@ def test_grid_keeps_every_pixel_of_images_of_different_sizes() -> None:
 def test_a_written_image_reads_back_in_rgb(tmp_path: Path, suffix: str) -> None:
     image = np.zeros((40, 40, 3), dtype=np.uint8)
     image[:] = (200, 100, 30)
-    path = tmp_path / "made" / f"picture{suffix}"
+    path = tmp_path / "made" / f"image{suffix}"
     write_image(path, image)
     np.testing.assert_allclose(np.asarray(Image.open(path).convert("RGB"), dtype=int), image, atol=4)
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DetkitError, match=r"picture\.xyz: the suffix '\.xyz' names no image format"):
-        write_image(tmp_path / "picture.xyz", blank())
+    with pytest.raises(DetkitError, match=r"image\.xyz: the suffix '\.xyz' names no image format"):
+        write_image(tmp_path / "image.xyz", blank())
     with pytest.raises(DetkitError, match="the suffix '' names no image format"):
-        write_image(tmp_path / "picture", blank())
+        write_image(tmp_path / "image", blank())
     (tmp_path / "file").write_text("")
     with pytest.raises(DetkitError, match=r"file' cannot be written: File exists"):
-        write_image(tmp_path / "file" / "picture.png", blank())
+        write_image(tmp_path / "file" / "image.png", blank())
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Semantic maps over pictures, and palette PNGs."""
+"""Semantic maps over images, and palette PNGs."""
 
 from pathlib import Path
 
@@ -75,13 +75,13 @@ def test_the_palette_is_vocs() -> None:
     assert palette[255].tolist() == [224, 224, 192]  # VOC's border
 
 
-def test_palette_pictures_hold_the_labels(tmp_path: Path) -> None:
+def test_palette_images_hold_the_labels(tmp_path: Path) -> None:
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
     write_palette_png(tmp_path / "a" / "b.png", labels)
-    picture = Image.open(tmp_path / "a" / "b.png")
-    assert picture.mode == "P"
-    assert (np.asarray(picture) == labels).all()
-    assert (np.asarray(picture.convert("RGB")) == voc_palette()[labels]).all()
+    image = Image.open(tmp_path / "a" / "b.png")
+    assert image.mode == "P"
+    assert (np.asarray(image) == labels).all()
+    assert (np.asarray(image.convert("RGB")) == voc_palette()[labels]).all()
     (tmp_path / "file").write_text("")
     with pytest.raises(DetkitError, match="labels can't be written"):
         write_palette_png(tmp_path / "file" / "b.png", labels)

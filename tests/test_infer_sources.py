@@ -29,13 +29,13 @@ def test_a_mixed_folder(predictor: Predictor, tmp_path: Path, capsys: pytest.Cap
     kinds |= {"avif": "AVIF"} if features.check("avif") else {}
     for suffix, kind in kinds.items():
         pixels.save(folder / f"{suffix}.{suffix}", kind)
-    for name in ("film.mp4", "notes.txt", "labels.json", "photo.heic"):
+    for name in ("video.mp4", "notes.txt", "labels.json", "photo.heic"):
         (folder / name).write_bytes(b"x")
     (folder / "parent").symlink_to(folder)
     (folder / "gone.png").symlink_to("nowhere")
     assert infer(predictor, str(folder), tmp_path / "out", conf=0.0) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{len(kinds)} picture" in said or f"{len(kinds)} image" in said
+    assert f"{len(kinds)} image" in said or f"{len(kinds)} image" in said
     for part in ("videos, which are read one at a time: 1 (.mp4)", "not images: 2 (.json, .txt)", "1 (.heic)"):
         assert part in said
     assert "links that lead nowhere: 1 (first:" in said
@@ -47,7 +47,7 @@ def test_a_folder_named_like_a_video(predictor: Predictor, tmp_path: Path) -> No
     (tmp_path / "clip.mp4").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "clip.mp4" / "a.png")
     assert infer(predictor, str(tmp_path / "clip.mp4"), tmp_path / "out") == 0
-    assert Image.open(tmp_path / "out" / "pictures" / "a.jpg").size == (40, 30)
+    assert Image.open(tmp_path / "out" / "images" / "a.jpg").size == (40, 30)
 
 
 def test_dark_images_are_counted(predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`detkit infer` on a film: every frame is seen once, in order, and nothing but a few of them is in memory."""
+"""`detkit infer` on a video: every frame is seen once, in order, and nothing but a few of them is in memory."""
 
 import json
 import time
@@ -30,19 +30,19 @@ def predictor(tiny: Any) -> Predictor:
 
 
 @pytest.fixture
-def film(tmp_path: Path) -> Path:
+def video(tmp_path: Path) -> Path:
     data = Shapes("val", val_count=7, size=96)
-    with VideoWriter(tmp_path / "film.mp4", RATE) as writer:
+    with VideoWriter(tmp_path / "video.mp4", RATE) as writer:
         for index in range(7):
             writer.write(data[index].image)
-    return tmp_path / "film.mp4"
+    return tmp_path / "video.mp4"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_detections_are_those_of_the_frames(predictor: Predictor, film: Path, tmp_path: Path, batch: int) -> None:
+def test_detections_are_those_of_the_frames(predictor: Predictor, video: Path, tmp_path: Path, batch: int) -> None:
     out = tmp_path / "out"
-    assert infer(predictor, str(film), out, batch=batch, conf=0.02, max_det=4, save_txt=True) == 0
-    with VideoReader(film) as reader:
+    assert infer(predictor, str(video), out, batch=batch, conf=0.02, max_det=4, save_txt=True) == 0
+    with VideoReader(video) as reader:
         frames = list(reader)
     records = json.loads((out / "predictions.json").read_text())
     assert [record["image_id"] for record in records] == [number for number in range(7) for _ in range(4)]
@@ -50,8 +50,10 @@ def test_detections_are_those_of_the_frames(predictor: Predictor, film: Path, tm
         found = predictor.predict(frame, conf=0.02, max_det=4)
         mine = [record for record in records if record["image_id"] == number]
         np.testing.assert_allclose([record["score"] for record in mine], found.scores, atol=1e-4)
-    assert sorted(path.name for path in (out / "labels").iterdir()) == [f"film_{number:06d}.txt" for number in range(7)]
-    with VideoReader(out / "film.mp4") as reader:
+    assert sorted(path.name for path in (out / "labels").iterdir()) == [
+        f"video_{number:06d}.txt" for number in range(7)
+    ]
+    with VideoReader(out / "video.mp4") as reader:
         drawn = list(reader)
     assert reader.rate == RATE
     assert len(drawn) == 7
@@ -60,16 +62,16 @@ def test_detections_are_those_of_the_frames(predictor: Predictor, film: Path, tm
         assert np.abs(mine.astype(int) - expected).mean() < 12
 
 
-def test_what_is_not_asked_for_is_not_written(predictor: Predictor, film: Path, tmp_path: Path) -> None:
-    infer(predictor, str(film), tmp_path / "a", save_images=False)
-    infer(predictor, str(film), tmp_path / "b", save_json=False)
+def test_what_is_not_asked_for_is_not_written(predictor: Predictor, video: Path, tmp_path: Path) -> None:
+    infer(predictor, str(video), tmp_path / "a", save_images=False)
+    infer(predictor, str(video), tmp_path / "b", save_json=False)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["predictions.json"]
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["film.mp4"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["video.mp4"]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_only_some_frames_are_in_memory(
-    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+    predictor: Predictor, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     read, written, held = 0, 0, []
 
@@ -87,7 +89,7 @@ def test_only_some_frames_are_in_memory(
 
     monkeypatch.setattr(VideoReader, "timed", frames)
     monkeypatch.setattr(VideoWriter, "write", write)
-    infer(predictor, str(film), tmp_path / "out", batch=batch, max_det=1)
+    infer(predictor, str(video), tmp_path / "out", batch=batch, max_det=1)
     assert written == 60
     assert max(held) <= 3 * batch + READ_AHEAD + WRITE_BEHIND + 1
 
@@ -106,8 +108,8 @@ def interrupted_at(whose: Any, name: str, call: int, error: BaseException) -> An
 
 
 def whole(out: Path, frames: int) -> None:
-    """The film and predictions.json have the same first `frames`."""
-    with VideoReader(out / "film.mp4") as reader:
+    """The video and predictions.json have the same first `frames`."""
+    with VideoReader(out / "video.mp4") as reader:
         assert len(list(reader)) == frames
         assert not reader.problem
     records = json.loads((out / "predictions.json").read_text())
@@ -116,49 +118,49 @@ def whole(out: Path, frames: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_what_was_predicted_before_an_interruption_is_whole(
-    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+    predictor: Predictor, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(predictor, "_run", interrupted_at(predictor, "_run", 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        infer(predictor, str(film), tmp_path / "out", batch=batch, conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", batch=batch, conf=0.0)
     whole(tmp_path / "out", frames=2 * batch)
 
 
 def test_what_was_written_before_an_error_of_the_writer_is_whole(
-    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictor.task, "draw", interrupted_at(predictor.task, "draw", 4, DetkitError("disk full")))
     with pytest.raises(DetkitError, match="disk full"):
-        infer(predictor, str(film), tmp_path / "out", batch=2, conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", batch=2, conf=0.0)
     whole(tmp_path / "out", frames=3)
 
 
 def test_what_was_read_before_an_error_of_the_reader_is_whole(
-    predictor: Predictor, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = VideoReader.timed
 
     def cut(self: VideoReader) -> Iterator[tuple[np.ndarray, Fraction]]:
-        if self.path != film:
+        if self.path != video:
             return frames(self)
         return (frame if number < 5 else self.no_such for number, frame in enumerate(frames(self)))
 
     monkeypatch.setattr(VideoReader, "timed", cut)
     with pytest.raises(AttributeError, match="no_such"):
-        infer(predictor, str(film), tmp_path / "out", conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", conf=0.0)
     whole(tmp_path / "out", frames=5)
 
 
 def test_damage_is_reported(
-    predictor: Predictor, film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    predictor: Predictor, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = bytearray(film.read_bytes())
+    content = bytearray(video.read_bytes())
     start = content.index(b"mdat") + 2000
     content[start : start + 2000] = bytes([255]) * 2000
-    film.write_bytes(content)
-    infer(predictor, str(film), tmp_path / "out")
+    video.write_bytes(content)
+    infer(predictor, str(video), tmp_path / "out")
     output = capsys.readouterr().out
-    assert f"{film} is broken" in output
+    assert f"{video} is broken" in output
     assert json.loads((tmp_path / "out/predictions.json").read_text()) is not None
 
 

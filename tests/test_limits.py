@@ -18,9 +18,9 @@ from detkit.model import build_model
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.new("RGB", (40, 30)).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 @pytest.fixture
@@ -71,33 +71,33 @@ def test_options_that_are_not_given_are_not_refused() -> None:
 def test_the_checkpoint_is_not_read_for_a_mistake_elsewhere(
     arguments: list[str],
     message: str,
-    picture: Path,
+    image: Path,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("detkit.inference.predictor.load_model", lambda path: pytest.fail("the checkpoint was read"))
     monkeypatch.setattr("shutil.which", lambda name: None)
-    given = [argument.format(file=picture) for argument in arguments]
-    assert main(["infer", str(checkpoint), "--source", str(picture), *given]) == 1
-    assert message.format(file=picture) in capsys.readouterr().err
+    given = [argument.format(file=image) for argument in arguments]
+    assert main(["infer", str(checkpoint), "--source", str(image), *given]) == 1
+    assert message.format(file=image) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mistake", [["--conf", "2"], ["--source", "no/such.jpg"], ["--output", "{file}"], ["--nope"]])
-def test_a_mistake_is_told_without_torch(mistake: list[str], picture: Path, checkpoint: Path) -> None:
-    given = [argument.format(file=picture) for argument in mistake]
-    arguments = ["infer", str(checkpoint), "--source", str(picture), *given]
+def test_a_mistake_is_told_without_torch(mistake: list[str], image: Path, checkpoint: Path) -> None:
+    given = [argument.format(file=image) for argument in mistake]
+    arguments = ["infer", str(checkpoint), "--source", str(image), *given]
     code = f"import sys\nfrom detkit.cli import main\nstatus = main({arguments})\nprint(status, 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1", "False"], result.stderr
 
 
-def test_the_same_holds_in_python(tiny: Any, picture: Path) -> None:
+def test_the_same_holds_in_python(tiny: Any, image: Path) -> None:
     predictor = Predictor(build_model(tiny(), Shapes("val", val_count=1).classes), "cpu")
     predictor.model.head.decode = lambda outputs: pytest.fail("it predicted")  # type: ignore[method-assign]
     with pytest.raises(DetkitError, match="is a file"):
-        infer(predictor, str(picture), picture)
+        infer(predictor, str(image), image)
     with pytest.raises(DetkitError, match="'batch' must be at least 1"):
-        infer(predictor, str(picture), picture.parent / "out", batch=0)
+        infer(predictor, str(image), image.parent / "out", batch=0)
     with pytest.raises(DetkitError, match="Give --save-txt too"):
-        infer(predictor, str(picture), picture.parent / "out", save_conf=True)
+        infer(predictor, str(image), image.parent / "out", save_conf=True)

@@ -141,7 +141,7 @@ def test_norms_of_convolutions_that_something_else_reads_stay() -> None:
 def agree(one: Detections, other: Detections, overlap: float, difference: float) -> float:
     """The part of both that has a counterpart."""
     same = pairwise_iou(one.boxes, other.boxes) > overlap
-    # Of those in the padding nothing is left inside the picture, and the IoU of nothing is 0.
+    # Of those in the padding nothing is left inside the image, and the IoU of nothing is 0.
     same |= (one.boxes[:, None] - other.boxes).abs().amax(-1) < 0.01
     same &= (one.labels[:, None] == other.labels) & ((one.scores[:, None] - other.scores).abs() < difference)
     return float((same.any(1).sum() + same.any(0).sum()) / (len(one) + len(other)))

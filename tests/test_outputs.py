@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         (["videos/holiday.mp4"], "videos/holiday.mp4", "videos"),
         (["data/images/a.png", "data/labels/a.txt"], "data/images", "data"),
-        (["data/pictures/a.png"], "data/pictures", "data"),
+        (["data/images/a.png"], "data/images", "data"),
         (["data/a.png"], "data", "data"),
         (["data/a.png"], "data/a.png", "data/../data"),
         (["data/a.png"], "data/*.png", "linked"),
@@ -131,14 +131,14 @@ def test_many_claims_at_once_get_a_folder_each(exists: bool, tmp_path: Path) -> 
     assert all(os.listdir(path) == ["result"] for path in found)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "predictions.json", "pictures/a.jpg"])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "predictions.json", "images/a.jpg"])
 def test_a_folder_with_files_is_left_alone(name: str, predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "out" / name).write_text("mine")
     before = contents(tmp_path / "out")
     infer(predictor, str(image(tmp_path / "in" / "a.png")), tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    assert sorted(contents(tmp_path / "out2")) == ["pictures/a.jpg", "predictions.json"]
+    assert sorted(contents(tmp_path / "out2")) == ["images/a.jpg", "predictions.json"]
 
 
 @pytest.mark.parametrize("output", ["file", "file/below", "x" * 300, "a\0b"])
@@ -195,7 +195,7 @@ def test_files_of_folders_with_the_same_names_are_kept_apart(predictor: Predicto
     infer(predictor, str(tmp_path / "in"), tmp_path / "out", conf=0.0, max_det=2, save_txt=True, save_crop=True)
     out = contents(tmp_path / "out")
     for name in ("cam1/frames/0001", "cam2/frames/0001"):
-        assert f"pictures/{name}.jpg" in out
+        assert f"images/{name}.jpg" in out
         assert f"labels/{name}.txt" in out
         assert any(path.endswith(f"{name}_1.jpg") and path.startswith("crops/") for path in out)
     ids = {record["image_id"] for record in json.loads(out["predictions.json"])}
@@ -248,7 +248,7 @@ class TestWriteImage:
     def test_infer_writes_it_as_png(self, shape: tuple[int, int], predictor: Predictor, tmp_path: Path) -> None:
         Image.fromarray(np.zeros((*shape, 3), dtype=np.uint8)).save(tmp_path / "long.png")
         infer(predictor, str(tmp_path / "long.png"), tmp_path / "out")
-        with Image.open(tmp_path / "out" / "pictures" / "long.png") as written:
+        with Image.open(tmp_path / "out" / "images" / "long.png") as written:
             assert written.size == shape[::-1]
 
     @pytest.mark.parametrize("name", ["a.xyz", "a", "a.pdf\0"])
@@ -282,7 +282,7 @@ def test_a_name_that_is_not_utf8_is_predicted(checkpoint: Path, tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())[0]["image_id"] == "caf\\xe9"
-    assert (tmp_path / "out" / "pictures" / "caf\\xe9.jpg").is_file()
+    assert (tmp_path / "out" / "images" / "caf\\xe9.jpg").is_file()
 
 
 def test_control_characters_in_names_reach_no_terminal(

@@ -69,7 +69,7 @@ def test_a_head_from_outside_trains_and_predicts_by_the_command_line(tmp_path: P
     assert result.returncode == 0, result.stderr
     assert "mAP" in result.stdout
     run = tmp_path / "runs" / "classify" / "tiny"
-    found = detkit(environment, "infer", run, "--source", run / "pictures", "--output", tmp_path / "out")
+    found = detkit(environment, "infer", run, "--source", run / "images", "--output", tmp_path / "out")
     assert found.returncode == 0, found.stderr
     assert "classifications" in found.stdout
     wrong = detkit(environment, "train", tiny_config, "--head", "{name: brightest, scael: 2}")

@@ -1,4 +1,4 @@
-"""Predicting: any kind of picture, its own pixels, strict options."""
+"""Predicting: any kind of image, its own pixels, strict options."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ CLASSES = ClassList.from_names(["red", "green", "blue"])
 
 @pytest.fixture
 def predictor(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Predictor:
-    """A predictor whose network finds one box of each class, at fixed fractions of the picture."""
+    """A predictor whose network finds one box of each class, at fixed fractions of the image."""
 
     def decode(self: SSD, outputs: SSDOutputs) -> list[Detections]:
         limits, found = self.postprocess, []
@@ -42,7 +42,7 @@ def picture(height: int = 40, width: int = 100) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
-def test_boxes_are_in_the_pixels_of_the_picture(predictor: Predictor) -> None:
+def test_boxes_are_in_the_pixels_of_the_image(predictor: Predictor) -> None:
     found = predictor.predict(picture())
     torch.testing.assert_close(
         found.boxes,
@@ -108,23 +108,23 @@ def test_senseless_options_are_refused(predictor: Predictor, options: dict[str, 
         ("no/such/picture.jpg", "no/such/picture.jpg"),
     ],
 )
-def test_what_is_no_picture_is_refused(predictor: Predictor, image: Any, message: str) -> None:
+def test_what_is_no_image_is_refused(predictor: Predictor, image: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         predictor.predict(image)
 
 
-def test_tiny_and_long_pictures(predictor: Predictor) -> None:
+def test_tiny_and_long_images(predictor: Predictor) -> None:
     for size in ((1, 1), (1, 3000), (2000, 2)):
         found = predictor.predict(picture(*size))
         assert found.boxes[1].round().tolist() == [0, 0, size[1], size[0]]
 
 
-def test_batches_equal_single_pictures(tiny: Any) -> None:
+def test_batches_equal_single_images(tiny: Any) -> None:
     torch.manual_seed(0)
     predictor = Predictor(build_model(tiny(), CLASSES), "cpu")
-    pictures = [picture(30 + 10 * index, 50) for index in range(5)]
-    together = list(predictor.predict_all(pictures, conf=0.0, batch_size=4))
-    for image, found in zip(pictures, together):
+    images = [picture(30 + 10 * index, 50) for index in range(5)]
+    together = list(predictor.predict_all(images, conf=0.0, batch_size=4))
+    for image, found in zip(images, together):
         alone = predictor.predict(image, conf=0.0)
         torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-5)
         assert pairwise_iou(found.boxes, alone.boxes).amax(1).min() > 0.99
@@ -178,7 +178,7 @@ YOLO = {
 
 @pytest.mark.parametrize("name", YOLO)
 def test_heads_that_trim_padding_find_the_same_in_what_is_left(name: str, tiny: Any) -> None:
-    """A trimmed picture is to the network what the same model sees of an input of that size."""
+    """A trimmed image is to the network what the same model sees of an input of that size."""
     options = ["--input.resize", "letterbox", *YOLO[name], "--head", f"{{name: {name}}}"]
     model = build_model(tiny(*options, "--input.size", "[128, 128]"), CLASSES)
     assert model.fit.trim

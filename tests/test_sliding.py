@@ -1,4 +1,4 @@
-"""Pictures larger than the network's input, in windows."""
+"""Images larger than the network's input, in windows."""
 
 from dataclasses import replace
 from typing import Any
@@ -55,7 +55,7 @@ def batch_of(model: Model, *samples: Sample) -> Batch:
 
 @torch.no_grad()
 def plain(model: Model, item: Sample, overlap: float = 0.5) -> Tensor:
-    """The labels by loops over windows and all logits of the picture at once."""
+    """The labels by loops over windows and all logits of the image at once."""
     image = model.fit(item).image
     height, width = image.shape[1:]
     sums, weights = torch.zeros(5, height, width), torch.zeros(height, width)
@@ -105,15 +105,15 @@ def test_windows_are_the_weighted_mean_of_their_logits(model: Model, size: tuple
     assert (found.labels == plain(model, item)).float().mean() > 0.9999  # equal but for rounding
 
 
-def test_a_picture_not_larger_than_the_input_is_seen_at_once(model: Model) -> None:
-    """Exactly: also beside larger pictures, and smaller ones with their padding."""
+def test_an_image_not_larger_than_the_input_is_seen_at_once(model: Model) -> None:
+    """Exactly: also beside larger images, and smaller ones with their padding."""
     small, fitting, large = sample(40, 50, 1), sample(64, 64, 2), sample(90, 130, 3)
     with torch.no_grad():
         expected = [model.head.decode(model(*network_input(model, item)))[0].labels for item in (small, fitting)]
         for order in ([small, fitting], [small, fitting, large], [small], [fitting]):
             found = predict(model, batch_of(model, *order))
-            for prediction, truth in zip(found, expected[1:] if order == [fitting] else expected):
-                assert torch.equal(prediction.labels, truth)
+            for prediction, target in zip(found, expected[1:] if order == [fitting] else expected):
+                assert torch.equal(prediction.labels, target)
 
 
 def network_input(model: Model, item: Sample) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -131,7 +131,7 @@ def test_no_prediction_depends_on_the_others_of_its_batch(model: Model) -> None:
             assert (found.labels == alone.labels).float().mean() > 0.9999
 
 
-def test_no_more_windows_at_once_than_the_batch_has_pictures(model: Model) -> None:
+def test_no_more_windows_at_once_than_the_batch_has_images(model: Model) -> None:
     counts = []
 
     def network(images: Tensor, sizes: Any, proposals: Any) -> SemanticOutputs:
@@ -157,28 +157,28 @@ def test_losses_of_windows_are_averaged(model: Model) -> None:
     assert losses["pixel"] == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
-def test_evaluation_prediction_and_sample_pictures_agree(model: Model) -> None:
+def test_evaluation_prediction_and_sample_images_agree(model: Model) -> None:
     dataset = Shapes("val", val_count=3, size=100, semantic=True)
     evaluation = evaluate(model, dataset, batch_size=2, workers=0)
     task = task_of(model.head)
     assert evaluation.scores.images == 3
     confusion = torch.zeros(5, 5, dtype=torch.int64)
     for index in range(3):
-        picture = predict_sample(model, task, dataset[index])
-        truth = dataset.target(index).semantic
-        assert truth is not None
-        confusion += torch.bincount(truth.long().flatten() * 5 + picture.labels.flatten(), minlength=25).view(5, 5)
+        image = predict_sample(model, task, dataset[index])
+        target = dataset.target(index).semantic
+        assert target is not None
+        confusion += torch.bincount(target.long().flatten() * 5 + image.labels.flatten(), minlength=25).view(5, 5)
         expected = plain(model, dataset[index])
-        assert (picture.labels == expected).float().mean() > 0.999
+        assert (image.labels == expected).float().mean() > 0.999
     assert (confusion - evaluation.scores.confusion).abs().sum() < 30
     predictor = Predictor(model, "cpu", precision="fp32")  # folds batch norms: rounding differs
     found = predictor.predict(dataset[2].image)
-    assert (found.labels == picture.labels).float().mean() > 0.99
+    assert (found.labels == image.labels).float().mean() > 0.99
     assert found.class_names == CLASSES.names
 
 
-def test_a_large_picture_is_not_held_as_logits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tall picture only one row of windows at a time."""
+def test_a_large_image_is_not_held_as_logits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tall image only one row of windows at a time."""
     sizes = []
     original = torch.Tensor.new_zeros
 

@@ -22,17 +22,17 @@ def test_style_loss_by_hand() -> None:
 
 def test_total_variation_by_hand() -> None:
     """Down differ 2 and 3 (mean 2.5), to the right 1 and 2 (mean 1.5)."""
-    picture = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
-    torch.testing.assert_close(total_variation(picture), torch.tensor((2.5 + 1.5) / 2))
+    image = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
+    torch.testing.assert_close(total_variation(image), torch.tensor((2.5 + 1.5) / 2))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3, 1, 4), (2, 3, 4, 1)])
 def test_total_variation_along_a_side_of_one_pixel_is_0(shape: tuple[int, ...]) -> None:
-    pictures = torch.rand(shape)
+    images = torch.rand(shape)
     expected = sum(
-        float((pictures.diff(dim=side).abs()).mean()) / 2 for side in (2, 3) if shape[side] > 1
+        float((images.diff(dim=side).abs()).mean()) / 2 for side in (2, 3) if shape[side] > 1
     )  # fmt: skip
-    assert float(total_variation(pictures)) == pytest.approx(expected)
+    assert float(total_variation(images)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -71,7 +71,7 @@ def test_gradients_are_right() -> None:
 
 
 def test_style_says_nothing_of_where() -> None:
-    """Pixels in another order have the same Gram matrix, a picture twice as large of the same pixels too."""
+    """Pixels in another order have the same Gram matrix, an image twice as large of the same pixels too."""
     features = torch.randn(1, 4, 6, 6)
     shuffled = features.flatten(2)[:, :, torch.randperm(36)].view_as(features)
     torch.testing.assert_close(gram_matrix(shuffled), gram_matrix(features))

@@ -36,7 +36,7 @@ head:
   blocks: 1
 """
 FAST = """
-data: {name: pictures, root: photos, val_fraction: 0.3}
+data: {name: images, root: photos, val_fraction: 0.3}
 backbone: {name: pixels}
 input: {size: [32, 32], resize: crop}
 train: {epochs: 2, batch_size: 4, workers: 0, optimizer: adam, lr: 0.003, ema_decay: 0.9}
@@ -77,10 +77,10 @@ def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
     assert options.head.keys() - {"name"} <= option_names(heads.get("style"))
 
 
-def test_a_picture_takes_on_a_style(run: Run, folder: Path) -> None:
+def test_an_image_takes_on_a_style(run: Run, folder: Path) -> None:
     out = folder / "out"
-    pictures = ("--content", folder / "photos/0.png", "--style", folder / "paint.png")
-    status, output, error = run("style", folder / "style.yaml", *pictures, "--output", out, "--lr=0.05")
+    images = ("--content", folder / "photos/0.png", "--style", folder / "paint.png")
+    status, output, error = run("style", folder / "style.yaml", *images, "--output", out, "--lr=0.05")
     assert status == 0, error
     assert sorted(path.name for path in out.iterdir()) == [
         "0_in_paint.png", "losses.csv", "step_00000.jpg", "step_00003.jpg", "step_00006.jpg",
@@ -101,9 +101,9 @@ def test_a_picture_takes_on_a_style(run: Run, folder: Path) -> None:
 
 
 def test_options_of_the_command_line_win(run: Run, folder: Path) -> None:
-    pictures = ("--content", folder / "photos/0.png", "--style", folder / "paint.png", "--output", folder / "out")
+    images = ("--content", folder / "photos/0.png", "--style", folder / "paint.png", "--output", folder / "out")
     options = ("--optimizer", "lbfgs", "--lr", "0.5", "--size", "20", "--steps", "3", "--head.content_weight", "0")
-    status, _, error = run("style", folder / "style.yaml", *pictures, *options, "--head.network.name=vgg16")
+    status, _, error = run("style", folder / "style.yaml", *images, *options, "--head.network.name=vgg16")
     assert status == 0, error
     assert Image.open(folder / "out/0_in_paint.png").size == (20, 17)
     with (folder / "out/losses.csv").open() as file:
@@ -148,14 +148,14 @@ def test_a_loss_that_is_no_number_stops(folder: Path) -> None:
     head.content_weight = float("inf")
     options = StyleOptions("a.jpg", "b.jpg", {})
     with pytest.raises(DetkitError, match=r"The loss is nan after 0 steps\. Lower lr"):
-        optimise(head, torch.rand(1, 3, 20, 20), options, lambda losses, picture: None)
+        optimise(head, torch.rand(1, 3, 20, 20), options, lambda losses, image: None)
 
 
 def _no_network(download: object, what: str, remedy: str) -> None:
     raise CheckpointError(f"{what} cannot be downloaded: give weights its path (.pth or .safetensors).")
 
 
-def test_a_network_learns_to_paint_and_paints_pictures_and_films(run: Run, folder: Path) -> None:
+def test_a_network_learns_to_paint_and_paints_images_and_videos(run: Run, folder: Path) -> None:
     status, output, error = run("train", folder / "fast.yaml")
     assert status == 0, error
     trained = folder / "runs/style/fast"
@@ -164,7 +164,7 @@ def test_a_network_learns_to_paint_and_paints_pictures_and_films(run: Run, folde
     for row in rows:
         assert float(row["total"]) == pytest.approx(sum(float(row[name]) for name in ("content", "style", "variation")))
     assert "total" in output
-    assert sorted(path.name for path in (trained / "pictures").iterdir())[0] == "training_batch.jpg"
+    assert sorted(path.name for path in (trained / "images").iterdir())[0] == "training_batch.jpg"
     # What is needed to score it is in the checkpoint: neither the style nor the loss network's weights are read again.
     tensors = read_checkpoint(trained)[0]
     assert tensors["head.gram_1"].abs().sum() > 0
@@ -177,18 +177,18 @@ def test_a_network_learns_to_paint_and_paints_pictures_and_films(run: Run, folde
     status, output, error = run("infer", trained, "--source", folder / "photos", "--output", folder / "out")
     assert status == 0, error
     for path in (folder / "photos").iterdir():
-        assert Image.open(folder / f"out/pictures/{path.stem}.jpg").size == Image.open(path).size
+        assert Image.open(folder / f"out/images/{path.stem}.jpg").size == Image.open(path).size
     records = json.loads((folder / "out/predictions.json").read_text())
     assert records[0] == {"image_id": 0, "width": 49, "height": 42}
 
-    with VideoWriter(folder / "film.mp4", Fraction(24)) as writer:
+    with VideoWriter(folder / "video.mp4", Fraction(24)) as writer:
         for number in range(5):
             writer.write(np.full((40, 46, 3), 40 * number, dtype=np.uint8))
     status, output, error = run(
-        "infer", trained, "--source", folder / "film.mp4", "--output", folder / "out2", "--batch", 2
+        "infer", trained, "--source", folder / "video.mp4", "--output", folder / "out2", "--batch", 2
     )
     assert status == 0, error
-    with VideoReader(folder / "out2/film.mp4") as reader:
+    with VideoReader(folder / "out2/video.mp4") as reader:
         painted = list(reader)
     assert len(painted) == 5
     assert reader.rate == 24

@@ -71,7 +71,7 @@ class Names:
 def published(
     blocks: int, stem: int, depthwise: bool, classes: int = 80, bgr: Tensor | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """A state dict as the authors' file holds it under "model", with norms that fit a picture."""
+    """A state dict as the authors' file holds it under "model", with norms that fit an image."""
     names = Names(device)
     trunk, c = "backbone.backbone", [stem, 2 * stem, 4 * stem, 8 * stem, 16 * stem]
     names.unit(f"{trunk}.stem.conv", 12, stem, 3)
@@ -164,7 +164,7 @@ class Reference:
         return [fine, middle, self.csp("backbone.C3_n4", torch.cat((down, low), 1), False)]
 
     def __call__(self, bgr: Tensor) -> Tensor:
-        """(A, 5 + C) centre, sides, objectness and class scores of one picture (1, 3, H, W), BGR in 0..255."""
+        """(A, 5 + C) centre, sides, objectness and class scores of one image (1, 3, H, W), BGR in 0..255."""
         rows = []
         for level, x in enumerate(self.neck(self.trunk(bgr))):
             x = self.unit(f"head.stems.{level}", x)
@@ -271,7 +271,7 @@ def test_raw_outputs_agree(name: str) -> None:
 @torch.no_grad()
 def test_detections_agree_with_the_authors_rule(tmp_path: Path) -> None:
     image = picture(64, 96)
-    # Twice the picture fills the width of this input; what is left below is grey.
+    # Twice the image fills the width of this input; what is left below is grey.
     bgr = F.pad(F.interpolate(tensor_of(image), (128, 192), mode="bilinear"), (0, 0, 0, 32), value=114.0)
     state = published(1, 16, False, classes=5, bgr=bgr)
     # what the authors' program saves, numbers of NumPy and all

@@ -47,7 +47,7 @@ class Backbone(nn.Module, ABC):
         Args:
             count: 0 (everything learns) to the number of `stages()`.
             norms: keep all batch norms as well, their scale, shift and statistics; those of a batch of one or two
-                pictures would tell little.
+                images would tell little.
 
         Raises:
             ConfigError: `count` is out of that range.

@@ -31,7 +31,7 @@ class ResNet(Backbone):
 
     Raises:
         ConfigError: `levels` are not ascending or not in 2..5, or the network cannot have that `output_stride`.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
 
     network: ClassVar[str]

@@ -31,7 +31,7 @@ class TimmBackbone(Backbone):
 
     Raises:
         ConfigError: timm has no such network, or the network no such level.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
 
     def __init__(

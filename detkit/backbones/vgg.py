@@ -38,7 +38,7 @@ class VGG(Backbone):
 
     Raises:
         ConfigError: `levels` or `layers` are not ascending, or some of them do not exist.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
 
     network: ClassVar[str]

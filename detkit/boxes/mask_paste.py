@@ -1,29 +1,29 @@
-"""From the small masks that a network predicts over its boxes to masks of the whole picture (He et al. 2017, 3.1).
+"""From the small masks that a network predicts over its boxes to masks of the whole image (He et al. 2017, 3.1).
 
 Equal to torchvision's `paste_masks_in_image(masks, boxes, size, padding=1) > threshold`, but only the pixels inside a
-box are ever probabilities, and a box may lie beyond the picture, wholly or by any distance.
+box are ever probabilities, and a box may lie beyond the image, wholly or by any distance.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A box that is cut to the picture covers less, also with the border around it. Of larger ones only the part that is
+# A box that is cut to the image covers less, also with the border around it. Of larger ones only the part that is
 # seen is computed.
-MOST_PICTURES = 4
+MOST_IMAGES = 4
 
 
 def paste_masks(patches: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Masks of a picture from probabilities over boxes.
+    """Masks of an image from probabilities over boxes.
 
     A patch is stretched over its box, bilinear, with zeros around it: it gets a border of one cell, and its box the
     same in proportion, cut to whole pixels.
 
     Args:
         patches: (N, m, m) float32 probabilities.
-        boxes: (N, 4) float32 xyxy pixels, on the same device. One that is not finite, or lies outside the picture,
+        boxes: (N, 4) float32 xyxy pixels, on the same device. One that is not finite, or lies outside the image,
             has an empty mask.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         threshold: a pixel of the object has a higher probability.
 
     Returns:
@@ -45,7 +45,7 @@ def paste_masks(patches: Tensor, boxes: Tensor, size: tuple[int, int], threshold
         first_column, last_column = max(left, 0), min(right, size[1])
         if first_row >= last_row or first_column >= last_column:
             continue
-        if (bottom - top) * (right - left) <= MOST_PICTURES * size[0] * size[1]:
+        if (bottom - top) * (right - left) <= MOST_IMAGES * size[0] * size[1]:
             whole = F.interpolate(patch[None, None], (bottom - top, right - left), mode="bilinear")[0, 0]
             seen = whole[first_row - top : last_row - top, first_column - left : last_column - left]
         else:

@@ -17,7 +17,7 @@ def roi_align(feature: Tensor, rows: Tensor, size: int, scale: float, sampling: 
 
     Args:
         feature: (B, C, h, w) float32 on the CPU, fastest in channels_last.
-        rows: (R, 5) float32: image index, then xyxy in pixels; may reach outside the picture.
+        rows: (R, 5) float32: image index, then xyxy in pixels; may reach outside the image.
         size: cells on each side.
         scale: places of the map a pixel.
         sampling: samples on each side of a cell; 0 takes as many as the cell has places.

@@ -94,7 +94,7 @@ def _evaluate(path: str, overrides: list[str], save_json: str | None, precision:
     found = evaluate(
         model, dataset, batch_size=batch_size, workers=options.workers, network=network, max_dets=options.max_dets
     )
-    console.print(f"{path} on {len(dataset)} pictures; {dataset.problems.summary()}")
+    console.print(f"{path} on {len(dataset)} images; {dataset.problems.summary()}")
     console.print(found.scores.table())
     if save_json is not None:
         write_json(save_json, found.results)

@@ -32,7 +32,7 @@ class InferOptions:
         skip_broken: skip unreadable images, and list them at the end, instead of stopping.
         save_images: write images with the predictions drawn.
         save_json: write predictions.json, COCO results with boxes as xywh pixels.
-        save_txt: write YOLO text, a file for each picture.
+        save_txt: write YOLO text, a file for each image.
         save_conf: with the score as sixth column of the text.
         save_crop: write each detection as an image of its own.
         gallery: for a model that gives embeddings, a folder of known things: a folder of images for each name, or

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     if folder is None:
         return
     console = Console()
-    console.print(f"best checkpoint: {folder.best}\npictures:        {folder.pictures}")
+    console.print(f"best checkpoint: {folder.best}\nimages:          {folder.images}")
     if folder.best_scores is not None:
         console.print(folder.best_scores.table())
         return

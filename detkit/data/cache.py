@@ -1,4 +1,4 @@
-"""Decoded pictures, kept in memory or on disk within a bound, and shared by all processes that read them."""
+"""Decoded images, kept in memory or on disk within a bound, and shared by all processes that read them."""
 
 import mmap
 import os
@@ -22,9 +22,9 @@ Place = Literal["memory", "disk"]
 def with_cache(
     train_set: Dataset, val_set: Dataset, place: Place, bound: int, folder: Path
 ) -> tuple[Dataset, Dataset, str]:
-    """The same data sets, which decode each picture once, as far as the bound allows; and a line about it for people.
+    """The same data sets, which decode each image once, as far as the bound allows; and a line about it for people.
 
-    Training's pictures come first, in the order of the data set.
+    Training's images come first, in the order of the data set.
 
     Args:
         bound: bytes of both together.
@@ -38,11 +38,11 @@ def with_cache(
     sizes = [[dataset.size(index) for index in range(len(dataset))] for dataset in (train_set, val_set)]
     cached, taken = [], 0
     for dataset, of_split in zip((train_set, val_set), sizes):
-        cache = PictureCache(of_split, bound - taken, place, folder)
+        cache = ImageCache(of_split, bound - taken, place, folder)
         taken += cache.bytes
         cached.append(CachedDataset(dataset, cache))
     counts = [
-        f"{each.cache.count:,} of {len(each):,} pictures for {name}"
+        f"{each.cache.count:,} of {len(each):,} images for {name}"
         for each, name in zip(cached, ("training", "validation"))
     ]
     beyond = sum(len(each) - each.cache.count for each in cached)
@@ -54,12 +54,12 @@ def with_cache(
 
 
 class CachedDataset(DatasetWrapper):
-    """Another data set whose pictures come from `cache` from the second reading on, whichever process read them first.
+    """Another data set whose images come from `cache` from the second reading on, whichever process read them first.
 
-    The truth is not kept: the data set makes it anew each time, as without a cache.
+    The ground truth is not kept: the data set makes it anew each time, as without a cache.
     """
 
-    def __init__(self, dataset: Dataset, cache: "PictureCache") -> None:
+    def __init__(self, dataset: Dataset, cache: "ImageCache") -> None:
         super().__init__(dataset)
         self.cache = cache
 
@@ -75,16 +75,16 @@ class CachedDataset(DatasetWrapper):
         return Sample(image, self.dataset.target(index), meta)
 
 
-class PictureCache:
-    """Pictures by index in a mapped file: first a byte for each that says whether it is there, then their pixels.
+class ImageCache:
+    """Images by index in a mapped file: first a byte for each that says whether it is there, then their pixels.
 
     Args:
-        sizes: (height, width) of each picture.
-        bound: bytes; pictures are taken in order, those left out that would exceed it.
+        sizes: (height, width) of each image.
+        bound: bytes; images are taken in order, those left out that would exceed it.
         place: memory that processes share, or a file without a name in `folder`.
 
     Attributes:
-        count: pictures that it has room for.
+        count: images that it has room for.
         bytes: of all these.
 
     Raises:
@@ -105,25 +105,25 @@ class PictureCache:
         self._map = mmap.mmap(self._file.fileno(), max(1, self.bytes))
 
     def __contains__(self, index: int) -> bool:
-        """Whether there is room for a picture."""
+        """Whether there is room for an image."""
         return bool(self._offsets[index] >= 0)
 
     def get(self, index: int) -> np.ndarray | None:
-        """A copy of the picture `index`, (H, W, 3) uint8; None where nobody has put it here yet."""
+        """A copy of the image `index`, (H, W, 3) uint8; None where nobody has put it here yet."""
         with self._locked(index):
             if not self._map[index]:
                 return None
         return self._pixels(index).copy()
 
     def put(self, index: int, image: np.ndarray) -> None:
-        """Keep a picture. Two processes may do so at once: they write the same."""
+        """Keep an image. Two processes may do so at once: they write the same."""
         self._pixels(index)[:] = image
         with self._locked(index):
             self._map[index] = 1
 
     @contextmanager
     def _locked(self, index: int) -> Iterator[None]:
-        """Hold the byte of a picture: what another process wrote before it let go of it is there for this one."""
+        """Hold the byte of an image: what another process wrote before it let go of it is there for this one."""
         import fcntl  # not on Windows
 
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, index)
@@ -162,7 +162,7 @@ def _opened(place: Place, size: int, folder: Path) -> BinaryIO:
                     "disk or null."
                 )
             if hasattr(os, "memfd_create"):
-                file: BinaryIO = os.fdopen(os.memfd_create("pictures"), "r+b")
+                file: BinaryIO = os.fdopen(os.memfd_create("images"), "r+b")
             else:
                 # Which the system keeps in memory as long as there is enough.
                 file = tempfile.TemporaryFile()  # noqa: SIM115

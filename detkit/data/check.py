@@ -116,7 +116,7 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
     if "semantic" in dataset.fields:
         return _pixels_by_class(dataset, title, console)
     if "boxes" not in dataset.fields:
-        return _pictures_by_class(dataset, title)
+        return _images_by_class(dataset, title)
     counts = [0] * len(dataset.classes)
     sides: list[list[float]] = [[] for _ in counts]
     empty = 0
@@ -159,7 +159,7 @@ def _totals(target: Target) -> dict[str, int]:
 
 
 def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
-    pixels, pictures = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+    pixels, images = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
     for index in track(
         range(len(dataset)), "counting", console=console, disable=not console.is_terminal, transient=True
     ):
@@ -167,7 +167,7 @@ def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
         assert semantic is not None
         counts = torch.bincount(semantic.flatten(), minlength=256)
         pixels += counts
-        pictures += counts > 0
+        images += counts > 0
     total = max(1, int(pixels.sum()))
     ignored = 100 * int(pixels[IGNORED_PIXEL]) / total
     table = Table(title=f"{title}: {len(dataset)} images, {ignored:.1f} % of their pixels not counted")
@@ -175,13 +175,13 @@ def _pixels_by_class(dataset: Dataset, title: str, console: Console) -> Table:
     for header in ("raw id", "images", "share of pixels"):
         table.add_column(header, justify="right")
     for name, raw_id, count, seen in zip(
-        dataset.classes.names, dataset.classes.raw_ids, pixels.tolist(), pictures.tolist()
+        dataset.classes.names, dataset.classes.raw_ids, pixels.tolist(), images.tolist()
     ):
         table.add_row(escape(name), str(raw_id), str(seen), f"{100 * count / total:.2f} %")
     return table
 
 
-def _pictures_by_class(dataset: Dataset, title: str) -> Table:
+def _images_by_class(dataset: Dataset, title: str) -> Table:
     counts = [0] * len(dataset.classes)
     for index in range(len(dataset)):
         labels = dataset.target(index).image_labels

@@ -1,6 +1,6 @@
 """The contract of a data set, and what every data set in files shares: the scan, and the policy for what is broken.
 
-A data set in files is scanned whole when it is built: annotations are parsed, every picture's head is read. What is
+A data set in files is scanned whole when it is built: annotations are parsed, every image's head is read. What is
 wrong is therefore known before training starts, is either fatal or counted, and never drops out silently.
 """
 
@@ -35,7 +35,7 @@ Broken = Literal["fail", "skip", "repair"]
 Box = tuple[float, float, float, float]
 
 OF_DETECTION = frozenset({"boxes", "labels", "image_labels"})
-"""Of data with boxes: a picture's image_labels are the classes of its objects, crowds and difficult ones too."""
+"""Of data with boxes: an image's image_labels are the classes of its objects, crowds and difficult ones too."""
 
 LEFT_OUT_BOX = "left out the box"
 LEFT_OUT_IMAGE = "left out the image"
@@ -149,7 +149,7 @@ class Problems:
 
 
 class Dataset(ABC):
-    """Images with their truth, by index.
+    """Images with their ground truth, by index.
 
     A format is a subclass registered in detkit.registry.datasets, in a file of its own in this package.
 
@@ -157,7 +157,7 @@ class Dataset(ABC):
         classes: names and raw ids by label.
         fields: the Target fields that the data has; what a head needs is checked against it.
         problems: what was found broken, and what was done about it.
-        flip_pairs: of the points, those that change places when a picture is mirrored, left eye and right eye; None
+        flip_pairs: of the points, those that change places when an image is mirrored, left eye and right eye; None
             where that is not known.
     """
 
@@ -172,15 +172,15 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """The image `index` at the size of its source, with its truth and an identity matrix.
+        """The image `index` at the size of its source, with its ground truth and an identity matrix.
 
         Raises:
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
         """
 
     @abstractmethod
     def target(self, index: int) -> Target:
-        """The truth of the image `index`, without reading its pixels."""
+        """The ground truth of the image `index`, without reading its pixels."""
 
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
@@ -238,7 +238,7 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """One image file of a split, before it is looked at.
 
     Args:
@@ -271,9 +271,9 @@ class _Record:
 
 
 class FileDataset(Dataset):
-    """A data set in files. A format's constructor finds pictures and annotations, this class does the rest.
+    """A data set in files. A format's constructor finds images and annotations, this class does the rest.
 
-    The order is: `check_pictures`, then `add` for each picture, then `finish`.
+    The order is: `check_images`, then `add` for each image, then `finish`.
 
     Args:
         source: the data set and split, for messages.
@@ -321,7 +321,7 @@ class FileDataset(Dataset):
             (H, W, 3) uint8 RGB.
 
         Raises:
-            DataError: the picture cannot be read, or is not what it was when the data set was scanned.
+            DataError: the image cannot be read, or is not what it was when the data set was scanned.
         """
         record = self._records[index]
         expected = (-(-record.size[0] // reduction), -(-record.size[1] // reduction))
@@ -329,11 +329,11 @@ class FileDataset(Dataset):
             image = read_image(record.path, reduction)
         except DataError as error:
             raise DataError(
-                f"{error} Set data.broken to 'skip' to have every picture decoded and such ones left out at the start."
+                f"{error} Set data.broken to 'skip' to have every image decoded and such ones left out at the start."
             ) from error
         if image.shape[:2] != expected:
             raise DataError(
-                f"The picture '{record.path}' was {_by(record.size)} when the data set was scanned, but has changed "
+                f"The image '{record.path}' was {_by(record.size)} when the data set was scanned, but has changed "
                 f"(now {_by(image.shape[:2])}{f', read at 1/{reduction}' if reduction > 1 else ''}). Start again, and "
                 f"leave the files alone during a run."
             )
@@ -391,77 +391,77 @@ class FileDataset(Dataset):
             self.problems.add_harmless("source with other files", str(source), found.summary(), "read the images")
         return found.images
 
-    def check_pictures(self, pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int]]]:
-        """The pictures that can be used, each with its true (height, width); problems are recorded.
+    def check_images(self, images: Sequence[ImageFile]) -> list[tuple[ImageFile, tuple[int, int]]]:
+        """The images that can be used, each with its true (height, width); problems are recorded.
 
         Under "fail" the head and the end of each file are read; otherwise each is decoded once, so that what is
         left out is settled before training.
         """
-        if not pictures:
+        if not images:
             # Where all annotations are broken, that is what the user must hear of.
             self.problems.raise_if_fatal()
             raise self.problems.nothing_left()
         decode = self.problems.policy != "fail"
-        repeats = _repeats(pictures)
+        repeats = _repeats(images)
         # A list may name one image a thousand times; it is read once.
-        notes: dict[int, list[str]] = {number: [] for number in range(len(pictures)) if number not in repeats}
+        notes: dict[int, list[str]] = {number: [] for number in range(len(images)) if number not in repeats}
 
         def check(number: int) -> tuple[int, int] | DataError:
             try:
-                return check_image(pictures[number].path, decode, notes[number])
+                return check_image(images[number].path, decode, notes[number])
             except DataError as error:
                 return error
 
         with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
             results = dict(zip(notes, pool.map(check, notes)))
         usable = []
-        for number, picture in enumerate(pictures):
+        for number, image in enumerate(images):
             if number in repeats:
-                self.problems.add("duplicate image", picture.where, repeats[number], LEFT_OUT_IMAGE)
+                self.problems.add("duplicate image", image.where, repeats[number], LEFT_OUT_IMAGE)
                 continue
             result = results[number]
             if isinstance(result, DataError):
                 # os.path, since Path.is_file raises for a name that is too long.
-                kind = "unreadable image" if os.path.isfile(picture.path) else "missing image"
-                self.problems.add(kind, picture.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
-            elif self._size_agrees(picture, result):
-                usable.append((picture, result))
+                kind = "unreadable image" if os.path.isfile(image.path) else "missing image"
+                self.problems.add(kind, image.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
+            elif self._size_agrees(image, result):
+                usable.append((image, result))
                 for remark in notes[number]:
-                    self.problems.add_harmless("dark 16-bit image", picture.where, remark, "kept as it is")
-        for first, *others in identical([picture.path for picture, _ in usable]):
+                    self.problems.add_harmless("dark 16-bit image", image.where, remark, "kept as it is")
+        for first, *others in identical([image.path for image, _ in usable]):
             message = f"it has the same content as '{usable[first][0].path}'"
             for other in others:
                 self.problems.add_harmless("copy of an image", usable[other][0].where, message, "kept: it counts twice")
         return usable
 
-    def _size_agrees(self, picture: Picture, size: tuple[int, int]) -> bool:
+    def _size_agrees(self, image: ImageFile, size: tuple[int, int]) -> bool:
         """Whether the image can be used, given the size that its annotations claim."""
-        if picture.size is None or picture.size == size:
+        if image.size is None or image.size == size:
             return True
-        claim = _size_claim(picture, size)
+        claim = _size_claim(image, size)
         repair = self.problems.policy == "repair"
-        if picture.size == size[::-1]:
+        if image.size == size[::-1]:
             # Nothing tells whether the boxes, too, are those of the image before its rotation. Where it has none, the
             # boxes decide, in `add`.
-            if repair and not exchanges_sides(picture.path):
+            if repair and not exchanges_sides(image.path):
                 return True
-            self.problems.add("size mismatch", picture.where, claim, LEFT_OUT_IMAGE)
+            self.problems.add("size mismatch", image.where, claim, LEFT_OUT_IMAGE)
             return False
-        action = "repaired: the size of the picture holds" if repair else LEFT_OUT_IMAGE
-        self.problems.add("size mismatch", picture.where, claim, action)
+        action = "repaired: the size of the image holds" if repair else LEFT_OUT_IMAGE
+        self.problems.add("size mismatch", image.where, claim, action)
         return repair
 
-    def add(self, picture: Picture, size: tuple[int, int], annotations: Iterable[Annotation]) -> None:
+    def add(self, image: ImageFile, size: tuple[int, int], annotations: Iterable[Annotation]) -> None:
         """Take in an image, with those of its objects that are sound or can be repaired, each once.
 
         An image whose claimed width and height are exchanged is only taken in if its boxes fit the image as it is.
         """
         given = [self._upright(annotation, size) for annotation in annotations]
-        if picture.size not in (None, size) and picture.size == size[::-1]:
+        if image.size not in (None, size) and image.size == size[::-1]:
             checks = (check_box(item.box, size, self._first_pixel) for item in given)
             fits = all(check.kind != OUTSIDE for check in checks)
             action = "repaired: the size of the image holds, which all boxes fit" if fits else LEFT_OUT_IMAGE
-            self.problems.add("size mismatch", picture.where, _size_claim(picture, size), action)
+            self.problems.add("size mismatch", image.where, _size_claim(image, size), action)
             if not fits:
                 return
         kept: list[Annotation] = []
@@ -476,8 +476,8 @@ class FileDataset(Dataset):
         ]
         self._records.append(
             _Record(
-                picture.image_id,
-                str(picture.path),
+                image.image_id,
+                str(image.path),
                 size,
                 np.array(boxes, dtype=np.float32).reshape(-1, 4),
                 np.array([item.label for item in kept], dtype=np.int64),
@@ -583,7 +583,7 @@ def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck
     """Look a box over, and convert it to 0-based pixels with exclusive right and bottom edges.
 
     An overshoot of at most 2 pixels or 0.5 % of that side of the image, whichever is more, is rounding: a coordinate
-    of 1.0021 must not cost a picture.
+    of 1.0021 must not cost an image.
 
     Args:
         raw: xyxy pixels as the file has them.
@@ -728,19 +728,19 @@ def as_box(values: Sequence[float]) -> Box:
     return cast(Box, tuple(values))
 
 
-def _repeats(pictures: Sequence[Picture]) -> dict[int, str]:
+def _repeats(images: Sequence[ImageFile]) -> dict[int, str]:
     """The positions of images whose id or file an earlier one has, with the message for each."""
     ids: set[int | str] = set()
     files: dict[str, int | str] = {}
     found = {}
-    for number, picture in enumerate(pictures):
-        file = os.path.abspath(picture.path)
-        if picture.image_id in ids:
-            found[number] = f"the image {picture.image_id!r} stands here twice"
+    for number, image in enumerate(images):
+        file = os.path.abspath(image.path)
+        if image.image_id in ids:
+            found[number] = f"the image {image.image_id!r} stands here twice"
         elif file in files:
-            found[number] = f"its file '{picture.path}' is that of the image {files[file]!r} already"
-        ids.add(picture.image_id)
-        files.setdefault(file, picture.image_id)
+            found[number] = f"its file '{image.path}' is that of the image {files[file]!r} already"
+        ids.add(image.image_id)
+        files.setdefault(file, image.image_id)
     return found
 
 
@@ -749,13 +749,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _size_claim(picture: Picture, size: tuple[int, int]) -> str:
+def _size_claim(image: ImageFile, size: tuple[int, int]) -> str:
     """The message for an image whose size is not what its annotations claim."""
-    assert picture.size is not None
-    claim = f"the annotations say {_by(picture.size)}, the image '{picture.path.name}' is {_by(size)}"
-    if picture.size != size[::-1]:
+    assert image.size is not None
+    claim = f"the annotations say {_by(image.size)}, the image '{image.path.name}' is {_by(size)}"
+    if image.size != size[::-1]:
         return claim
-    if exchanges_sides(picture.path):
+    if exchanges_sides(image.path):
         return f"{claim}; that is its size before its Exif rotation, so that its boxes may lie in the unrotated image"
     return f"{claim}; width and height are exchanged"
 

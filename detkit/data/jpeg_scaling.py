@@ -1,10 +1,10 @@
-"""Training pictures decoded at a half, a quarter or an eighth of their sides, where they are much larger than the
+"""Training images decoded at a half, a quarter or an eighth of their sides, where they are much larger than the
 network's input: a JPEG of 12 megapixels takes 65 ms whole, 40, 33 and 28 ms so, and what follows a part of its time.
 
-The rule: along each axis the smaller picture has at least twice as many pixels as the input gives to the whole of it,
+The rule: along each axis the smaller image has at least twice as many pixels as the input gives to the whole of it,
 and so many that no part of it that an augmentation may cut out must be enlarged. Size and format alone decide.
 
-It is for the user to choose, because the smaller pictures are averages, while evaluation and prediction shrink whole
+It is for the user to choose, because the smaller images are averages, while evaluation and prediction shrink whole
 ones without smoothing and so keep their noise: a network trained on the former and run on the latter meets noise that
 it has not seen. With noise of 10 grey levels at 2560 x 1920 pixels, read at a quarter, a pretrained RetinaNet fell from
 mAP 0.393 to 0.306 that way (a small SSD, from random weights, went from 0.462 to 0.472; one seed each).
@@ -34,8 +34,8 @@ from detkit.structures import Meta, Sample, Target
 REDUCTIONS = (8, 4, 2)
 """What libjpeg decodes fast, as divisors of the sides."""
 MARGIN = 2.0
-"""Pixels of the smaller picture, along each axis, for one of the input: it must be halved at least, so that the input
-is as sharp as one made of the whole picture."""
+"""Pixels of the smaller image, along each axis, for one of the input: it must be halved at least, so that the input
+is as sharp as one made of the whole image."""
 
 
 def with_reduced_decoding(
@@ -43,16 +43,16 @@ def with_reduced_decoding(
 ) -> tuple[Dataset, str]:
     """The same training data, large JPEGs smaller; and a line about it for people, empty where there is nothing to say.
 
-    Data that are no pictures in files, or that read them in a way of their own, stay as they are.
+    Data that are no images in files, or that read them in a way of their own, stay as they are.
 
     Args:
         options: of the network's input.
         augment: augmentations; one that does not say how far it zooms in (`largest_zoom`), as albumentations' own do
-            not, whose options may be in pixels, leaves pictures as they are.
+            not, whose options may be in pixels, leaves images as they are.
 
     Raises:
         ConfigError: an augmentation is unknown.
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     # Of several sizes the last is the largest, along both axes.
     fit = Fit((options.training_sizes or (options.size,))[-1], options.resize)
@@ -73,19 +73,19 @@ def with_reduced_decoding(
         if math.isfinite(built.largest_zoom(fit.size)):
             return dataset, ""
         return dataset, (
-            f"whole, though {len(jpegs):,} of {len(dataset):,} training pictures are much larger than the input: an "
+            f"whole, though {len(jpegs):,} of {len(dataset):,} training images are much larger than the input: an "
             "augmentation does not say how far it zooms in"
         )
     shares = ", ".join(f"1/{reduction}: {counts[reduction]:,}" for reduction in sorted(counts))
     line = (
-        f"{counts.total():,} of {len(dataset):,} training pictures at a fraction of their sides ({shares}), as the "
+        f"{counts.total():,} of {len(dataset):,} training images at a fraction of their sides ({shares}), as the "
         "input is much smaller"
     )
     return ReducedDataset(dataset, reductions), line
 
 
 def reduction_of(size: tuple[int, int], fit: Fit, zoom: float = 1.0) -> int:
-    """The divisor of the sides, 1, 2, 4 or 8, at which a picture of (height, width) `size` may be decoded.
+    """The divisor of the sides, 1, 2, 4 or 8, at which an image of (height, width) `size` may be decoded.
 
     Args:
         fit: to the input.
@@ -101,12 +101,12 @@ def reduction_of(size: tuple[int, int], fit: Fit, zoom: float = 1.0) -> int:
 class ReducedDataset(DatasetWrapper):
     """Another data set, some of whose JPEGs are decoded at a fraction of their sides.
 
-    It is as if the files held the smaller pictures: sizes, meta and truth are in pixels of these. (Where sides are no
-    multiples of the divisor, truth of a picture that Exif data turn is off by less than one of them.)
+    It is as if the files held the smaller images: sizes, meta and ground truth are in pixels of these. (Where sides are
+    no multiples of the divisor, ground truth of an image that Exif data turn is off by less than one of them.)
 
     Args:
         dataset: the other one.
-        reductions: 1, 2, 4 or 8 for each picture; above 1 for JPEGs only.
+        reductions: 1, 2, 4 or 8 for each image; above 1 for JPEGs only.
     """
 
     dataset: FileDataset

@@ -1,7 +1,7 @@
 """Batches from a data set, by worker processes, reproducible whatever their number.
 
-The random state of a picture's augmentation is made from (seed, epoch, picture) alone, with the choice of the pictures
-that it is mixed with, so no two workers can repeat one another, and a resumed run sees the pictures it would have seen.
+The random state of an image's augmentation is made from (seed, epoch, image) alone, with the choice of the images
+that it is mixed with, so no two workers can repeat one another, and a resumed run sees the images it would have seen.
 The size of a batch is made from (seed, epoch, number of the batch).
 """
 
@@ -28,21 +28,21 @@ from detkit.structures import Batch
 
 
 class Key(NamedTuple):
-    """Which picture to read, and how.
+    """Which image to read, and how.
 
     Args:
         epoch: of which its augmentation is.
-        picture: its index in the data set.
+        image: its index in the data set.
         size: (height, width) of the input; None for the usual one.
     """
 
     epoch: int
-    picture: int
+    image: int
     size: tuple[int, int] | None = None
 
 
 def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
-    """One batch of pictures that `fit` made. Either all of them have proposals or none has."""
+    """One batch of images that `fit` made. Either all of them have proposals or none has."""
     images, sizes, targets, metas, proposals = zip(*items)
     return Batch(fit.batch(images), sizes, targets, metas, None if proposals[0] is None else proposals)
 
@@ -133,20 +133,20 @@ def training_loader(
     """Shuffled batches of `batch_size` for this process; set `sampler.epoch` before each pass.
 
     Args:
-        plain_from_epoch: from this epoch on pictures are only fitted, not augmented.
+        plain_from_epoch: from this epoch on images are only fitted, not augmented.
         unmixed_from_epoch: from this epoch on they are not mixed (mosaic, mixup), but still augmented otherwise.
         sizes: (height, width) of the inputs that each batch's is drawn from; empty for always that of `fit`.
-        per_class: so many pictures of one class stand together in a batch; None for any.
+        per_class: so many images of one class stand together in a batch; None for any.
         rank, world_size: this process among those that share an epoch.
         pin: in page-locked memory, from which a GPU takes them without waiting.
 
     Raises:
-        ConfigError: the data do not say of each picture which one class it has, but `per_class` is given.
+        ConfigError: the data do not say of each image which one class it has, but `per_class` is given.
     """
     if per_class is None:
         sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size, sizes)
     else:
-        sampler = ClassSampler(picture_labels(dataset), per_class, batch_size, seed, rank, world_size, sizes)
+        sampler = ClassSampler(image_labels(dataset), per_class, batch_size, seed, rank, world_size, sizes)
     reader = _TrainingReader(dataset, fit, augment, seed, plain_from_epoch, unmixed_from_epoch)
     return _loader(reader, fit, sampler, batch_size, workers, pin), sampler
 
@@ -154,15 +154,15 @@ def training_loader(
 def evaluation_loader(
     dataset: Dataset, fit: Fit, *, batch_size: int, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """Every picture once, in order; the last batch may be smaller. `pin` as in `training_loader`."""
+    """Every image once, in order; the last batch may be smaller. `pin` as in `training_loader`."""
     return _loader(_EvaluationReader(dataset, fit), fit, None, batch_size, workers, pin)
 
 
 class EpochSampler(Sampler[Key]):
-    """The key of every picture in random order, filled up to whole batches from the front of the order.
+    """The key of every image in random order, filled up to whole batches from the front of the order.
 
-    Whole batches keep batch norm away from a batch of one and every process in step; no picture is left out. The
-    pictures of a batch have one size, the same in all processes.
+    Whole batches keep batch norm away from a batch of one and every process in step; no image is left out. The
+    images of a batch have one size, the same in all processes.
     """
 
     def __init__(
@@ -197,20 +197,20 @@ class EpochSampler(Sampler[Key]):
             yield Key(self.epoch, int(index), sizes[position // self.batch_size])
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
-        """The pictures of this process in their order."""
+        """The images of this process in their order."""
         order = np.resize(random.permutation(self.count), len(self) * self.world_size)
         return order[self.rank :: self.world_size]
 
 
 class ClassSampler(EpochSampler):
-    """Batches of P classes with `per_class` pictures each: P x K of metric learning (Hermans et al. 2017, section 2).
+    """Batches of P classes with `per_class` images each: P x K of metric learning (Hermans et al. 2017, section 2).
 
-    Every picture is in every epoch, in a new group of its class. A class whose pictures do not fill its last group, and
+    Every image is in every epoch, in a new group of its class. A class whose images do not fill its last group, and
     an epoch whose groups do not fill its last batch, are filled up from the front. A class stands in as many batches,
-    and as seldom twice in one, as its number of pictures allows.
+    and as seldom twice in one, as its number of images allows.
 
     Args:
-        labels: the class of each picture.
+        labels: the class of each image.
         per_class: K; `batch_size` is a multiple of it.
     """
 
@@ -235,9 +235,9 @@ class ClassSampler(EpochSampler):
     def _order(self, random: np.random.Generator) -> np.ndarray:
         groups = []
         for label in random.permutation(np.unique(self.labels)):
-            pictures = random.permutation(np.flatnonzero(self.labels == label))
-            count = -(-len(pictures) // self.per_class)
-            groups.append(np.resize(pictures, (count, self.per_class)))
+            images = random.permutation(np.flatnonzero(self.labels == label))
+            count = -(-len(images) // self.per_class)
+            groups.append(np.resize(images, (count, self.per_class)))
         batches = self.batches * self.world_size
         dealt = np.resize(np.concatenate(groups), (self.batch_size // self.per_class * batches, self.per_class))
         # Dealt like cards, the groups of one class go to different batches.
@@ -246,19 +246,19 @@ class ClassSampler(EpochSampler):
         return order[self.rank :: self.world_size].ravel()
 
 
-def picture_labels(dataset: Dataset) -> list[int]:
-    """The one class of each picture.
+def image_labels(dataset: Dataset) -> list[int]:
+    """The one class of each image.
 
     Raises:
-        ConfigError: a picture has none, or several.
+        ConfigError: an image has none, or several.
     """
     labels = []
     for index in range(len(dataset)):
         target = dataset.target(index)
         if target.image_labels is None or len(target.image_labels) != 1:
             raise ConfigError(
-                "'train.per_class' puts pictures of one class together, but the data do not say of each picture which "
-                f"one class it has (picture {dataset.image_id(index)!r}). Set it to null, or use data of format folder."
+                "'train.per_class' puts images of one class together, but the data do not say of each image which "
+                f"one class it has (image {dataset.image_id(index)!r}). Set it to null, or use data of format folder."
             )
         labels.append(int(target.image_labels))
     return labels
@@ -277,16 +277,16 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
     def __getitem__(self, key: Key) -> Fitted | DataError:
         fit, augment = self._at(key.size, self._is_plain(key.epoch))
         try:
-            sample = self.dataset[key.picture]
+            sample = self.dataset[key.image]
             if augment is not None:
-                seed = np.random.SeedSequence([self.seed, key.epoch, key.picture]).generate_state(1)[0]
+                seed = np.random.SeedSequence([self.seed, key.epoch, key.image]).generate_state(1)[0]
                 sample = augment(sample, int(seed), self.dataset if self.mixes(key.epoch) else None)
         except DataError as error:
             return error
         return fit(sample)
 
     def mixes(self, epoch: int) -> bool:
-        """Whether the pictures of an epoch are mixed with others (mosaic, mixup)."""
+        """Whether the images of an epoch are mixed with others (mosaic, mixup)."""
         unmixed = self.unmixed_from_epoch is not None and epoch >= self.unmixed_from_epoch
         return self.augment is not None and bool(self.augment.mixes) and not unmixed and not self._is_plain(epoch)
 
@@ -294,7 +294,7 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
     def _at(self, size: tuple[int, int] | None, plain: bool) -> tuple[Fit, Augment | None]:
-        """What fits and augments pictures to `size`, built once."""
+        """What fits and augments images to `size`, built once."""
         if (size, plain) not in self._built:
             fit = self.fit if size is None else self.fit.at(size)
             augment = None if plain else self.augment

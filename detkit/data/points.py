@@ -1,6 +1,6 @@
-"""Landmarks through augmentation: which stay in the picture, and which change places when it is mirrored.
+"""Landmarks through augmentation: which stay in the image, and which change places when it is mirrored.
 
-Coordinates are those of boxes: x runs from 0 at the left edge of the picture to its width at the right edge.
+Coordinates are those of boxes: x runs from 0 at the left edge of the image to its width at the right edge.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from detkit.structures import Target
 
 Pairs = tuple[tuple[int, int], ...]
 FAR = -1e6
-"""Pixels; where a point is put that has left the picture, so that no later padding takes it in again."""
+"""Pixels; where a point is put that has left the image, so that no later padding takes it in again."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PointRule:
     """What augmentation must know of a data set's points.
 
     Args:
-        flip_pairs: the points that change places when a picture is mirrored, left eye and right eye; None where that is
+        flip_pairs: the points that change places when an image is mirrored, left eye and right eye; None where that is
             not known, and then nothing may be mirrored.
     """
 
@@ -46,15 +46,14 @@ def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> 
 
     if mixes:
         raise ConfigError(
-            "Augmentations that mix pictures (mosaic, mixup) cannot carry points, which this head needs. Leave them "
-            "out."
+            "Augmentations that mix images (mosaic, mixup) cannot carry points, which this head needs. Leave them out."
         )
     mirrors = (A.HorizontalFlip, A.VerticalFlip, A.Transpose, A.D4, A.SquareSymmetry)
     for part in single_transforms(parts):
         name = type(part).__name__.lstrip("_")
         if rule.flip_pairs is None and isinstance(part, mirrors) and part.p > 0:
             raise ConfigError(
-                f"The augmentation {name} mirrors pictures, but the data do not say which points are left and right "
+                f"The augmentation {name} mirrors images, but the data do not say which points are left and right "
                 f"ones, and would change places. Leave it out, or use data that do (COCO's categories: 'keypoints' "
                 f"with names such as left_eye and right_eye; YOLO's data.yaml: flip_idx)."
             )
@@ -64,14 +63,14 @@ def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> 
 
 
 def watched(parts: Sequence[Any]) -> list[Any]:
-    """`parts`, behind each of them one that puts the points outside of the picture far away."""
+    """`parts`, behind each of them one that puts the points outside of the image far away."""
     from detkit.data.augment.single_image import ForgetPoints
 
     return [step for part in parts for step in (part, ForgetPoints(p=1.0))]
 
 
 def forget_outside(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Those of `as_keypoints`, with the points outside of a picture of (height, width) far away; the frame stays."""
+    """Those of `as_keypoints`, with the points outside of an image of (height, width) far away; the frame stays."""
     points = keypoints.copy()
     inner = points[:-3]
     inner[~_inside(inner[:, :2], size), :2] = FAR
@@ -79,7 +78,7 @@ def forget_outside(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def as_keypoints(target: Target, size: tuple[int, int]) -> np.ndarray:
-    """(N * K + 3, 2) float32 for albumentations: all points, and the frame: three corners of the picture."""
+    """(N * K + 3, 2) float32 for albumentations: all points, and the frame: three corners of the image."""
     assert target.points is not None
     height, width = size
     frame = np.array([[0, 0], [width, 0], [0, height]], dtype=np.float32)
@@ -96,10 +95,10 @@ def with_points(
         before: the target before the augmentation.
         kept: (M,) which objects of it are left.
         keypoints: (N * K + 3, 2) where those of `as_keypoints` are now.
-        size: (height, width) of the augmented picture.
+        size: (height, width) of the augmented image.
 
     Raises:
-        DataError: the picture was mirrored, and the rule does not say which points change places.
+        DataError: the image was mirrored, and the rule does not say which points change places.
     """
     assert before.points is not None
     assert before.visible is not None
@@ -108,7 +107,7 @@ def with_points(
     if _is_mirrored(keypoints[-3:, :2]):
         if rule.flip_pairs is None:
             raise DataError(
-                "An augmentation mirrored a picture, but the data do not say which points change places then. Leave "
+                "An augmentation mirrored an image, but the data do not say which points change places then. Leave "
                 "mirroring augmentations out."
             )
         order = list(range(points.shape[1]))
@@ -128,7 +127,7 @@ def flip_pairs_of(names: Sequence[str]) -> Pairs | None:
 
 
 def _inside(points: np.ndarray, size: tuple[int, int]) -> Any:
-    """(...) bool: whether (..., 2) points lie in a picture of (height, width)."""
+    """(...) bool: whether (..., 2) points lie in an image of (height, width)."""
     return ((points >= 0) & (points <= [size[1], size[0]])).all(-1)
 
 

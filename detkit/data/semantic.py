@@ -52,6 +52,6 @@ def painted(
     semantic = np.full(size, background, dtype=np.uint8)
     order = sorted(range(len(rles)), key=lambda index: (not crowd[index], -area(rles[index])))
     for index in order:
-        # One at a time: the masks of a hundred objects of a large picture would fill the memory.
+        # One at a time: the masks of a hundred objects of a large image would fill the memory.
         semantic[decode([rles[index]], size)[0]] = IGNORED_PIXEL if crowd[index] else labels[index]
     return semantic

@@ -1,6 +1,6 @@
 """A batch on its way from a worker process: two pieces of shared memory, however many tensors it has.
 
-Each tensor that crosses alone takes an open file in the process that receives it. With six small ones for each picture
+Each tensor that crosses alone takes an open file in the process that receives it. With six small ones for each image
 a few batches of 64 reach what Linux allows a process by default, 1,024.
 """
 

@@ -43,7 +43,7 @@ def open_split(data: dict[str, Any], split: Split, needs: frozenset[str]) -> Dat
         )
     if not len(dataset):
         raise DataError(
-            f"The split '{injected['split']}' of data '{options['name']}' has no pictures. Check data.{split}. "
+            f"The split '{injected['split']}' of data '{options['name']}' has no images. Check data.{split}. "
             f"{dataset.problems.summary()}"
         )
     return dataset

@@ -1,6 +1,6 @@
-"""From a picture of any size to the network's input, and from the network's pixels back to the picture's.
+"""From an image of any size to the network's input, and from the network's pixels back to the image's.
 
-Training pictures go through augmentations (detkit.data.augment) that end at the input's size; pictures to be
+Training images go through augmentations (detkit.data.augment) that end at the input's size; images to be
 evaluated or predicted are only fitted here, which has an exact inverse.
 """
 
@@ -34,11 +34,11 @@ Resize = Literal["stretch", "letterbox", "short_side", "crop"]
 
 
 class Fitted(NamedTuple):
-    """One picture in the network's pixels, before batching.
+    """One image in the network's pixels, before batching.
 
     Args:
         image: (3, H, W) float32 in 0..1.
-        size: (height, width) of the picture inside `image`, without padding.
+        size: (height, width) of the image inside `image`, without padding.
         target: in pixels of `image`.
         meta: with the matrix from the source to `image`.
         proposals: (P, 4) float32 xyxy pixels of `image`, or None.
@@ -52,23 +52,23 @@ class Fitted(NamedTuple):
 
 
 class Fit:
-    """Resize pictures to the network's input.
+    """Resize images to the network's input.
 
     Bilinear without smoothing, pixel centres at half integers: what torchvision's detectors are trained and
     run with.
 
     Args:
-        size: (height, width) of the input in pixels; of short_side (short, long), the longest that a picture's
-            shorter and longer side may become; of crop the part of a picture that the network sees at once.
-        resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, picture at the top left of `size`, grey
-            padding at the right or bottom; "short_side" keeps it too and does not pad the picture itself: those of a
+        size: (height, width) of the input in pixels; of short_side (short, long), the longest that an image's
+            shorter and longer side may become; of crop the part of an image that the network sees at once.
+        resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, image at the top left of `size`, grey
+            padding at the right or bottom; "short_side" keeps it too and does not pad the image itself: those of a
             batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform); "crop"
-            leaves pictures as they are, padded to `size` where they are smaller and then to the largest of the batch:
+            leaves images as they are, padded to `size` where they are smaller and then to the largest of the batch:
             training cuts them at random (Augment), evaluation goes over them in windows (detkit.inference.windows).
-        padding: RGB in 0..1 around the pictures of a batch, and around small ones under crop; the backbone's mean
+        padding: RGB in 0..1 around the images of a batch, and around small ones under crop; the backbone's mean
             colour, so that it is 0 to the network.
-        trim: under letterbox, pad only to multiples of 32 and to the largest picture of the batch, where that is less
-            than `size`. What is left out holds no picture, and costs as much time as if it did.
+        trim: under letterbox, pad only to multiples of 32 and to the largest image of the batch, where that is less
+            than `size`. What is left out holds no image, and costs as much time as if it did.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Fit:
         return self.resize in ("stretch", "letterbox") and not self.trim
 
     def inner_size(self, source: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) that a picture of size `source` gets inside the input."""
+        """(height, width) that an image of size `source` gets inside the input."""
         match self.resize:
             case "stretch":
                 return self.size
@@ -111,7 +111,7 @@ class Fit:
                 return source
 
     def outer_size(self, source: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the tensor that `image` makes of a picture of size `source`."""
+        """(height, width) of the tensor that `image` makes of an image of size `source`."""
         match self.resize:
             case "short_side":
                 return self.inner_size(source)
@@ -161,7 +161,7 @@ class Fit:
         return batch
 
     def __call__(self, sample: Sample) -> Fitted:
-        """The picture as a tensor, its size inside it, and target, meta and proposals in its pixels."""
+        """The image as a tensor, its size inside it, and target, meta and proposals in its pixels."""
         matrix = self.matrix(sample.size)
         inner = self.inner_size(sample.size)
         target = _map_target(sample.target, matrix, inner, self.outer_size(sample.size))
@@ -192,14 +192,14 @@ def undo(detections: Detections, meta: Meta) -> Detections:
     the source's size.
 
     Raises:
-        ValueError: the picture went through an augmentation that has no inverse.
+        ValueError: the image went through an augmentation that has no inverse.
     """
     if meta.matrix is None:
         raise ValueError(f"{meta.source} was augmented at random; its detections cannot be taken back")
     boxes = map_boxes(detections.boxes, np.linalg.inv(meta.matrix))
     masks = None
     if detections.mask_patches is not None:
-        # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the picture.
+        # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the image.
         masks = paste_masks(detections.mask_patches, boxes, meta.size)
     points = None if detections.points is None else map_points(detections.points, np.linalg.inv(meta.matrix))
     return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None, points=points)
@@ -240,11 +240,11 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
 
 
 class Mix(ABC):
-    """An augmentation that makes one picture of several, registered among the others.
+    """An augmentation that makes one image of several, registered among the others.
 
     Attributes:
-        partners: how many further pictures it takes.
-        probability: of mixing; otherwise the picture stays as it is.
+        partners: how many further images it takes.
+        probability: of mixing; otherwise the image stays as it is.
     """
 
     partners: ClassVar[int]
@@ -254,27 +254,27 @@ class Mix(ABC):
     def __call__(
         self, samples: Sequence[Sample], size: tuple[int, int], min_visibility: float, random: np.random.Generator
     ) -> Sample:
-        """The mixed picture; the given ones stay as they are.
+        """The mixed image; the given ones stay as they are.
 
         Args:
-            samples: 1 + `partners` pictures of any size.
+            samples: 1 + `partners` images of any size.
             size: (height, width) of the input.
             min_visibility: an object or proposal of which a smaller part is left is dropped.
             random: the only source of chance.
         """
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
-        """How many times larger the mix may show a part of a picture of (height, width) than the input shows a picture
+        """How many times larger the mix may show a part of an image of (height, width) than the input shows an image
         as a whole; infinite where that is not known."""
         return math.inf
 
 
 class Augment:
-    """Random augmentation of a training picture: mixes with others, then one albumentations pipeline that ends at the
+    """Random augmentation of a training image: mixes with others, then one albumentations pipeline that ends at the
     input's size.
 
-    Mixes (mosaic, mixup) come first, in their order, on pictures as the data set has them. Of the others geometric
-    transforms run first, then the resize to the input (but for short_side, whose size depends on the picture), then
+    Mixes (mosaic, mixup) come first, in their order, on images as the data set has them. Of the others geometric
+    transforms run first, then the resize to the input (but for short_side, whose size depends on the image), then
     those that only change pixels: they cost least there. Proposals go where their pixels go, and have no influence on
     anything else.
 
@@ -283,7 +283,7 @@ class Augment:
         fit: the network's input.
         min_visibility: an object or proposal of which a smaller part is left after a cut is dropped, as is one of which
             the part that is left is less than a pixel wide or high. What becomes so small without a cut stays.
-        points: the rule for pictures with points (detkit.data.points); None for those without.
+        points: the rule for images with points (detkit.data.points); None for those without.
         tried: the parts are known to work; otherwise those of albumentations are tried on a made-up image.
 
     Raises:
@@ -317,7 +317,7 @@ class Augment:
             geometric = watched(geometric)
         # Objects may touch the border to within a rounding error: clip, instead of refusing the image.
         boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, clip=True)
-        # A target of their own: some transforms look at the truths ("bboxes") to choose a window.
+        # A target of their own: some transforms look at the ground truths ("bboxes") to choose a window.
         self.pipeline = A.Compose(
             [*geometric, *_resize_parts(fit), *pixel_only],
             bbox_params=boxes,
@@ -334,14 +334,14 @@ class Augment:
     def __call__(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample] | None = None) -> Sample:
         """The augmented sample, at the input's size unless that is short_side.
 
-        The same seed gives the same picture, if `others` are the same.
+        The same seed gives the same image, if `others` are the same.
 
         Args:
-            others: what mixes draw their further pictures from; None to leave the mixes out.
+            others: what mixes draw their further images from; None to leave the mixes out.
 
         Raises:
             DataError: a further image cannot be read, or an augmentation fails on the image.
-            ConfigError: pictures with semantic maps are to be mixed.
+            ConfigError: images with semantic maps are to be mixed.
         """
         if others is not None:
             sample = self._mixed(sample, seed, others)
@@ -389,14 +389,14 @@ class Augment:
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
-        """How many times larger it may show a part of a picture of (height, width) `size` than the input shows a
-        picture as a whole; infinite where a part does not say that by a method of this name."""
+        """How many times larger it may show a part of an image of (height, width) `size` than the input shows a
+        image as a whole; infinite where a part does not say that by a method of this name."""
         return math.prod(_largest_zoom(part, size) for part in self._of_source)
 
     def _mixed(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample]) -> Sample:
         if self.mixes and sample.target.semantic is not None:
             raise ConfigError(
-                "'augment' mixes pictures (mosaic, mixup), which cannot be done with semantic maps. Leave these parts "
+                "'augment' mixes images (mosaic, mixup), which cannot be done with semantic maps. Leave these parts "
                 "out; random_scale, flip and photometric can be had."
             )
         for number, mix in enumerate(self.mixes, start=1):
@@ -410,12 +410,12 @@ class Augment:
 
 
 def _resize_parts(fit: Fit) -> list[Any]:
-    """The albumentations transforms that bring a picture to the input's size."""
+    """The albumentations transforms that bring an image to the input's size."""
     import albumentations as A
     import cv2
 
     height, width = fit.size
-    # Albumentations' own choice, INTER_NEAREST, moves masks by up to half a pixel against the picture.
+    # Albumentations' own choice, INTER_NEAREST, moves masks by up to half a pixel against the image.
     exact = cv2.INTER_NEAREST_EXACT
     match fit.resize:
         case "stretch":

@@ -52,9 +52,9 @@ class TrainingConsole:
             disable=not fabric.is_global_zero or not self.console.is_terminal,
         )
         self._introduce(experiment, model, train_set, val_set, fabric)
-        self._pictures_an_epoch = len(train_set)
+        self._images_an_epoch = len(train_set)
         self._started: float | None = None
-        self._pictures = 0
+        self._image_files = 0
         self._lr = 0.0
 
     def __enter__(self) -> "TrainingConsole":
@@ -70,18 +70,16 @@ class TrainingConsole:
         if self._events is not None:
             self._events.close()
 
-    def step(
-        self, progress: Any, number: int, batches: int, losses: dict[str, float], lr: float, pictures: int
-    ) -> None:
-        """After each batch: loss, learning rate, pictures a second, time left."""
+    def step(self, progress: Any, number: int, batches: int, losses: dict[str, float], lr: float, images: int) -> None:
+        """After each batch: loss, learning rate, images a second, time left."""
         now = time.perf_counter()
         if number == 1:
-            self._started, self._pictures = now, 0
+            self._started, self._image_files = now, 0
         else:
-            self._pictures += pictures
+            self._image_files += images
         self._lr = lr
         seconds = now - (self._started or now)
-        rate = f"{self._pictures / seconds:.1f} pictures/s" if self._pictures else ""
+        rate = f"{self._image_files / seconds:.1f} images/s" if self._image_files else ""
         total = sum(losses.values())
         self.progress.update(
             self._task,
@@ -96,9 +94,9 @@ class TrainingConsole:
             self._events.add("train/lr", lr, progress.step)
 
     @contextmanager
-    def validation(self, pictures: int) -> Iterator[Callable[[int], None]]:
-        """A bar for one evaluation; yields what to call with the number of pictures done."""
-        task = self.progress.add_task("validation", total=pictures, status="")
+    def validation(self, images: int) -> Iterator[Callable[[int], None]]:
+        """A bar for one evaluation; yields what to call with the number of images done."""
+        task = self.progress.add_task("validation", total=images, status="")
         try:
             yield lambda count: self.progress.update(task, advance=count)
         finally:
@@ -111,13 +109,13 @@ class TrainingConsole:
 
         Args:
             seconds: of training.
-            waited: seconds of them in which there was no picture to train on.
+            waited: seconds of them in which there was no image to train on.
         """
         row: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step, "lr": self._lr, "seconds": seconds}
         row["seconds_waiting"] = waited
         row |= {f"train_{name}": value for name, value in losses.items()}
         line = f"epoch {progress.epoch}/{self.options.epochs}  loss {sum(losses.values()):.3f}  {seconds:.1f} s"
-        line += f"  {self._pictures_an_epoch / seconds:.1f} pictures/s"
+        line += f"  {self._images_an_epoch / seconds:.1f} images/s"
         row |= dict.fromkeys((f"val_{name}" for name in losses), "") | dict.fromkeys(self._figures, "")
         if evaluation is not None:
             row |= {f"val_{name}": value for name, value in evaluation.losses.items()}
@@ -153,11 +151,11 @@ class TrainingConsole:
         self.console.print(
             f"run        {self.folder.path}\n"
             f"classes    {train_set.classes}\n"
-            f"training   {len(train_set)} pictures; {train_set.problems.summary()}\n"
-            f"validation {len(val_set)} pictures; {val_set.problems.summary()}\n"
+            f"training   {len(train_set)} images; {train_set.problems.summary()}\n"
+            f"validation {len(val_set)} images; {val_set.problems.summary()}\n"
             f"model      {experiment.backbone['name']} + {experiment.head['name']}, {parameters / 1e6:.2f} M parameters"
             f", {trained / 1e6:.2f} M of them trained, {_input(experiment.input)}\n"
-            f"batch      {options.batch_size} pictures a step: {fabric.world_size} x {per_device} on "
+            f"batch      {options.batch_size} images a step: {fabric.world_size} x {per_device} on "
             f"{fabric.device.type}, accumulated over {options.accumulate}\n"
             f"precision  {options.precision}{f' ({native})' if native else ''}"
         )

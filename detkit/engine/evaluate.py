@@ -1,4 +1,4 @@
-"""A model's losses and scores on a data set, from one forward pass of each picture."""
+"""A model's losses and scores on a data set, from one forward pass of each image."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Args:
-        losses: mean over pictures, by name.
+        losses: mean over images, by name.
         scores: of all predictions, of a class of the task (Detections: DetectionScores).
         results: the predictions as the task writes them (Detections: COCO results).
     """
@@ -38,7 +38,7 @@ def evaluate(
     *,
     batch_size: int,
     workers: int,
-    advance: Callable[[int], None] = lambda pictures: None,
+    advance: Callable[[int], None] = lambda images: None,
     store: FeatureStore | None = None,
     network: FastNetwork | None = None,
     max_dets: int | None = None,
@@ -46,8 +46,8 @@ def evaluate(
     """Losses and scores of `model`, which is left in evaluation mode.
 
     Args:
-        advance: called with the number of pictures after each batch.
-        store: of the backbone's maps of these pictures, which is frozen.
+        advance: called with the number of images after each batch.
+        store: of the backbone's maps of these images, which is frozen.
         network: the model as predictions run it, to score these; without a store.
         max_dets: of the training's options.
     """
@@ -55,7 +55,7 @@ def evaluate(
     sums: dict[str, float] = defaultdict(float)
     device = next(model.parameters()).device
     model.eval()
-    # The stored maps of all pictures have one size.
+    # The stored maps of all images have one size.
     fit = model.fit if store is None else model.fit.untrimmed()
     on_gpu = device.type == "cuda"
     loader = evaluation_loader(dataset, fit, batch_size=batch_size, workers=workers, pin=on_gpu)
@@ -73,12 +73,12 @@ def evaluate(
             predictions, losses = predict_with_losses(model, batch, network)
             for name, value in losses.items():
                 sums[name] += value * len(batch)
-            # Picture by picture, since the masks of a batch are large.
+            # Image by image, since the masks of a batch are large.
             for found, meta in zip(predictions, batch.metas):
-                # The truth in the source's own pixels comes straight from the file: no rounding on the way.
-                truth = dataset.target(position)
+                # The ground truth in the source's own pixels comes straight from the file: no rounding on the way.
+                target = dataset.target(position)
                 found = task.undo(found.to("cpu"), meta, dataset.classes.names)
-                evaluator.update([found], [truth], [replace(meta, matrix=None)])
+                evaluator.update([found], [target], [replace(meta, matrix=None)])
                 position += 1
             advance(len(batch))
     means = {name: value / position for name, value in sums.items()} if known else {}
@@ -86,6 +86,6 @@ def evaluate(
 
 
 def _without_labels(batch: Batch) -> Batch:
-    """The batch without the classes of its pictures, which the model does not know."""
+    """The batch without the classes of its images, which the model does not know."""
     none = torch.zeros(0, dtype=torch.int64, device=batch.images.device)
     return replace(batch, targets=tuple(replace(target, image_labels=none) for target in batch.targets))

@@ -1,4 +1,4 @@
-"""What a frozen backbone gives, computed once and kept: later epochs read no picture and run the neck and head only."""
+"""What a frozen backbone gives, computed once and kept: later epochs read no image and run the neck and head only."""
 
 import math
 import os
@@ -27,7 +27,7 @@ FOLDER = "features"
 
 
 def check_storable(experiment: Experiment) -> None:
-    """Refuse `train.store_features` where the backbone's maps of a picture are not the same in every epoch.
+    """Refuse `train.store_features` where the backbone's maps of an image are not the same in every epoch.
 
     Raises:
         ConfigError: saying why, and what to change.
@@ -39,19 +39,19 @@ def check_storable(experiment: Experiment) -> None:
     if options.freeze != "all":
         reason = f"train.freeze is {options.freeze}, so that the backbone's maps change. Set train.freeze to all"
     elif experiment.augment:
-        reason = "each epoch augments pictures anew. Set augment to []"
+        reason = "each epoch augments images anew. Set augment to []"
     elif fitting.multi_scale is not None:
         reason = "inputs of many sizes give other maps each time. Set input.multi_scale to null"
     elif fitting.resize not in ("stretch", "letterbox"):
         reason = (
-            f"under input.resize {fitting.resize} the maps of a picture are not of one size. Set it to stretch or "
+            f"under input.resize {fitting.resize} the maps of an image are not of one size. Set it to stretch or "
             "letterbox"
         )
     elif options.devices > 1:
-        reason = f"each of {options.devices} processes would see other pictures in every epoch. Set train.devices to 1"
+        reason = f"each of {options.devices} processes would see other images in every epoch. Set train.devices to 1"
     if reason:
         raise ConfigError(
-            f"'train.store_features' keeps what the backbone gives for each picture from the first epoch on, but "
+            f"'train.store_features' keeps what the backbone gives for each image from the first epoch on, but "
             f"{reason}, or train.store_features to false."
         )
 
@@ -60,7 +60,7 @@ def check_storable(experiment: Experiment) -> None:
 def feature_stores(
     experiment: Experiment, run: Path, train_count: int, val_count: int
 ) -> Iterator[tuple["FeatureStore | None", "FeatureStore | None"]]:
-    """The stores of training and validation pictures, None without `train.store_features`; gone afterwards.
+    """The stores of training and validation images, None without `train.store_features`; gone afterwards.
 
     Args:
         run: the run's folder, in which their files lie meanwhile.
@@ -78,8 +78,8 @@ def feature_stores(
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """What a batch says of one picture besides its pixels."""
+class _ImageRecord:
+    """What a batch says of one image besides its pixels."""
 
     size: tuple[int, int]
     target: Target
@@ -88,19 +88,19 @@ class _Picture:
 
 
 class FeatureStore:
-    """The backbone's maps of all pictures of a split, exactly as computed, in a file for each level.
+    """The backbone's maps of all images of a split, exactly as computed, in a file for each level.
 
     The files are mapped into memory: fast as memory where it is large enough, and no more than disk where it is not.
     Targets, with their masks, and proposals are kept in memory.
 
     Args:
         path: what the names of the files begin with.
-        count: pictures of the split.
+        count: images of the split.
     """
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self.count = path, count
-        self._pictures: list[_Picture | None] = [None] * count
+        self._image_files: list[_ImageRecord | None] = [None] * count
         self._levels: list[Tensor] = []
         self._channels_last: list[bool] = []
         self._input_size = (0, 0)
@@ -108,19 +108,19 @@ class FeatureStore:
     def batches(
         self, loader: "DataLoader[Any]", model: Model, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Iterator[Batch]:
-        """The batches of a loader with the backbone's maps: from the store, if it has all their pictures; otherwise the
-        pictures are read, and what they give is put into the store.
+        """The batches of a loader with the backbone's maps: from the store, if it has all their images; otherwise the
+        images are read, and what they give is put into the store.
 
         Args:
             autocast: within what it gives the backbone runs.
 
         Raises:
-            DataError: a picture could not be read.
+            DataError: an image could not be read.
             WriteError: there is not enough space on the disk.
         """
-        numbers = [key.picture if isinstance(key, Key) else key for key in loader.sampler]
+        numbers = [key.image if isinstance(key, Key) else key for key in loader.sampler]
         device = model.mean.device
-        if all(self._pictures[number] is not None for number in numbers):
+        if all(self._image_files[number] is not None for number in numbers):
             # Of DataLoader's own class, so that the stream of random numbers is spent as without a store.
             yield from DataLoader(
                 _Keys(),
@@ -142,7 +142,7 @@ class FeatureStore:
             self._allocate(features)
             self._input_size = (batch.images.shape[2], batch.images.shape[3])
         for position, number in enumerate(numbers):
-            if self._pictures[number] is not None:
+            if self._image_files[number] is not None:
                 continue  # batches are filled up from the front
             for level, channels_last, maps in zip(self._levels, self._channels_last, features):
                 one = maps[position]
@@ -150,24 +150,24 @@ class FeatureStore:
             proposals = None if batch.proposals is None else batch.proposals[position].clone()
             # Copies, else the memory of the whole batch would stay.
             target = batch.targets[position].copy()
-            self._pictures[number] = _Picture(batch.sizes[position], target, batch.metas[position], proposals)
+            self._image_files[number] = _ImageRecord(batch.sizes[position], target, batch.metas[position], proposals)
 
     def _stored(self, keys: Sequence[Key | int], device: torch.device) -> Batch:
-        """The batch of pictures that the store has. Its pixels, which nothing reads, take no memory; they lie on
+        """The batch of images that the store has. Its pixels, which nothing reads, take no memory; they lie on
         `device` since the way there would give them some."""
-        numbers = [key.picture if isinstance(key, Key) else key for key in keys]
-        pictures = [picture for number in numbers if (picture := self._pictures[number]) is not None]
+        numbers = [key.image if isinstance(key, Key) else key for key in keys]
+        images = [image for number in numbers if (image := self._image_files[number]) is not None]
         features = []
         for level, channels_last in zip(self._levels, self._channels_last):
             maps = level[torch.tensor(numbers)]
             features.append(maps.permute(0, 3, 1, 2) if channels_last else maps)
-        proposals = tuple(picture.proposals for picture in pictures if picture.proposals is not None)
+        proposals = tuple(image.proposals for image in images if image.proposals is not None)
         return Batch(
             torch.zeros((), device=device).expand(len(numbers), 3, *self._input_size),
-            tuple(picture.size for picture in pictures),
-            tuple(picture.target for picture in pictures),
-            tuple(picture.meta for picture in pictures),
-            proposals if len(proposals) == len(pictures) else None,
+            tuple(image.size for image in images),
+            tuple(image.target for image in images),
+            tuple(image.meta for image in images),
+            proposals if len(proposals) == len(images) else None,
             tuple(features),
         )
 

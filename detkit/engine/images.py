@@ -26,7 +26,7 @@ def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: Clas
     Raises:
         DataError: one of the images cannot be read.
     """
-    pictures = []
+    images = []
     for index in range(min(count, len(reader.dataset))):
         fitted = reader[Key(0, index)]
         if isinstance(fitted, DataError):
@@ -34,12 +34,12 @@ def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: Clas
         pixels = (fitted.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         factor = _enlargement(pixels)
         target = _enlarge_target(fitted.target, factor)
-        pictures.append(task.draw_target(_enlarge(pixels, factor), target, classes.names))
-    write_image(path, grid(pictures, columns=4))
+        images.append(task.draw_target(_enlarge(pixels, factor), target, classes.names))
+    write_image(path, grid(images, columns=4))
 
 
 def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> None:
-    """Validation pictures, truth beside what the best checkpoint finds, spread over the set."""
+    """Validation images, ground truth beside what the best checkpoint finds, spread over the set."""
     model = load_model(folder.best)
     task = task_of(model.head)
     names = dataset.classes.names
@@ -47,9 +47,9 @@ def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> No
         sample = dataset[index]
         factor = _enlargement(sample.image)
         found = task.enlarged(task.shown(predict_sample(model, task, sample)), factor)
-        truth = _enlarge_target(sample.target, factor)
-        picture = task.compare(_enlarge(sample.image, factor), found, truth, names)
-        write_image(folder.pictures / f"val_{index:05d}.jpg", picture)
+        target = _enlarge_target(sample.target, factor)
+        image = task.compare(_enlarge(sample.image, factor), found, target, names)
+        write_image(folder.images / f"val_{index:05d}.jpg", image)
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
 
 
 def _enlargement(image: np.ndarray) -> int:
-    """By how much a picture must grow for its labels to be read; 1 for all but very small ones."""
+    """By how much an image must grow for its labels to be read; 1 for all but very small ones."""
     return -(-SMALLEST_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < SMALLEST_SIDE else 1
 
 
@@ -69,7 +69,7 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _enlarge_target(target: Target, factor: int) -> Target:
-    """The truth for the picture that `_enlarge` makes."""
+    """The ground truth for the image that `_enlarge` makes."""
 
     def repeated(pixels: torch.Tensor | None) -> torch.Tensor | None:
         if pixels is None:

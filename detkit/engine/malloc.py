@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
 
     A training step frees and allocates the same hundreds of megabytes again and again; by default every large
     tensor is a fresh mapping whose pages the kernel zeroes anew, which took some 40 % of the step's time where this
-    was measured (EfficientNet-Lite0 with FPN, 16 pictures of 320 px, two shared cores,
+    was measured (EfficientNet-Lite0 with FPN, 16 images of 320 px, two shared cores,
     one run of each: 1.9 s a step against 1.1 s).
     Does nothing elsewhere than on Linux with glibc.
     """

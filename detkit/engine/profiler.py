@@ -4,11 +4,11 @@ import time
 from collections import defaultdict
 from typing import Any
 
-PICTURES, STORED, NETWORK, VALIDATION = "waiting for pictures", "stored features", "network", "validation"
+IMAGES, STORED, NETWORK, VALIDATION = "waiting for images", "stored features", "network", "validation"
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "step"
 REST = "reports and saving"
 NOTICEABLE = 0.1
-"""Of the time: who waits longer for pictures than that would be as much faster if they came in time."""
+"""Of the time: who waits longer for images than that would be as much faster if they came in time."""
 
 
 class Stopwatch:
@@ -48,7 +48,7 @@ class Stopwatch:
 def verdict(watch: Stopwatch, options: Any, cores: int) -> str:
     """One line: the share of each stage, which of them limits the run, and what would help.
 
-    Pictures limit a run as soon as it waits for them noticeably: workers read while the network computes, so that who
+    Images limit a run as soon as it waits for them noticeably: workers read while the network computes, so that who
     waits is the faster of the two.
 
     Args:
@@ -57,15 +57,15 @@ def verdict(watch: Stopwatch, options: Any, cores: int) -> str:
     """
     shares = watch.shares()
     parts = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005)
-    waiting, validation = shares.get(PICTURES, 0.0), shares.get(VALIDATION, 0.0)
+    waiting, validation = shares.get(IMAGES, 0.0), shares.get(VALIDATION, 0.0)
     rest = shares.get(REST, 0.0)
     if waiting >= NOTICEABLE and options.workers == 0 and waiting < max(shares.values()):
-        return f"{parts}; the network limits this run, but train.workers 1 would read pictures meanwhile"
+        return f"{parts}; the network limits this run, but train.workers 1 would read images meanwhile"
     if waiting >= NOTICEABLE:
         remedies = [f"raise train.workers from {options.workers}"] * (options.workers < cores)
-        remedies += ["set train.cache, which keeps decoded pictures"] * (options.cache is None)
-        remedies += ["use smaller picture files or fewer augmentations"] * (not remedies)
-        return f"{parts}; pictures limit this run: {', or '.join(remedies)}"
+        remedies += ["set train.cache, which keeps decoded images"] * (options.cache is None)
+        remedies += ["use smaller image files or fewer augmentations"] * (not remedies)
+        return f"{parts}; images limit this run: {', or '.join(remedies)}"
     if validation > 1 - waiting - validation - rest:
         return f"{parts}; validation limits this run: raise train.validate_every from {options.validate_every}"
     return f"{parts}; the network limits this run"

@@ -49,7 +49,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.csv"
-        self.pictures = path / "pictures"
+        self.images = path / "images"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.best = self.checkpoints / "best.safetensors"
@@ -72,7 +72,7 @@ class RunFolder:
         target = parent / experiment.name
         folder = cls(target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part"))
         try:
-            make_folder(folder.pictures)
+            make_folder(folder.images)
             make_folder(folder.checkpoints)
             folder.acquire()
             folder.write_config(experiment)

@@ -33,7 +33,7 @@ from detkit.engine.feature_store import FeatureStore, check_storable, feature_st
 from detkit.engine.images import write_predictions, write_training_batch
 from detkit.engine.malloc import keep_freed_memory
 from detkit.engine.processes import ending_together, forget_children
-from detkit.engine.profiler import BACKWARD, FORWARD, PICTURES, REST, STEP, STORED, VALIDATION, Stopwatch
+from detkit.engine.profiler import BACKWARD, FORWARD, IMAGES, REST, STEP, STORED, VALIDATION, Stopwatch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
 from detkit.errors import CheckpointError, ConfigError, DataError, DetkitError
@@ -108,7 +108,7 @@ def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None
 
     Raises:
         DetkitError: a mistake in config, data or weights, found before the first step where possible.
-        LossNotFiniteError: naming the loss, the step and the pictures.
+        LossNotFiniteError: naming the loss, the step and the images.
     """
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     fabric, options = _launch(experiment.train, head)
@@ -138,7 +138,7 @@ def _train(fabric: Fabric, experiment: Experiment, head: type[Head], resume: str
         progress = _resume(setup, folder, experiment, state, console)
     elif fabric.is_global_zero:
         task = task_of(head)
-        write_training_batch(setup.loader.dataset, task, folder.pictures / "training_batch.jpg", train_set.classes)
+        write_training_batch(setup.loader.dataset, task, folder.images / "training_batch.jpg", train_set.classes)
     try:
         with (
             feature_stores(experiment, folder.path, len(train_set), len(val_set)) as (setup.store, setup.val_store),
@@ -159,10 +159,10 @@ def _epoch(setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder
     """Train for one epoch, evaluate if it is time to, and save."""
     fabric, options = setup.fabric, setup.options
     started = time.perf_counter()
-    waited = setup.watch.seconds[PICTURES]
+    waited = setup.watch.seconds[IMAGES]
     losses = _train_epoch(setup, progress, console)
     seconds = time.perf_counter() - started
-    waited = setup.watch.seconds[PICTURES] - waited
+    waited = setup.watch.seconds[IMAGES] - waited
     progress.epoch += 1
     evaluation = None
     if progress.epoch % options.validate_every == 0 or progress.epoch == options.epochs:
@@ -220,7 +220,7 @@ class _ExactInputs(MixedPrecision):
 
 
 def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tuple[Dataset, Dataset]:
-    """Both splits, with the proposals of all their pictures where the head needs them."""
+    """Both splits, with the proposals of all their images where the head needs them."""
     data, proposals = experiment.data, experiment.proposals
     train_set, val_set = open_train_and_val(data, head.needs, head.open_set)
     task = task_of(head)
@@ -275,7 +275,7 @@ def _new_run(fabric: Fabric, experiment: Experiment, task: str) -> RunFolder:
 
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
-    """One pass over the training pictures; the mean of each loss."""
+    """One pass over the training images; the mean of each loss."""
     options, optimizer, head, watch = setup.options, setup.optimizer, setup.model.head, setup.watch
     setup.wrapped.train()
     setup.sampler.epoch = progress.epoch
@@ -286,7 +286,7 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
         source = setup.store.batches(setup.loader, setup.model, setup.fabric.autocast)
     watch.start()
     for number, batch in enumerate(source, start=1):
-        watch.lap(PICTURES if setup.store is None else STORED)
+        watch.lap(IMAGES if setup.store is None else STORED)
         whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
         batch = batch.to(setup.fabric.device)
         factor = learning_rate_factor(progress.step, setup.steps_per_epoch, options)
@@ -333,9 +333,9 @@ def group_size(number: int, batches: int, accumulate: int) -> int:
 def _check_finite(losses: dict[str, float], step: int, batch: Batch) -> None:
     for name, value in losses.items():
         if not math.isfinite(value):
-            pictures = ", ".join(meta.source for meta in batch.metas)
+            images = ", ".join(meta.source for meta in batch.metas)
             raise LossNotFiniteError(
-                f"The loss '{name}' is {value} at step {step}, on the pictures {pictures}. Look at their boxes "
+                f"The loss '{name}' is {value} at step {step}, on the images {images}. Look at their boxes "
                 "(detkit check), lower train.lr, lengthen train.warmup_epochs, set train.clip_norm (10, say), or use "
                 "train.precision 32-true."
             )
@@ -378,14 +378,14 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
 
 
 def _refuse_mixes(head: Head, reader: Any) -> None:
-    """Refuse mosaic and mixup where the truth is of the picture as a whole, which a mixed one is not.
+    """Refuse mosaic and mixup where the ground truth is of the image as a whole, which a mixed one is not.
 
     Raises:
         ConfigError: naming the head.
     """
     if reader.augment is not None and reader.augment.mixes and "image_labels" in head.needs:
         raise ConfigError(
-            "'augment' mixes pictures (mosaic, mixup), but this head learns the class of a picture as a whole, and a "
+            "'augment' mixes images (mosaic, mixup), but this head learns the class of an image as a whole, and a "
             "mixed one has several. Leave them out; random_resized_crop, flip and photometric go with it."
         )
 
@@ -454,7 +454,7 @@ def _validate(
             progress.best_score, progress.evaluations_since_best = score, 0
             # Stored maps have all of the padding, without which `detkit eval` scores, so these figures may differ.
             folder.best_scores = evaluation.scores if store is None else None
-            task_of(model.head).plot(evaluation.scores, folder.pictures)
+            task_of(model.head).plot(evaluation.scores, folder.images)
         else:
             progress.evaluations_since_best += 1
     # Every process must come to the same decision about stopping early.

@@ -107,13 +107,13 @@ class Head(nn.Module, ABC):
         task: what it does, out of detkit.registry.tasks, and the name of the folder of its runs: "detect".
         needs: the fields of Target that its loss reads; checked against the data set at the start.
         postprocess: used by decode of a detector; may be replaced between calls.
-        unmixed_losses: the losses that training counts as 0 in epochs whose pictures are mixed (mosaic, mixup).
+        unmixed_losses: the losses that training counts as 0 in epochs whose images are mixed (mosaic, mixup).
         reads_sizes: `forward` computes with the sizes of the images; it may pass them on to `decode` without.
         full_precision: half precision would move its results by more than some thousandths.
-        open_set: it compares pictures of any classes, and so may be scored on others than it was trained on.
-        any_size: it finds objects in pictures of any size as they are, and so can go with input.resize crop.
+        open_set: it compares images of any classes, and so may be scored on others than it was trained on.
+        any_size: it finds objects in images of any size as they are, and so can go with input.resize crop.
         trims_padding: what it says of a place depends on the maps around it and not on the size of the input, so that
-            at prediction letterboxed pictures need no more padding than up to a multiple of 32.
+            at prediction letterboxed images need no more padding than up to a multiple of 32.
     """
 
     task: ClassVar[str]
@@ -127,11 +127,11 @@ class Head(nn.Module, ABC):
     postprocess: Postprocess
 
     def prepare(self) -> None:
-        """Take in what else than weights a new head starts from, such as the picture whose style it learns. Called once
+        """Take in what else than weights a new head starts from, such as the image whose style it learns. Called once
         before training; what it computes belongs to the checkpoint, and is not asked for again.
 
         Raises:
-            DetkitError: it cannot be had.
+            DetkitError: it is not available.
         """
         return
 

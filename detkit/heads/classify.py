@@ -1,4 +1,4 @@
-"""Classification of whole pictures: one class each, or any number of them."""
+"""Classification of whole images: one class each, or any number of them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, check_count
-from detkit.heads.parts.pooling import pooled_pictures
+from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Classification, Inputs, Target
 
@@ -31,7 +31,7 @@ class ClassifyOutputs(NamedTuple):
 
 @heads.register("classify")
 class Classify(Head):
-    """A classifier of whole pictures on the coarsest map: average pooling, hidden layers where asked for, one linear
+    """A classifier of whole images on the coarsest map: average pooling, hidden layers where asked for, one linear
     layer.
 
     Without hidden layers it is that of NiN, GoogLeNet, ResNet and DenseNet; {pool: 5, widths: [120, 84], activation:
@@ -44,10 +44,10 @@ class Classify(Head):
         widths: outputs of the hidden, fully connected layers.
         activation: behind each of them.
         dropout: part of the inputs left out in training, before the last layer and every hidden one but the first.
-        multi_label: a picture has any number of classes (binary cross-entropy) instead of exactly one (softmax
+        multi_label: an image has any number of classes (binary cross-entropy) instead of exactly one (softmax
             cross-entropy).
-        label_smoothing: what part of the truth is spread evenly over all classes (Szegedy et al. 2016, section 7); over
-            yes and no with multi_label.
+        label_smoothing: what part of the ground truth is spread evenly over all classes (Szegedy et al. 2016, section
+            7); over yes and no with multi_label.
         auxiliary: indices of earlier maps that get a classifier of their own, for training only (Szegedy et al. 2015,
             section 5); their number is that in the backbone's `levels`, from 0.
         auxiliary_weight: factor of each of their losses.
@@ -87,8 +87,8 @@ class Classify(Head):
             )
         if num_classes < 2 and not multi_label:
             raise ConfigError(
-                "The data have one class only, which every picture then shows. Give data with more classes, or set "
-                "head.multi_label to true to ask whether a picture shows that class."
+                "The data have one class only, which every image then shows. Give data with more classes, or set "
+                "head.multi_label to true to ask whether an image shows that class."
             )
         self.multi_label, self.label_smoothing, self.pool = multi_label, label_smoothing, pool
         self.auxiliary_maps, self.auxiliary_weight = tuple(auxiliary), auxiliary_weight
@@ -103,18 +103,18 @@ class Classify(Head):
         self.auxiliary = nn.ModuleList(_Auxiliary(channels[index], num_classes) for index in auxiliary)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> ClassifyOutputs:
-        """Logits of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
-        logits = self.predictor(self.hidden(pooled_pictures(features[-1], inputs, self.pool))).float()
+        """Logits of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        logits = self.predictor(self.hidden(pooled_images(features[-1], inputs, self.pool))).float()
         found = [head(features[index], inputs) for index, head in zip(self.auxiliary_maps, self.auxiliary)]
         return ClassifyOutputs(logits, torch.stack(found).float() if found else logits.new_zeros(0, *logits.shape))
 
     def loss(self, outputs: ClassifyOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`class`, the mean cross-entropy, and `auxiliary`, that of the auxiliary classifiers, weighted.
 
-        A picture without a class takes no part, unless it is to have any number of them.
+        An image without a class takes no part, unless it is to have any number of them.
 
         Raises:
-            ValueError: there is not one target for each image, a picture has no image_labels, or several where one is
+            ValueError: there is not one target for each image, an image has no image_labels, or several where one is
                 asked for.
         """
         if len(targets) != len(outputs.logits):
@@ -128,23 +128,23 @@ class Classify(Head):
     def _cross_entropy(self, logits: Tensor, targets: tuple[Target, ...]) -> Tensor:
         labels = [_labels(target) for target in targets]
         if self.multi_label:
-            truth = torch.zeros_like(logits)
-            for row, present in zip(truth, labels):
+            ground_truth = torch.zeros_like(logits)
+            for row, present in zip(ground_truth, labels):
                 row[present] = 1.0
-            truth = truth * (1 - self.label_smoothing) + self.label_smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits, truth)
+            ground_truth = ground_truth * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, ground_truth)
         if max(len(present) for present in labels) > 1:
-            raise ValueError("a picture has several classes, but the head takes one; set head.multi_label")
+            raise ValueError("an image has several classes, but the head takes one; set head.multi_label")
         counted = [image for image, present in enumerate(labels) if len(present)]
-        truth = torch.cat(labels)
-        total = F.cross_entropy(logits[counted], truth, reduction="sum", label_smoothing=self.label_smoothing)
+        ground_truth = torch.cat(labels)
+        total = F.cross_entropy(logits[counted], ground_truth, reduction="sum", label_smoothing=self.label_smoothing)
         return total / max(len(counted), 1)
 
     @torch.no_grad()
     def decode(self, outputs: ClassifyOutputs) -> list[Classification]:
-        """The probability of every class, for each picture."""
+        """The probability of every class, for each image."""
         scores = outputs.logits.sigmoid() if self.multi_label else outputs.logits.softmax(-1)
-        return [Classification(picture) for picture in scores]
+        return [Classification(image) for image in scores]
 
 
 class _Auxiliary(nn.Module):
@@ -160,12 +160,12 @@ class _Auxiliary(nn.Module):
         self.predictor = nn.Linear(1024, num_classes)
 
     def forward(self, feature: Tensor, inputs: Inputs) -> Tensor:
-        cells = pooled_pictures(feature, inputs, 4).unflatten(1, (-1, 4, 4))
+        cells = pooled_images(feature, inputs, 4).unflatten(1, (-1, 4, 4))
         values = F.relu(self.norm(self.conv(cells))).flatten(1)
         return self.predictor(self.dropout(F.relu(self.hidden(values))))
 
 
 def _labels(target: Target) -> Tensor:
     if target.image_labels is None:
-        raise ValueError("a picture has no image_labels")
+        raise ValueError("an image has no image_labels")
     return target.image_labels

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
-from detkit.heads.parts.semantic import SemanticHead, SemanticOutputs, pixel_loss, stacked_truth
+from detkit.heads.parts.semantic import SemanticHead, SemanticOutputs, pixel_loss, stacked_target
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
 
@@ -62,8 +62,8 @@ class DilatedFCN(SemanticHead):
         if self.auxiliary is not None:
             assert outputs.features is not None
             logits = _enlarged(self.auxiliary(outputs.features), outputs.logits.shape[2:])
-            truth = stacked_truth(targets, outputs.sizes, logits)
-            losses["auxiliary"] = self.auxiliary_weight * pixel_loss(logits, truth, self.class_weights)
+            target = stacked_target(targets, outputs.sizes, logits)
+            losses["auxiliary"] = self.auxiliary_weight * pixel_loss(logits, target, self.class_weights)
         return losses
 
 

@@ -79,7 +79,7 @@ class FasterRCNN(Head):
         check_count(targets, outputs.proposals.sizes)
         losses = self.rpn.loss(outputs.proposals, targets)
         if not torch.stack(list(losses.values())).isfinite().all():
-            return losses  # the trainer stops at them and names the pictures; there is nothing to propose from
+            return losses  # the trainer stops at them and names the images; there is nothing to propose from
         proposals = self.rpn.propose(outputs.proposals, self.rpn.train_amounts)
         sampled = self.regions.sample(proposals, targets)
         return losses | self._region_losses(outputs.features, sampled, targets)

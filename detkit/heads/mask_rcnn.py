@@ -69,21 +69,24 @@ class MaskBranch(nn.Module):
     def loss(self, maps: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: Sequence[Target]) -> Tensor:
         """The mean binary cross-entropy over all pixels of the masks of the regions that show an object."""
         positives = [regions.boxes[regions.positive] for regions in sampled]
-        truths = [regions.truth_index[regions.positive] for regions in sampled]
-        labels = torch.cat([target.labels[truth] for target, truth in zip(targets, truths)])
+        ground_truths = [regions.target_index[regions.positive] for regions in sampled]
+        labels = torch.cat([target.labels[ground_truth] for target, ground_truth in zip(targets, ground_truths)])
         logits = self(maps, positives, labels)
-        wanted = [self._crop(target, boxes, truth) for target, boxes, truth in zip(targets, positives, truths)]
+        wanted = [
+            self._crop(target, boxes, ground_truth)
+            for target, boxes, ground_truth in zip(targets, positives, ground_truths)
+        ]
         total = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum")
         return self.weight * total / max(logits.numel(), 1)
 
-    def _crop(self, target: Target, boxes: Tensor, truth: Tensor) -> Tensor:
-        """(S, m, m) of the truths' masks inside the boxes, in 0..1."""
+    def _crop(self, target: Target, boxes: Tensor, ground_truth: Tensor) -> Tensor:
+        """(S, m, m) of the ground truths' masks inside the boxes, in 0..1."""
         if target.masks is None:
             raise ValueError("mask_rcnn needs targets with masks")
         from torchvision.ops import roi_align
 
         # Each object is cast to floats once, however many regions show it.
-        used, position = truth.unique(return_inverse=True)
+        used, position = ground_truth.unique(return_inverse=True)
         rows = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
         return roi_align(target.masks[used][:, None].to(boxes.dtype), rows, self.size, 1.0)[:, 0]
 

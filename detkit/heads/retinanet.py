@@ -50,7 +50,7 @@ class RetinaNet(Head):
     """Two towers of convolutions, one for classes and one for boxes, that all levels share.
 
     The neck that goes with it is `{name: fpn, extra_levels: 2}` on C3 to C5. Anchors that reach over the border of the
-    picture take part in training, and a truth's best anchor is positive whatever its overlap, as in torchvision.
+    image take part in training, and a ground truth's best anchor is positive whatever its overlap, as in torchvision.
 
     Args:
         channels, strides: of the feature maps, which must have the same channels.
@@ -63,8 +63,8 @@ class RetinaNet(Head):
             do not swamp the first steps.
         alpha: weight of the right class in the focal loss; all that is background weighs 1 - alpha.
         gamma: how much less the focal loss counts what is easy; see detkit.heads.parts.losses.sigmoid_focal_loss.
-        foreground_from: an anchor that overlaps a truth this much is an object.
-        background_below: one that overlaps every truth less is background; between them it does not count.
+        foreground_from: an anchor that overlaps a ground truth this much is an object.
+        background_below: one that overlaps every ground truth less is background; between them it does not count.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
@@ -157,10 +157,10 @@ class RetinaNet(Head):
             )
             is_positive[image], is_negative[image] = match.positive, match.negative
             positive = match.positive.nonzero().flatten()
-            truth = match.truth_index[positive]
-            true_classes[image, positive, target.labels[truth]] = True
+            ground_truth = match.target_index[positive]
+            true_classes[image, positive, target.labels[ground_truth]] = True
             matched = anchors[positive]
-            true_offsets = encode(target.boxes[truth], matched, deviations=DEVIATIONS)
+            true_offsets = encode(target.boxes[ground_truth], matched, deviations=DEVIATIONS)
             boxes_loss = boxes_loss + box_loss(
                 outputs.offsets[image, positive], matched, true_offsets, self.box_loss, DEVIATIONS, BETA
             )
@@ -247,7 +247,7 @@ def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
     """The nine anchors of the paper, section 4: three sizes an octave, from 32 pixels on a map of stride 8."""
     if min(strides) < 1:
         raise ConfigError(
-            f"RetinaNet has no default anchors for a map pooled from the whole picture (strides {list(strides)}). "
+            f"RetinaNet has no default anchors for a map pooled from the whole image (strides {list(strides)}). "
             f"Give 'head.anchors', or leave that map out."
         )
     sizes = [[4 * stride * 2 ** (third / 3) for third in range(3)] for stride in strides]

@@ -44,13 +44,11 @@ class SSDOutputs(NamedTuple):
 class SSD(Head):
     """Class and box predictors, one 3x3 convolution each, on every feature map.
 
-    Args:
-        channels, strides: of the feature maps.
-        num_classes: C, without background.
-        anchors: `name` of an anchor layout (default_boxes, per_pixel, pyramid) and its options.
-        matching: ssd gives every truth its best anchor and every anchor a truth it overlaps enough; bipartite
+    Args: channels, strides: of the feature maps. num_classes: C, without background. anchors: `name` of an anchor
+        layout (default_boxes, per_pixel, pyramid) and its options. matching: ssd gives every ground truth its best
+        anchor and every anchor a ground truth it overlaps enough; bipartite
             assigns greedily one to one first (Dive into Deep Learning, 14.4.3).
-        iou_threshold: an anchor that overlaps a truth at least this much becomes positive.
+        iou_threshold: an anchor that overlaps a ground truth at least this much becomes positive.
         negatives_per_positive: negatives with the highest loss that count; null counts all of them.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
@@ -133,10 +131,10 @@ class SSD(Head):
         classes = torch.zeros_like(positive, dtype=torch.int64)
         boxes_loss = outputs.offsets.sum() * 0.0
         for row, (match, target) in enumerate(zip(matches, targets)):
-            truth = match.truth_index[match.positive]
-            classes[row, match.positive] = target.labels[truth] + 1
+            ground_truth = match.target_index[match.positive]
+            classes[row, match.positive] = target.labels[ground_truth] + 1
             matched = anchors[match.positive]
-            true_offsets = encode(target.boxes[truth], matched)
+            true_offsets = encode(target.boxes[ground_truth], matched)
             boxes_loss = boxes_loss + box_loss(
                 outputs.offsets[row, match.positive], matched, true_offsets, self.box_loss
             )

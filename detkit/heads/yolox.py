@@ -1,4 +1,4 @@
-"""The head of YOLOX: anchor-free, with classes and boxes on paths of their own, and SimOTA to assign truths.
+"""The head of YOLOX: anchor-free, with classes and boxes on paths of their own, and SimOTA to assign ground truths.
 
 Ge, Liu, Wang, Li and Sun, "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430.
 """
@@ -59,15 +59,12 @@ class YOLOX(Head):
 
     Layers are named as in the published weights.
 
-    Args:
-        channels, strides: of the feature maps.
-        num_classes: C.
-        width: channels of the convolutions; null for those of the finest map, as published.
-        depthwise: 3x3 convolutions become a depthwise and a pointwise one.
-        centre_radius: half the side, in cells, of the square around a truth's centre in which cells may be positive.
-        candidates: predictions whose IoUs say how many cells answer for a truth (see detkit.boxes.sim_ota).
-        box_weight: factor of the box loss, 1 - IoU squared.
-        l1_weight: factor of the L1 loss of the offsets, which counts only in epochs without mosaic and mixup
+    Args: channels, strides: of the feature maps. num_classes: C. width: channels of the convolutions; null for those of
+        the finest map, as published. depthwise: 3x3 convolutions become a depthwise and a pointwise one. centre_radius:
+        half the side, in cells, of the square around a ground truth's centre in which cells may be positive.
+        candidates: predictions whose IoUs say how many cells answer for a ground truth (see detkit.boxes.sim_ota).
+        box_weight: factor of the box loss, 1 - IoU squared. l1_weight: factor of the L1 loss of the offsets, which
+        counts only in epochs without mosaic and mixup
             (train.unmixed_epochs); the authors' is 1, for the last 15 of 300 epochs.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
 
@@ -100,7 +97,7 @@ class YOLOX(Head):
         check_range("head", 0, centre_radius=centre_radius, box_weight=box_weight, l1_weight=l1_weight)
         if min(strides) < 1:
             raise ConfigError(
-                f"The head 'yolox' has no cells on a map pooled from the whole picture (strides {list(strides)}). "
+                f"The head 'yolox' has no cells on a map pooled from the whole image (strides {list(strides)}). "
                 f"Choose other maps by the 'levels' of the backbone."
             )
         self.num_classes, self.strides = num_classes, tuple(strides)
@@ -142,7 +139,7 @@ class YOLOX(Head):
     def loss(self, outputs: YOLOXOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
         """`box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the positives of the batch.
 
-        The classes of a positive are to be as probable as its box overlaps the truth. Images without objects are
+        The classes of a positive are to be as probable as its box overlaps the ground truth. Images without objects are
         weighed as detkit.heads.parts.losses.weigh_background says.
 
         Raises:
@@ -153,21 +150,21 @@ class YOLOX(Head):
         matches = [self._match(outputs, boxes, image, target) for image, target in enumerate(targets)]
         positive = torch.stack([match.positive for match in matches])
         negative = torch.stack([match.negative for match in matches])
-        owners = [match.truth_index[match.positive] for match in matches]
-        truths = torch.cat([target.boxes[owner] for target, owner in zip(targets, owners)])
+        owners = [match.target_index[match.positive] for match in matches]
+        ground_truths = torch.cat([target.boxes[owner] for target, owner in zip(targets, owners)])
         labels = torch.cat([target.labels[owner] for target, owner in zip(targets, owners)])
         normaliser = positive.sum().clamp(min=1)
-        iou = elementwise_iou(boxes[positive], truths)
-        class_truths = F.one_hot(labels, self.num_classes) * iou.detach()[:, None]
+        iou = elementwise_iou(boxes[positive], ground_truths)
+        class_targets = F.one_hot(labels, self.num_classes) * iou.detach()[:, None]
         objectness = _cross_entropy(outputs.objectness, positive.float(), reduction="none")
         objectness = weigh_background(objectness, positive, negative)
         losses = {
             "box": self.box_weight * (1 - iou.square()).sum(),
             "objectness": objectness[positive | negative].sum(),
-            "class": _cross_entropy(outputs.class_logits[positive], class_truths),
+            "class": _cross_entropy(outputs.class_logits[positive], class_targets),
         }
         if self.l1_weight:
-            distance = F.l1_loss(outputs.offsets[positive], _encode(truths, outputs, positive), reduction="sum")
+            distance = F.l1_loss(outputs.offsets[positive], _encode(ground_truths, outputs, positive), reduction="sum")
             losses["l1"] = self.l1_weight * distance
         return {name: value / normaliser for name, value in losses.items()}
 
@@ -229,14 +226,14 @@ def _decode(offsets: Tensor, corners: Tensor, strides: Tensor) -> Tensor:
     return cxcywh_to_xyxy(torch.cat((centres, sides), dim=-1))
 
 
-def _encode(truths: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
-    """(P, 4) the offsets that would give the truths of the P positive cells of (B, A)."""
+def _encode(targets: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
+    """(P, 4) the offsets that would give the ground truths of the P positive cells of (B, A)."""
     cells = positive.nonzero()[:, 1]
     strides = outputs.strides[cells, None]
-    boxes = xyxy_to_cxcywh(truths)
+    boxes = xyxy_to_cxcywh(targets)
     centres = (boxes[:, :2] - outputs.corners[cells]) / strides
     return torch.cat((centres, (boxes[:, 2:] / strides + SMALLEST_SIDE).log()), dim=1)
 
 
-def _cross_entropy(logits: Tensor, truths: Tensor, reduction: str = "sum") -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, truths, reduction=reduction)
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction)

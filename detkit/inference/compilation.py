@@ -1,4 +1,4 @@
-"""A network compiled by TorchInductor: kept between runs, one for pictures of all sizes, and its errors told."""
+"""A network compiled by TorchInductor: kept between runs, one for images of all sizes, and its errors told."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def compiled(model: Model, trunk: Trunk, head: Outputs) -> tuple[Trunk, Outputs]
         os.environ[CACHE_VARIABLE] = str(Path(CACHE).expanduser())
     # It warns on every machine without a GPU that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # A network for pictures of all sizes.
+    # A network for images of all sizes.
     dynamic = not model.fit.one_size
     options: dict[str, Any] = {"freezing": True}
     fast_trunk = torch.compile(trunk, dynamic=dynamic, options=options)

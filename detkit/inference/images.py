@@ -1,4 +1,4 @@
-"""What `detkit infer` writes: pictures with what was found on them, predictions.json, and what the task adds."""
+"""What `detkit infer` writes: images with what was found on them, predictions.json, and what the task adds."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ from detkit.tasks.drawing import write_image
 JPEG_SIDE = 65_500
 """Pixels of a side that a JPEG can have; a larger image is written as PNG."""
 READ_AHEAD, WRITE_BEHIND = 4, 1
-"""Pictures that wait to be predicted and to be drawn and written, beyond a batch of each."""
+"""Images that wait to be predicted and to be drawn and written, beyond a batch of each."""
 
 
 def infer(
@@ -43,17 +43,17 @@ def infer(
     save_json: bool = True,
     **options: Any,
 ) -> int:
-    """Predict on every picture of `source`, or every frame of a film, and write what is asked for into `output`.
+    """Predict on every image of `source`, or every frame of a video, and write what is asked for into `output`.
 
     Args:
         options: those of the model's task (Task.options); of a detector conf, iou, max_det, classes, save_txt,
             save_conf, save_crop; of a model that gives embeddings gallery (a folder) and threshold.
 
     Returns:
-        How many pictures were left out because they are broken.
+        How many images were left out because they are broken.
 
     Raises:
-        DataError: there is no picture, or one is broken and `skip_broken` is false.
+        DataError: there is no image, or one is broken and `skip_broken` is false.
         ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
     """
     sources = None if is_video(source) else search(source)
@@ -67,13 +67,13 @@ def infer(
         if sources is None:
             return infer_video(predictor, source, folder, **common)
         common |= {"root": source_folder(source), "skip_broken": skip_broken}
-        broken = _infer_pictures(predictor, sources.images, folder, **common)
+        broken = _infer_images(predictor, sources.images, folder, **common)
     if sources.passed_over:
         Console().print(sources.summary())
     return broken
 
 
-def _infer_pictures(
+def _infer_images(
     predictor: Predictor,
     files: Sequence[Path],
     output: Path,
@@ -93,21 +93,21 @@ def _infer_pictures(
     results: list[dict[str, Any]] = []
     broken: list[DataError] = []
     dark: list[str] = []
-    pictures = ahead(partial(_read, dark=dark), files, batch + READ_AHEAD)
+    images = ahead(partial(_read, dark=dark), files, batch + READ_AHEAD)
 
     def write(name: str, image: np.ndarray, found: Any, meta: Meta) -> None:
         if save_images:
             suffix = ".jpg" if max(image.shape) <= JPEG_SIDE else ".png"
-            write_image(output / "pictures" / f"{name}{suffix}", task.draw(image, found))
+            write_image(output / "images" / f"{name}{suffix}", task.draw(image, found))
         task.write(output, name, image, found, meta, choices)
 
     # Of the first batch much of the time is for what is done once: loading, compiling.
     started, timed = 0.0, 0
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
     try:
-        with closing(pictures), Behind(batch + WRITE_BEHIND) as behind:
+        with closing(images), Behind(batch + WRITE_BEHIND) as behind:
             for start in starts:
-                whole, errors = _sort_out(zip(files[start : start + batch], pictures), skip_broken)
+                whole, errors = _sort_out(zip(files[start : start + batch], images), skip_broken)
                 found_all = predictor.predict_all([image for _, image in whole], batch_size=batch, **limits)
                 for (file, image), found in zip(whole, found_all):
                     name = names[file]
@@ -117,7 +117,7 @@ def _infer_pictures(
                     behind.submit(write, name, image, found, meta)
                 if errors and not skip_broken:
                     raise DataError(
-                        f"{errors[0]} What was found before it is in '{output}'. To leave broken pictures out: "
+                        f"{errors[0]} What was found before it is in '{output}'. To leave broken images out: "
                         f"--skip-broken true."
                     )
                 broken += errors
@@ -135,7 +135,7 @@ def _infer_pictures(
         console.print(f"dark: {counted(len(dark), 'image')} of 16 bits, the first: {dark[0]}")
     count = len(files) - len(broken)
     each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
-    console.print(f"{counted(count, 'picture')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
+    console.print(f"{counted(count, 'image')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
     return len(broken)
 
 
@@ -154,16 +154,16 @@ def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:
 
 
 def _sort_out(
-    pictures: Iterable[tuple[Path, np.ndarray | DataError]], skip_broken: bool
+    images: Iterable[tuple[Path, np.ndarray | DataError]], skip_broken: bool
 ) -> tuple[list[tuple[Path, np.ndarray]], list[DataError]]:
     """Those that could be read, and why the others could not; up to the first broken one unless they are left out."""
     whole: list[tuple[Path, np.ndarray]] = []
     errors: list[DataError] = []
-    for file, picture in pictures:
-        if not isinstance(picture, DataError):
-            whole.append((file, picture))
+    for file, image in images:
+        if not isinstance(image, DataError):
+            whole.append((file, image))
             continue
-        errors.append(picture)
+        errors.append(image)
         if not skip_broken:
             break
     return whole, errors

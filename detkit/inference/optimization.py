@@ -16,7 +16,7 @@ from detkit.structures import Inputs
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIDE = 160
-"""Pixels of the picture that shows what follows what in a network which takes pictures of any size."""
+"""Pixels of the image that shows what follows what in a network which takes images of any size."""
 TIMM_NORM = "BatchNormAct2d"
 """timm's norm with an activation inside."""
 
@@ -33,8 +33,8 @@ class FastNetwork:
         precision: "auto" is bf16 where the hardware has matrix units for it: GPUs of compute capability 8.0 on, CPUs
             with AMX; else fp32, and for heads that need it (Head.full_precision). "bf16" also takes AVX512-BF16.
         compile: let TorchInductor compile backbone, neck and head. It takes a minute the first time; the outcome is
-            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of pictures; where they differ a
-            second one may follow, for pictures whose coarse maps have less than 20,480 values.
+            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of images; where they differ a
+            second one may follow, for images whose coarse maps have less than 20,480 values.
 
     Attributes:
         features: from images in 0..1 to the maps behind backbone and neck.
@@ -220,11 +220,11 @@ def _read_elsewhere(model: Model, pairs: Mapping[nn.Module, nn.Module], with_hea
 
     def give_nan(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         nan = torch.full_like(output, torch.nan)
-        nan.truth = output  # type: ignore[attr-defined]
+        nan.target = output  # type: ignore[attr-defined]
         return nan
 
-    def take_truth(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].truth,)  # type: ignore[attr-defined]
+    def take_target(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].target,)  # type: ignore[attr-defined]
 
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if _has_nan(inputs) and output is not inputs[0]:
@@ -232,7 +232,7 @@ def _read_elsewhere(model: Model, pairs: Mapping[nn.Module, nn.Module], with_hea
 
     for module in model.modules():
         if module in pairs:
-            hooks.append(module.register_forward_pre_hook(take_truth))
+            hooks.append(module.register_forward_pre_hook(take_target))
         elif not any(module.children()):
             hooks.append(module.register_forward_hook(watch))
     for convolution in pairs.values():
@@ -254,7 +254,7 @@ def _has_nan(value: Any) -> bool:
 
 
 def _probe(model: Model, with_head: bool) -> Any:
-    """A pass over a picture of the mean colour; the maps, and the head's raw outputs."""
+    """A pass over an image of the mean colour; the maps, and the head's raw outputs."""
     size = (PROBE_SIDE, PROBE_SIDE) if model.fit.resize == "short_side" else model.fit.size
     images = model.mean.expand(1, 3, *size).contiguous(memory_format=torch.channels_last)
     features = model.backbone((images - model.mean) / model.std)
@@ -308,7 +308,7 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights (O, I, h, w) of a convolution in half precision, with the sum of each h x w kernel kept.
 
     What rounding takes from one weight of a kernel the next one gets. Rounded one by one, the sums are off by as much
-    as all the errors of a kernel come to, and a whole uniform area of the picture with them: of a detector trained on
+    as all the errors of a kernel come to, and a whole uniform area of the image with them: of a detector trained on
     blood cells that moved 23 of 100 scores by more than 0.02, against 5 of 100 with the sums kept.
     """
     kernels = weight.flatten(2)

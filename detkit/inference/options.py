@@ -34,18 +34,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             check_range("", *limits, **{name: options[name]})
     gallery = options.get("gallery")
     if options.get("threshold") is not None and gallery is None:
-        raise ConfigError("'threshold' is the distance to the pictures of a gallery. Give --gallery FOLDER too.")
+        raise ConfigError("'threshold' is the distance to the images of a gallery. Give --gallery FOLDER too.")
     if options.get("save_conf") and not options.get("save_txt"):
         raise ConfigError("'save_conf' adds the score to the text that --save-txt writes. Give --save-txt too.")
     if gallery is not None and not Path(gallery).is_dir():
-        raise DataError(f"The gallery '{gallery}' is no folder. Give one with a folder of pictures for each name.")
+        raise DataError(f"The gallery '{gallery}' is no folder. Give one with a folder of images for each name.")
 
 
 def check_source(source: str) -> None:
-    """Refuse a source with no picture and no film.
+    """Refuse a source with no image and no video.
 
     Raises:
-        DataError: nothing is found, or the film cannot be opened.
+        DataError: nothing is found, or the video cannot be opened.
     """
     if is_video(source):
         with VideoReader(source):

@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions in the pixels of any picture."""
+"""From a checkpoint to predictions in the pixels of any image."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from detkit.structures import Meta, Sample, Target
 from detkit.tasks.base import task_of
 
 M = TypeVar("M", bound=nn.Module)
-Picture: TypeAlias = "str | Path | np.ndarray | Image.Image"
+AnyImage: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
 
 def load(
@@ -44,7 +44,7 @@ def load(
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is broken.
-        ConfigError: there is no such device, the proposals do not go with the model or with new pictures, or the
+        ConfigError: there is no such device, the proposals do not go with the model or with new images, or the
             precision or the compiler is not to be had.
     """
     check_choices(precision, compile, usable_device(device))  # before the time that loading takes
@@ -52,7 +52,7 @@ def load(
 
 
 class Predictor:
-    """Runs a model on pictures; from several threads one prediction at a time.
+    """Runs a model on images; from several threads one prediction at a time.
 
     Attributes:
         network: the model as it runs; `network.choices` says how.
@@ -83,7 +83,7 @@ class Predictor:
 
     def predict(
         self,
-        image: Picture,
+        image: AnyImage,
         *,
         conf: float | None = None,
         iou: float | None = None,
@@ -91,7 +91,7 @@ class Predictor:
         classes: Sequence[str | int] | None = None,
         gallery: Any = None,
     ) -> Any:
-        """What the model says of one picture, in its own pixels: a detector's Detections, best score first.
+        """What the model says of one image, in its own pixels: a detector's Detections, best score first.
 
         Args:
             image: a path, an (H, W, 3) uint8 RGB array (or (H, W) grey), or a PIL image. Exif rotation of files
@@ -101,13 +101,13 @@ class Predictor:
                 trained with.
             max_det: the best that are kept; default the head's.
             classes: names or labels to keep; default all.
-            gallery: names what the picture shows, for a model that gives embeddings (see its Gallery.read).
+            gallery: names what the image shows, for a model that gives embeddings (see its Gallery.read).
 
         Returns:
             Detections of a detector; of the other tasks what stands in detkit.structures.
 
         Raises:
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
             ConfigError: a threshold or class makes no sense, or is given to a model that is no detector.
         """
         options: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
@@ -115,7 +115,7 @@ class Predictor:
 
     def predict_all(
         self,
-        images: Sequence[Picture],
+        images: Sequence[AnyImage],
         *,
         conf: float | None = None,
         iou: float | None = None,
@@ -124,7 +124,7 @@ class Predictor:
         gallery: Any = None,
         batch_size: int = 8,
     ) -> Iterator[Any]:
-        """What the model says of each picture in turn; see `predict`."""
+        """What the model says of each image in turn; see `predict`."""
         if batch_size < 1:
             raise ConfigError(f"'batch' must be at least 1, but is {batch_size}.")
         given = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
@@ -145,20 +145,20 @@ class Predictor:
             ]
 
     def _sample(self, array: np.ndarray) -> Sample:
-        meta = Meta("", "the picture", (array.shape[0], array.shape[1]))
+        meta = Meta("", "the image", (array.shape[0], array.shape[1]))
         proposals = None if self.source is None else self.source(array, meta.image_id)
         return Sample(array, Target.empty(), meta, proposals)
 
 
 def _proposal_source(model: Model, options: Mapping[str, Any] | None) -> ProposalSource | None:
-    """The source of proposals for new pictures, for a head that needs one.
+    """The source of proposals for new images, for a head that needs one.
 
     Raises:
-        ConfigError: the head needs none but one is given, or the source is for the pictures of a data set only.
+        ConfigError: the head needs none but one is given, or the source is for the images of a data set only.
     """
     trained = model.experiment.proposals
     if options is None and trained is not None:
-        # The cache is for pictures that are seen again in every run.
+        # The cache is for images that are seen again in every run.
         options = {key: value for key, value in trained.items() if key != CACHE_KEY}
     check_needed(options, model.head.needs, str(model.experiment.head["name"]))
     return None if options is None else build_source(options)
@@ -192,8 +192,8 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def to_array(image: Picture) -> np.ndarray:
-    """Any picture that a user may hold as (H, W, 3) uint8 RGB.
+def to_array(image: AnyImage) -> np.ndarray:
+    """Any image that a user may hold as (H, W, 3) uint8 RGB.
 
     Raises:
         DataError: the file cannot be read, or the array has another shape or type.
@@ -211,4 +211,4 @@ def to_array(image: Picture) -> np.ndarray:
             f"An array to predict on must be (H, W, 3) uint8 RGB (or (H, W) grey), but this one is {image.shape} "
             f"{image.dtype}. Scale values to 0..255, drop alpha, and turn OpenCV's BGR with image[..., ::-1]."
         )
-    raise DataError(f"A picture must be a path, an array or a PIL image, but this is a {type(image).__name__}.")
+    raise DataError(f"An image must be a path, an array or a PIL image, but this is a {type(image).__name__}.")

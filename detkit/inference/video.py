@@ -1,4 +1,4 @@
-"""What `detkit infer` writes of a film: the film with what was found on it, and predictions.json by frame."""
+"""What `detkit infer` writes of a video: the video with what was found on it, and predictions.json by frame."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from detkit.structures import Meta
 Frame = tuple[np.ndarray, Fraction]
 """The pixels and the time in seconds."""
 READ_AHEAD, WRITE_BEHIND = 2, 1
-"""Frames that wait to be predicted and to be written, beyond a batch of each. Those of a large film have 25 MB."""
+"""Frames that wait to be predicted and to be written, beyond a batch of each. Those of a large video have 25 MB."""
 
 
 def infer_video(
@@ -36,32 +36,32 @@ def infer_video(
     choices: Mapping[str, Any],
     limits: Mapping[str, Any],
 ) -> int:
-    """Predict on every frame of a film, while those behind it are read and those before it drawn and written.
+    """Predict on every frame of a video, while those behind it are read and those before it drawn and written.
 
     At no time more than three batches and a few frames are in memory. What was written before an error or an
-    interruption is whole: the film can be watched, and predictions.json has its frames.
+    interruption is whole: the video can be watched, and predictions.json has its frames.
 
-    The film is written to `output` under its own name as .mp4, in its own size and rate. In predictions.json `image_id`
-    is the number of the frame, from 0.
+    The video is written to `output` under its own name as .mp4, in its own size and rate. In predictions.json
+    `image_id` is the number of the frame, from 0.
 
     Args:
         batch: frames that go through the network together.
-        save_images, save_json: write the film; write predictions.json.
+        save_images, save_json: write the video; write predictions.json.
         choices: all options of the model's task.
         limits: those that `Predictor.predict_all` takes.
 
     Returns:
-        How many parts of the film could not be decoded; they are passed over, and said so at the end.
+        How many parts of the video could not be decoded; they are passed over, and said so at the end.
 
     Raises:
-        DataError: there is no such film, or none of its frames can be read.
+        DataError: there is no such video, or none of its frames can be read.
     """
     console = Console()
     task, stem = predictor.task, Path(source).stem
-    film = output / f"{stem}.mp4"
+    video = output / f"{stem}.mp4"
     with (
         VideoReader(source) as reader,
-        VideoWriter(film, reader.rate, reader.aspect) as writer,
+        VideoWriter(video, reader.rate, reader.aspect) as writer,
         _Records(output / "predictions.json" if save_json else None) as records,
         _bar(console) as bar,
     ):
@@ -85,12 +85,12 @@ def infer_video(
                     number += 1
     if reader.problem:
         console.print(reader.problem)
-    console.print(f"{number} frames, {records.count} {task.noun} -> {film if save_images else output}")
+    console.print(f"{number} frames, {records.count} {task.noun} -> {video if save_images else output}")
     return reader.broken
 
 
 class _Records:
-    """Writes a JSON list record by record: those of a long film would fill the memory."""
+    """Writes a JSON list record by record: those of a long video would fill the memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

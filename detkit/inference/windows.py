@@ -1,10 +1,10 @@
-"""Predictions of a batch; of pictures larger than the network's input in overlapping windows.
+"""Predictions of a batch; of images larger than the network's input in overlapping windows.
 
-Everything that predicts (evaluation, Predictor, sample pictures of a run) goes through here. Windows are for heads that
+Everything that predicts (evaluation, Predictor, sample images of a run) goes through here. Windows are for heads that
 name the class of every pixel, under `input.resize: crop`. They overlap by `input.overlap`; where several show a pixel,
 their logits count the more the farther the pixel is from the border of the window, beyond which a network sees nothing.
-A picture not larger than the input is one window, and its prediction is exactly that of the network on it. No
-prediction in windows depends on the other pictures of the batch.
+An image not larger than the input is one window, and its prediction is exactly that of the network on it. No
+prediction in windows depends on the other images of the batch.
 """
 
 from collections import defaultdict
@@ -27,9 +27,9 @@ Network = Callable[[Tensor, tuple[Size, ...], tuple[Tensor, ...] | None], Any]
 
 
 class Window(NamedTuple):
-    """One part of one picture: its index in the batch, and the first row and column."""
+    """One part of one image: its index in the batch, and the first row and column."""
 
-    picture: int
+    image: int
     top: int
     left: int
 
@@ -77,7 +77,7 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def _needs_windows(model: Model, batch: Batch) -> bool:
-    """Whether a picture is larger than the input. Style transfer, say, takes pictures of any size as they are."""
+    """Whether an image is larger than the input. Style transfer, say, takes images of any size as they are."""
     return isinstance(model.head, SemanticHead) and model.fit.resize == "crop" and _size(batch.images) != model.fit.size
 
 
@@ -86,27 +86,27 @@ def _slide(model: Model, batch: Batch, network: Network, losses: dict[str, float
     head, size, overlap = model.head, model.fit.size, model.experiment.input.overlap
     canvases = [_Canvas(model.fit.outer_size(inner), size) for inner in batch.sizes]
     windows = [
-        Window(picture, top, left)
-        for picture, canvas in enumerate(canvases)
+        Window(image, top, left)
+        for image, canvas in enumerate(canvases)
         for top in window_starts(canvas.size[0], size[0], overlap)
         for left in window_starts(canvas.size[1], size[1], overlap)
     ]
-    # No more of them at once than the batch has pictures: the memory that the user has chosen.
+    # No more of them at once than the batch has images: the memory that the user has chosen.
     for chunk in _chunks(windows, len(batch)):
-        sizes = tuple(_inside(batch.sizes[window.picture], window, size) for window in chunk)
-        images = torch.stack([_cut(batch.images[window.picture], window, size) for window in chunk])
+        sizes = tuple(_inside(batch.sizes[window.image], window, size) for window in chunk)
+        images = torch.stack([_cut(batch.images[window.image], window, size) for window in chunk])
         outputs = network(images, sizes, None)
         if losses is not None:
-            targets = tuple(_cut_target(batch.targets[window.picture], window, size) for window in chunk)
+            targets = tuple(_cut_target(batch.targets[window.image], window, size) for window in chunk)
             for name, value in head.loss(outputs, targets).items():
                 losses[name] = losses.get(name, 0.0) + value.item() * len(chunk) / len(windows)
         for window, logits in zip(chunk, outputs.logits):
-            canvases[window.picture].add(window, logits.float())
+            canvases[window.image].add(window, logits.float())
     return [SemanticMap(canvas.labels()[:height, :width]) for canvas, (height, width) in zip(canvases, batch.sizes)]
 
 
 class _Canvas:
-    """The labels of one picture, whose windows come from top to bottom.
+    """The labels of one image, whose windows come from top to bottom.
 
     Logits are kept only for the rows that windows to come may still change: the memory is that of one row of windows.
     """
@@ -174,7 +174,7 @@ def _cut_target(target: Target, window: Window, size: Size) -> Target:
 
 
 def _inside(inner: Size, window: Window, size: Size) -> Size:
-    """(height, width) of the picture's part of a window; a window may reach into the padding of a small picture."""
+    """(height, width) of the image's part of a window; a window may reach into the padding of a small image."""
     return min(size[0], inner[0] - window.top), min(size[1], inner[1] - window.left)
 
 

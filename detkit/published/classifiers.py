@@ -38,7 +38,7 @@ AUXILIARY_NAMES = ((".conv.conv.", ".conv."), (".conv.bn.", ".norm."), (".fc1.",
 def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of one of torchvision's NETWORKS; the published ones have ImageNet's classes.
 
-    Torchvision resizes a picture's shorter side to 256 pixels and cuts 224 x 224 from its middle; detkit stretches it
+    Torchvision resizes an image's shorter side to 256 pixels and cuts 224 x 224 from its middle; detkit stretches it
     to 224 x 224. From equal pixels both compute the same.
 
     Raises:

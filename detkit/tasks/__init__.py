@@ -1,1 +1,1 @@
-"""What surrounds the heads of one kind: pixels of the source, scores, pictures and files; one module a task."""
+"""What surrounds the heads of one kind: pixels of the source, scores, images and files; one module a task."""

@@ -32,7 +32,7 @@ class Scores(Protocol):
         ...
 
     def as_dict(self) -> dict[str, float | int]:
-        """Every figure under one flat name, nan where no truth supports it."""
+        """Every figure under one flat name, nan where no ground truth supports it."""
         ...
 
     def table(self) -> Table:
@@ -41,7 +41,7 @@ class Scores(Protocol):
 
 
 class Evaluator(Protocol[P_contra]):
-    """Collects predictions and truths, and scores them."""
+    """Collects predictions and ground truths, and scores them."""
 
     def update(self, predictions: Sequence[P_contra], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
         """Add images, all in pixels of their sources."""
@@ -122,11 +122,11 @@ class Task(ABC, Generic[P]):
 
     @abstractmethod
     def draw(self, image: np.ndarray, prediction: P) -> np.ndarray:
-        """The picture (H, W, 3) with the prediction on it."""
+        """The image (H, W, 3) with the prediction on it."""
 
     @abstractmethod
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        """The picture (H, W, 3) with the truth on it."""
+        """The image (H, W, 3) with the ground truth on it."""
 
     @contextmanager
     def limited(
@@ -156,31 +156,33 @@ class Task(ABC, Generic[P]):
         return {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
 
     def shown(self, prediction: P) -> P:
-        """What of a prediction a person wants to see in a picture."""
+        """What of a prediction a person wants to see in an image."""
         return prediction
 
     def compare(self, image: np.ndarray, prediction: P, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        """Truth and prediction side by side."""
-        truth = self.draw_target(image, target, class_names)
-        return side_by_side(truth, self.draw(image, prediction), "truth", f"predicted: {self.describe(prediction)}")
+        """Ground truth and prediction side by side."""
+        ground_truth = self.draw_target(image, target, class_names)
+        return side_by_side(
+            ground_truth, self.draw(image, prediction), "target", f"predicted: {self.describe(prediction)}"
+        )
 
     def enlarged(self, prediction: P, factor: int) -> P:
-        """The prediction on a picture whose pixels are each repeated `factor` times in both directions."""
+        """The prediction on an image whose pixels are each repeated `factor` times in both directions."""
         return prediction
 
     def write(
         self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: Mapping[str, Any]
     ) -> None:
-        """Write what `options` ask for besides picture and predictions.json."""
+        """Write what `options` ask for besides image and predictions.json."""
 
     def plot(self, scores: Scores, folder: Path) -> None:
-        """Write pictures of the figures of a whole data set, where this task has such."""
+        """Write images of the figures of a whole data set, where this task has such."""
 
     def check_head(self, head: Head, dataset: Dataset) -> None:
         """Refuse data from which this head, as it was built, cannot learn.
 
         Raises:
-            DataError: naming the picture.
+            DataError: naming the image.
         """
 
     def check_data(self, dataset: Dataset, split: str) -> None:

@@ -1,7 +1,7 @@
-"""Pictures of detections and truths: boxes with readable labels, masks, side by side, as a sheet, and to a file.
+"""Images of detections and ground truths: boxes with readable labels, masks, side by side, as a sheet, and to a file.
 
 Images are (H, W, 3) uint8 RGB throughout, and no function changes the image that it is given. Lines and text grow
-with the picture, so that it looks the same at any size. A class has the same colour in every picture; where there are
+with the image, so that it looks the same at any size. A class has the same colour in every image; where there are
 masks, each object has a colour of its own instead, so that neighbours of one class can be told apart.
 """
 
@@ -64,7 +64,7 @@ def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: b
 
 
 def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the truth; of crowd regions and difficult objects only corners and outline, and the label says so.
+    """Draw the ground truth; of crowd regions and difficult objects only corners and outline, and the label says so.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -85,12 +85,12 @@ def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) 
 
 
 def compare(image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str]) -> np.ndarray:
-    """The truth on the left and the detections on the right, each below a caption with their number.
+    """The ground truth on the left and the detections on the right, each below a caption with their number.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         detections: boxes in pixels of `image`.
-        target: the truth, in the same pixels.
+        target: the ground truth, in the same pixels.
         class_names: names by label.
 
     Returns:
@@ -100,8 +100,8 @@ def compare(image: np.ndarray, detections: Detections, target: Target, class_nam
         ValueError: `image` has another shape or type.
     """
     named = replace(detections, class_names=tuple(class_names))
-    truth, found = draw_targets(image, target, class_names), draw_detections(image, named)
-    return side_by_side(truth, found, f"truth: {len(target)}", f"detected: {len(detections)}")
+    ground_truth, found = draw_targets(image, target, class_names), draw_detections(image, named)
+    return side_by_side(ground_truth, found, f"ground truth: {len(target)}", f"detected: {len(detections)}")
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, left_caption: str, right_caption: str) -> np.ndarray:
@@ -112,7 +112,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray, left_caption: str, right_c
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """A sheet of pictures, row by row; those smaller than the largest are centred in their cell, not scaled.
+    """A sheet of images, row by row; those smaller than the largest are centred in their cell, not scaled.
 
     Args:
         images: each (H, W, 3) uint8 RGB, of any sizes.
@@ -221,12 +221,12 @@ def _annotate(
         smart_position=len(texts) <= MOVED_LABELS,
     )
     scene = annotator.annotate(scene, chosen(order), labels=[texts[index] for index in order])
-    picture: np.ndarray = cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)
+    photo: np.ndarray = cv2.cvtColor(scene, cv2.COLOR_BGR2RGB)
     if objects.points is None:
-        return picture
+        return photo
     from detkit.tasks.points_drawing import draw_points
 
-    return draw_points(picture, objects.points, getattr(objects, "visible", None), numbers=False)
+    return draw_points(photo, objects.points, getattr(objects, "visible", None), numbers=False)
 
 
 def _paint_masks(
@@ -273,7 +273,7 @@ def _line_width(shape: tuple[int, ...]) -> int:
 
 
 def text_size(shape: tuple[int, ...], count: int) -> int:
-    """Height of the font in pixels: 12 in a picture of 640 x 480, 11 where it holds many objects."""
+    """Height of the font in pixels: 12 in an image of 640 x 480, 11 where it holds many objects."""
     share = 0.025 if count <= 30 else 0.021
     return max(9, round(min(shape[:2]) * share))
 
@@ -306,7 +306,7 @@ def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
 
 def _default_font_path() -> str:
     # Pillow's own font and OpenCV's have ASCII only; matplotlib, which supervision needs, brings DejaVu Sans. It takes
-    # longer to import than a picture to draw, and where it keeps its fonts can be told without.
+    # longer to import than an image to draw, and where it keeps its fonts can be told without.
     font = Path("fonts", "ttf", "DejaVuSans.ttf")
     package = importlib.util.find_spec("matplotlib")
     assert package is not None
@@ -341,7 +341,7 @@ def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
         if not entry.name.startswith("Last Resort") and not _missing(entry.fname, "".join(texts)):
             return entry.fname, texts
     logger.warning(
-        "No font on this system can draw %r, so pictures show the number of the class instead. Install a font that "
+        "No font on this system can draw %r, so images show the number of the class instead. Install a font that "
         "can, such as Noto Sans CJK.",
         "".join(sorted(missing)),
     )

@@ -24,8 +24,8 @@ def draw_points(image: np.ndarray, points: Tensor, visible: Tensor | None, numbe
     from PIL import Image, ImageDraw
 
     check_image(image)
-    picture = Image.fromarray(image)
-    drawing = ImageDraw.Draw(picture)
+    photo = Image.fromarray(image)
+    drawing = ImageDraw.Draw(photo)
     radius = max(1.5, min(image.shape[:2]) / 150)
     size = text_size(image.shape, 1)
     colors = [tuple(color) for color in label_colors(points.shape[1]).tolist()]
@@ -45,4 +45,4 @@ def draw_points(image: np.ndarray, points: Tensor, visible: Tensor | None, numbe
                     stroke_width=max(1, size // 8),
                     stroke_fill="black",
                 )
-    return np.asarray(picture).copy()
+    return np.asarray(photo).copy()

@@ -70,7 +70,7 @@ def test_pool_of_stride_one_keeps_the_size() -> None:
             assert torch.equal(pooled[:, :, row, column], window.amax((2, 3)))
 
 
-def test_pictures_are_not_normalised() -> None:
+def test_images_are_not_normalised() -> None:
     backbone = build(TINY)
     assert (backbone.mean, backbone.std) == ((0.0,) * 3, (1.0,) * 3)
 
@@ -86,7 +86,7 @@ def test_residual_block_of_darknet53() -> None:
 
 @pytest.mark.parametrize("minor", [1, 2])
 def test_trunk_from_a_file(tmp_path: Path, minor: int) -> None:
-    """Biases, scales, means, variances, weights; with 32 or 64 bits for the pictures seen."""
+    """Biases, scales, means, variances, weights; with 32 or 64 bits for the images seen."""
     count = count_floats(convolutions(build(TINY), ""))
     floats = np.random.default_rng(0).random(count, dtype=np.float32)
     path = write(tmp_path / "tiny.conv.13", floats, minor=minor)

@@ -15,7 +15,7 @@ def build() -> Backbone:
     return backbones.build({"name": "pixels"}, "backbone")
 
 
-def test_the_picture_is_the_one_map() -> None:
+def test_the_image_is_the_one_map() -> None:
     backbone = build()
     images = torch.rand(2, 3, 37, 53, requires_grad=True)
     (found,) = backbone(images)
@@ -34,7 +34,7 @@ def test_there_is_nothing_to_learn_or_freeze() -> None:
         backbone.freeze(1)
 
 
-def test_a_map_of_a_stage_of_the_picture_refuses_options() -> None:
+def test_a_map_of_a_stage_of_the_image_refuses_options() -> None:
     with pytest.raises(ConfigError, match=r"'backbone\.levels' is not an option of the backbone 'pixels'"):
         backbones.build({"name": "pixels", "levels": [1]}, "backbone")
 
@@ -52,7 +52,7 @@ def rcnn(resize: str) -> Model:
 
 
 def test_the_network_of_the_head_sees_regions_normalised_for_it() -> None:
-    """Of a picture in the network's mean colour it sees zeros, inside and beyond the border."""
+    """Of an image in the network's mean colour it sees zeros, inside and beyond the border."""
     model = rcnn("stretch")
     network = model.head.regions.features.backbone  # type: ignore[union-attr]
     seen: list[torch.Tensor] = []
@@ -70,8 +70,8 @@ def test_the_network_of_the_head_sees_regions_normalised_for_it() -> None:
     assert coloured[1, :, :8, :8].any()
 
 
-def test_padding_between_the_pictures_of_a_batch_is_nothing_to_that_network() -> None:
-    """A region at the border of the smaller picture shows the same around it as at that of the larger: zeros."""
+def test_padding_between_the_images_of_a_batch_is_nothing_to_that_network() -> None:
+    """A region at the border of the smaller image shows the same around it as at that of the larger: zeros."""
     model = rcnn("short_side")
     network = model.head.regions.features.backbone  # type: ignore[union-attr]
     torch.testing.assert_close(torch.tensor(model.fit.padding), torch.tensor(network.mean))

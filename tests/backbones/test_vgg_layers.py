@@ -94,8 +94,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.nda
 
 def test_weights_of_the_package_compute_what_their_own_network_does(package: dict[str, np.ndarray]) -> None:
     backbone = backbones.build({"name": "vgg16", "levels": [1, 2], "weights": "package"}, "backbone").eval()
-    picture = torch.rand(1, 3, 24, 24)
-    features = (255 * picture - torch.tensor(MEAN).view(1, 3, 1, 1)).flip(1)  # BGR less the mean
+    image = torch.rand(1, 3, 24, 24)
+    features = (255 * image - torch.tensor(MEAN).view(1, 3, 1, 1)).flip(1)  # BGR less the mean
     expected = []
     for block in (1, 2):
         for layer in ("conv2d", "conv2d_1"):
@@ -106,7 +106,7 @@ def test_weights_of_the_package_compute_what_their_own_network_does(package: dic
         features = F.max_pool2d(features, 2)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     with torch.no_grad():
-        found = backbone((picture - mean) / std)
+        found = backbone((image - mean) / std)
     for mine, theirs, border in zip(found, expected, (2, 4)):
         inside = (..., slice(border, -border), slice(border, -border))
         torch.testing.assert_close(mine[inside], theirs[inside], rtol=1e-4, atol=1e-2)

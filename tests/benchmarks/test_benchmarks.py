@@ -12,7 +12,7 @@ from torchvision import ops
 
 from benchmarks import peers
 from benchmarks.__main__ import BENCHMARKS, main
-from benchmarks.inputs import KINDS, anchors_and_truths
+from benchmarks.inputs import KINDS, anchors_and_targets
 from benchmarks.nms import ExactCheck
 from detkit.boxes import nms
 from detkit.errors import DetkitError
@@ -62,8 +62,8 @@ def test_nms(bench, no_new_process, tmp_path):
             assert row["rate"] == pytest.approx(case["work"] / row["median_us"] * 1e6)
     for part in ("detector on cpu", "kept", "times as fast as torchvision", "boxes a second", "20 to 200"):
         assert part in output
-    picture = (tmp_path / "deep" / "result.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    image = (tmp_path / "deep" / "result.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
 
 
 def test_kinds_and_no_plot(bench, no_new_process, tmp_path):
@@ -136,7 +136,7 @@ def test_a_wrong_matching_is_an_error(bench, no_new_process, monkeypatch):
     monkeypatch.setattr("benchmarks.matching.match_ssd", lambda a, b: match_ssd(a, b, threshold=0.01))
     status, _, error, _ = bench("matching", "--sizes", "60x3")
     assert status == 1
-    assert "anchors have another truth" in error
+    assert "anchors have another ground truth" in error
 
 
 def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
@@ -255,9 +255,9 @@ def test_dense_boxes_all_stay():
     assert (ops.box_iou(given.boxes, given.boxes) > 0).sum(1).float().mean() > 20
 
 
-def test_truths_all_overlap_an_anchor():
-    anchors, truths = anchors_and_truths(50, 20, 3)
-    assert ops.box_iou(anchors, truths).max(0).values.min() > 0
+def test_targets_all_overlap_an_anchor():
+    anchors, targets = anchors_and_targets(50, 20, 3)
+    assert ops.box_iou(anchors, targets).max(0).values.min() > 0
 
 
 @pytest.mark.parametrize("kind", ["detector", "batched"])
@@ -290,6 +290,6 @@ def test_differences_of_a_peer_are_counted():
 
 
 def test_ious_of_peers_agree():
-    a, b = anchors_and_truths(40, 7, 1)
+    a, b = anchors_and_targets(40, 7, 1)
     for name, call in peers.ious().items():
         assert torch.allclose(call(a, b).float(), ops.box_iou(a, b), atol=1e-6), name

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.model_table import scores_of
-from benchmarks.models import made_up_picture
+from benchmarks.models import made_up_image
 from detkit.config import load_experiment
 from detkit.errors import CheckpointError
 from detkit.model import build_model
@@ -40,7 +40,7 @@ def model(tmp_path):
     (tmp_path / "runs" / "tiny" / "metrics.csv").write_text(METRICS)
     model = build_model(experiment, ClassList.from_names(("cat", "dog")))
     model.save(tmp_path / "runs" / "tiny" / "checkpoints" / "best.safetensors")
-    Image.fromarray(made_up_picture(50, 70, seed=1)).save(tmp_path / "picture.png")
+    Image.fromarray(made_up_image(50, 70, seed=1)).save(tmp_path / "image.png")
     return model.eval()
 
 
@@ -48,7 +48,7 @@ def model(tmp_path):
 def bench(tmp_path, capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.chdir(tmp_path)
-        given = ("--device", "cpu", "--rounds", "2", "--source", "picture.png", "--output", "out.json", *arguments)
+        given = ("--device", "cpu", "--rounds", "2", "--source", "image.png", "--output", "out.json", *arguments)
         status = main(["model_table", *given])
         printed = capsys.readouterr()
         written = Path("out.json")

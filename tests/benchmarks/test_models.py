@@ -1,4 +1,4 @@
-"""The benchmarks of whole networks, through the command line, on a picture of a few pixels."""
+"""The benchmarks of whole networks, through the command line, on an image of a few pixels."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness import peak_rise
 from benchmarks.models import (
     detkit_model,
-    made_up_picture,
+    made_up_image,
     memory,
     pictures,
     plausible_model,
@@ -29,7 +29,7 @@ NAME, SIZE = "maskrcnn_resnet50_fpn", 64
 
 @pytest.fixture(scope="module")
 def picture():
-    return made_up_picture(60, 90, seed=1)
+    return made_up_image(60, 90, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +235,14 @@ def test_memory_counts_weights_and_calls():
     assert found["libraries"] > 50e6
 
 
-def test_pictures(tmp_path, monkeypatch, picture):
+def test_images(tmp_path, monkeypatch, picture):
     Image.fromarray(picture).save(tmp_path / "one.png")
     source, images = pictures(str(tmp_path))
     assert source == str(tmp_path)
     assert [image.shape for image in images] == [(60, 90, 3)]
     monkeypatch.setitem(sys.modules, "skimage", None)
     source, images = pictures(None)
-    assert source == "made-up pictures"
+    assert source == "made-up images"
     for image in images:
         assert image.dtype == np.uint8
         assert image.std() > 10

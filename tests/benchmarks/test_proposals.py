@@ -1,4 +1,4 @@
-"""The benchmark of proposals through the command line, on made-up pictures, with a stand-in for OpenCV."""
+"""The benchmark of proposals through the command line, on made-up images, with a stand-in for OpenCV."""
 
 import json
 import stat
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.options import ProposalsOptions
-from benchmarks.proposals import COUNTS, Picture, best_overlaps, mean_average, recall
+from benchmarks.proposals import COUNTS, ImageFile, best_overlaps, mean_average, recall
 
 SHAPES = "{name: shapes, train_count: 2, val_count: 3, size: 64}"
 
@@ -48,7 +48,7 @@ def peer(tmp_path):
 
 def test_beside_a_peer(bench, peer, tmp_path):
     data = f"[{SHAPES}, {SHAPES.replace('64', '48')}]"
-    status, output, error, report = bench("--data", data, "--peer-python", peer, "--rounds", "2", "--pictures", "2")
+    status, output, error, report = bench("--data", data, "--peer-python", peer, "--rounds", "2", "--images", "2")
     assert status == 0, error
     assert report["peer_opencv"] == "9.9"
     assert [case["kind"] for case in report["cases"]] == ["shapes val", "shapes val"]
@@ -80,9 +80,9 @@ def test_without_a_peer_it_says_so(bench, tmp_path):
 
 
 def test_the_data_of_a_config(bench, tiny_config):
-    status, _, error, report = bench("--config", str(tiny_config), "--pictures", "2", "--plot", "false", "--quick")
+    status, _, error, report = bench("--config", str(tiny_config), "--images", "2", "--plot", "false", "--quick")
     assert status == 0, error
-    assert report["cases"][0]["size"] == "2 pictures"
+    assert report["cases"][0]["size"] == "2 images"
 
 
 def test_a_python_without_selective_search(bench):
@@ -98,7 +98,7 @@ def test_a_python_without_selective_search(bench):
     [
         ([], "Give either --config CONFIG.yaml or --data"),
         (["--data", SHAPES, "--config", "a.yaml"], "Give either --config CONFIG.yaml or --data"),
-        (["--data", SHAPES, "--pictures", "0"], "--pictures must be at least 1"),
+        (["--data", SHAPES, "--images", "0"], "--images must be at least 1"),
         (["--data", SHAPES, "--device", "cuda"], "runs on the CPU"),
         (["--data", SHAPES, "--seconds", "3"], "--seconds has no use"),
         (["--data", "{name: shape}"], "Did you mean 'shapes'"),
@@ -113,24 +113,24 @@ def test_mistakes(bench, arguments, message):
 
 def test_scores_by_hand():
     image = np.zeros((10, 10, 3), dtype=np.uint8)
-    first = Picture(image, torch.tensor([[0.0, 0, 4, 4], [4, 4, 8, 8]]), torch.tensor([0, 1]))
-    second = Picture(image, torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0]))
-    third = Picture(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    pictures = [first, second, third]
+    first = ImageFile(image, torch.tensor([[0.0, 0, 4, 4], [4, 4, 8, 8]]), torch.tensor([0, 1]))
+    second = ImageFile(image, torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0]))
+    third = ImageFile(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    images = [first, second, third]
     proposals = [torch.tensor([[0.0, 0, 4, 3], [5, 5, 6, 6]]), torch.zeros(0, 4), torch.tensor([[0.0, 0, 1, 1]])]
-    overlaps = best_overlaps(pictures, proposals)[10]
+    overlaps = best_overlaps(images, proposals)[10]
     assert overlaps.tolist() == [0.75, 0.0625, 0]
     assert recall(overlaps) == pytest.approx(1 / 3)
-    assert mean_average(overlaps, pictures) == pytest.approx(((0.75 + 0) / 2 + 0.0625) / 2)
+    assert mean_average(overlaps, images) == pytest.approx(((0.75 + 0) / 2 + 0.0625) / 2)
 
 
 def test_more_proposals_count_only_as_far_as_they_are_asked_for():
-    picture = Picture(np.zeros((9, 9, 3), np.uint8), torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([0]))
+    image = ImageFile(np.zeros((9, 9, 3), np.uint8), torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([0]))
     proposals = torch.cat([torch.tensor([[5.0, 5, 6, 6]]).repeat(10, 1), torch.tensor([[0.0, 0, 4, 4]])])
-    overlaps = best_overlaps([picture], [proposals])
+    overlaps = best_overlaps([image], [proposals])
     assert (overlaps[10].item(), overlaps[50].item()) == (0, 1)
 
 
 def test_options():
-    assert ProposalsOptions(data={}).picture_count == 30
+    assert ProposalsOptions(data={}).image_count == 30
     assert ProposalsOptions(data={}, quick=True).round_count == 1

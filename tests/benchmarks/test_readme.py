@@ -26,7 +26,7 @@ def write(folder: Path, name: str, benchmark: str, cases: list[dict[str, Any]], 
         "date": more.pop("date", "2026-01-01T00:00:00+00:00"),
         "hardware": MACHINE | more.pop("hardware", {}),
         "options": {"threads": 2, "quick": False, **more.pop("options", {})},
-        "pictures": "a.png",
+        "images": "a.png",
         "cases": cases,
         **more,
     }
@@ -69,7 +69,7 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
     write(tmp_path, "e", "nms", [])
     table = tables(tmp_path)["inference"]
     assert rows_of(table) == [
-        ["a picture", "", "torchvision", "detkit, fp32", "detkit, bf16, compiled"],
+        ["an image", "", "torchvision", "detkit, fp32", "detkit, bf16, compiled"],
         ["`ssd300_vgg16`, 300 px", "time", "290 ms", "145 ms (2.00x)", "50.0 ms (6.00x)"],
         ["", "peak memory", "302MB", "246MB", "246MB"],
         ["`retinanet_resnet50_fpn`, 300 px", "time", "1.00 s", "500 ms (2.00x)", ""],
@@ -78,12 +78,12 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
     assert "A CPU, 2 cores (family 7 model 8), 2 threads; a.png ([a](benchmarks/results/a.json), [b](" in table
 
 
-def test_machines_threads_and_pictures_have_tables_of_their_own(tmp_path: Path) -> None:
+def test_machines_threads_and_images_have_tables_of_their_own(tmp_path: Path) -> None:
     cases = [case("ssd300_vgg16", [row("torchvision", 20), row("detkit", 10)])]
     write(tmp_path, "a", "train_step", cases)
     write(tmp_path, "b", "train_step", cases, hardware={"cpu_model_number": None})
     write(tmp_path, "c", "train_step", cases, options={"threads": 1})
-    write(tmp_path, "d", "train_step", cases, pictures="b.png")
+    write(tmp_path, "d", "train_step", cases, images="b.png")
     write(tmp_path, "e", "train_step", cases, hardware={"gpu": "A GPU"})
     table = tables(tmp_path)["train_step"]
     assert table.count("| a step |") == 5
@@ -101,7 +101,7 @@ def test_a_yolo_stands_beside_its_peer(tmp_path: Path) -> None:
     }
     write(tmp_path, "a", "inference", [case("yolox_s", rows, 3, **facts)])
     assert rows_of(tables(tmp_path)["yolo"]) == [
-        ["a picture, from its file", "", "ultralytics", "detkit, fp32", "detkit, bf16, compiled"],
+        ["an image, from its file", "", "ultralytics", "detkit, fp32", "detkit, bf16, compiled"],
         [
             "`yolox_s` (26.8 GFLOPs) beside yolov8s (28.8 GFLOPs), 300 px",
             *("time", "200 ms", "133 ms (1.50x)", "66.7 ms (3.00x)"),

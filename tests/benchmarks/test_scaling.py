@@ -14,9 +14,9 @@ from benchmarks.scaling import BOXES_AN_OBJECT, Axis, Setting, calls, coco_data,
 from detkit.data.formats.coco import Coco
 
 AXES = (
-    Axis("pixels of a picture", "side", (64,), (64, 96)),
+    Axis("pixels of an image", "side", (64,), (64, 96)),
     Axis("classes", "classes", (2,), (2, 5)),
-    Axis("pictures of a data set", None, (2,), (2, 6)),
+    Axis("images of a data set", None, (2,), (2, 6)),
 )
 
 
@@ -31,7 +31,7 @@ def test_it_prints_a_table_for_each_axis_and_writes_the_exponents(
     arguments = ["--quick", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--output", str(output)]
     assert main(["scaling", *arguments]) == 0
     printed = capsys.readouterr().out
-    for part in ("pixels of a picture, on cpu", "64 x 64", "96 x 96", "training step, time", "opening, memory"):
+    for part in ("pixels of an image, on cpu", "64 x 64", "96 x 96", "training step, time", "opening, memory"):
         assert part in printed
     report = json.loads(output.read_text())
     assert [case["work"] for case in report["cases"]] == [64**2, 96**2, 2, 5, 2, 6]
@@ -87,7 +87,7 @@ def test_a_training_step_changes_the_weights_it_learns() -> None:
     assert any(not torch.equal(one, other) for one, other in zip(before, model.parameters()))
 
 
-def test_the_data_set_has_the_pictures_and_boxes_that_were_asked_for() -> None:
+def test_the_data_set_has_the_images_and_boxes_that_were_asked_for() -> None:
     with coco_data(5) as root:
         dataset = Coco(str(root), "train")
         assert len(dataset) == 5

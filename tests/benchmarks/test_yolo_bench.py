@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import yolo
 from benchmarks.__main__ import main
-from benchmarks.models import made_up_picture
+from benchmarks.models import made_up_image
 from benchmarks.options import InferenceOptions
 from benchmarks.yolo import BOXES, Peer, Timing, threshold, yolo_case, yolo_table, yolox
 from detkit.errors import DetkitError
@@ -70,7 +70,7 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of an eighth of the width, on pictures of 64 pixels."""
+    """Networks of an eighth of the width, on images of 64 pixels."""
     monkeypatch.setattr(yolo, "SIDE", 64)
     monkeypatch.setattr(yolo, "SIZES", {"yolox_s": (0.33, 0.0625)})
 
@@ -131,7 +131,7 @@ def test_a_threshold_takes_the_nearest_where_there_is_none() -> None:
     assert threshold(boxes_above(np.array([])), "") <= 1
 
 
-def test_sides_take_turns_picture_by_picture() -> None:
+def test_sides_take_turns_image_by_image() -> None:
     asked: list[tuple[str, str, float]] = []
 
     def side(name: str) -> yolo.Predict:
@@ -177,7 +177,7 @@ def fake_predictor(monkeypatch: pytest.MonkeyPatch) -> type[FakePredictor]:
     return FakePredictor
 
 
-IMAGES = [made_up_picture(40, 60, seed) for seed in (1, 2)]
+IMAGES = [made_up_image(40, 60, seed) for seed in (1, 2)]
 
 
 def test_ratios_are_those_to_ultralytics(tmp_path: Path, fake_predictor: type[FakePredictor]) -> None:
@@ -187,7 +187,7 @@ def test_ratios_are_those_to_ultralytics(tmp_path: Path, fake_predictor: type[Fa
     assert fake_predictor.made == [("bf16", False), ("fp32", False)]
     peer = case.rows[0]
     assert (peer.ratio, len(peer.samples_us), case.work) == (1.0, 3, 2)
-    assert peer.median_us == pytest.approx(41e3, abs=2e3)  # two pictures of 20, 21 or 22 ms
+    assert peer.median_us == pytest.approx(41e3, abs=2e3)  # two images of 20, 21 or 22 ms
     for row in case.rows[1:]:
         assert row.ratio == pytest.approx(peer.median_us / row.median_us)
     facts = case.facts
@@ -220,9 +220,9 @@ def test_a_peer_that_fails_stops_the_benchmark(tmp_path: Path, fake_predictor: t
 def test_through_the_command_line(
     tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_image(tmp_path / "picture.png", IMAGES[0])
+    write_image(tmp_path / "image.png", IMAGES[0])
     output = tmp_path / "result.json"
-    given = ["--models", "yolox_s", "--peer_python", stand_in(tmp_path), "--source", str(tmp_path / "picture.png")]
+    given = ["--models", "yolox_s", "--peer_python", stand_in(tmp_path), "--source", str(tmp_path / "image.png")]
     common = ["--device", "cpu", "--rounds", "2", "--threads", "1", "--precision", "fp32", "--output", str(output)]
     assert main(["inference", *given, *common]) == 0
     printed = capsys.readouterr().out

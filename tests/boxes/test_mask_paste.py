@@ -25,7 +25,7 @@ def test_equals_torchvision_bit_for_bit(seed: int, cells: int) -> None:
     sides = torch.tensor([size[1], size[0]])
     corner = (torch.rand(30, 2, generator=generator) * 1.2 - 0.2) * sides
     far = corner + torch.rand(30, 2, generator=generator) ** 2 * sides
-    # All touch the picture, on all sides over its border; torchvision fails on those that do not.
+    # All touch the image, on all sides over its border; torchvision fails on those that do not.
     boxes = torch.cat([corner, far.clamp(min=2.0)], dim=1)
     boxes[:5, 2:] = boxes[:5, :2].clamp(min=0) + torch.tensor([1.0, 0.3, 0.0, 5.0, 2.0])[:, None]
     boxes[5:8] = boxes[5:8].round()
@@ -39,7 +39,7 @@ def test_equals_torchvision_bit_for_bit(seed: int, cells: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_boxes_far_larger_than_the_picture(seed: int) -> None:
+def test_boxes_far_larger_than_the_image(seed: int) -> None:
     """Only the part that is seen is computed; it may differ where the probability is the threshold but for rounding."""
     generator = torch.Generator().manual_seed(seed)
     size = (40, 50)
@@ -60,7 +60,7 @@ def test_a_box_of_any_size_fits_into_memory() -> None:
     assert not masks[1, :, 22:].any()
 
 
-def test_outside_of_the_picture_inside_out_or_not_finite_is_empty() -> None:
+def test_outside_of_the_image_inside_out_or_not_finite_is_empty() -> None:
     nan, inf = float("nan"), float("inf")
     boxes = torch.tensor(
         [

@@ -81,7 +81,7 @@ def test_many_boxes_equal_torchvision(threshold):
         for seed, boxes in enumerate(
             (
                 detector_boxes(count, 1),
-                detector_boxes(count, 2, spread=1.5),  # from a pixel to the whole picture
+                detector_boxes(count, 2, spread=1.5),  # from a pixel to the whole image
                 detector_boxes(count, 3, extent=20000),  # sparse
                 detector_boxes(count, 4, extent=100),  # each overlaps most others
                 detector_boxes(count, 5) * torch.tensor([1e-3, 1, 1e-3, 1]),  # tall lines

@@ -13,7 +13,7 @@ SIZES = ((100, 140), (64, 30), (7, 140))
 
 
 def random_outputs(seed: int, levels: tuple[int, ...] = LEVELS, images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, A) logits, (B, A, 4) offsets and (A, 4) anchors, some of them outside of every picture."""
+    """(B, A) logits, (B, A, 4) offsets and (A, 4) anchors, some of them outside of every image."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(levels)
     corners = torch.rand(count, 2, generator=generator) * torch.tensor([180.0, 130]) - 25

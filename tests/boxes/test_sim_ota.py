@@ -21,22 +21,22 @@ def cells(height: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(points, dtype=torch.float64), torch.tensor(sides, dtype=torch.float64)
 
 
-def problem(seed: int, truths: int, classes: int = 3, size: tuple[int, int] = (96, 128)) -> dict[str, Tensor]:
-    """Predictions of which many are near the truths, in double precision so that no two costs tie."""
+def problem(seed: int, targets: int, classes: int = 3, size: tuple[int, int] = (96, 128)) -> dict[str, Tensor]:
+    """Predictions of which many are near the ground truths, in double precision so that no two costs tie."""
     random = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=random, dtype=torch.float64)
 
     points, strides = cells(*size)
-    corner = uniform(truths, 2) * torch.tensor([110.0, 80.0])
-    boxes = torch.cat((corner, corner + 2 + 50 * uniform(truths, 2) ** 2), 1)
+    corner = uniform(targets, 2) * torch.tensor([110.0, 80.0])
+    boxes = torch.cat((corner, corner + 2 + 50 * uniform(targets, 2) ** 2), 1)
     count = len(points)
     sides = strides[:, None] * 4 * uniform(count, 2)
     centres = points + (uniform(count, 2) - 0.5) * strides[:, None]
     predicted = torch.cat((centres - sides / 2, centres + sides / 2), 1)
-    if truths:
-        copied = torch.randint(0, truths, (count,), generator=random)
+    if targets:
+        copied = torch.randint(0, targets, (count,), generator=random)
         near = boxes[copied] + (uniform(count, 4) - 0.5) * 12
         predicted = torch.where(uniform(count, 1) < 0.3, near, predicted)
     return {
@@ -45,9 +45,9 @@ def problem(seed: int, truths: int, classes: int = 3, size: tuple[int, int] = (9
         "boxes": predicted,
         "class_logits": 6 * uniform(count, classes) - 3,
         "objectness": 6 * uniform(count) - 3,
-        "truths": boxes,
-        "labels": torch.randint(0, classes, (truths,), generator=random),
-        "ignored_truths": uniform(truths) < 0.2,
+        "targets": boxes,
+        "labels": torch.randint(0, classes, (targets,), generator=random),
+        "ignored_targets": uniform(targets) < 0.2,
     }
 
 
@@ -66,85 +66,85 @@ def in_square(point: list[float], box: list[float], reach: float) -> bool:
     return abs(point[0] - (box[0] + box[2]) / 2) < reach and abs(point[1] - (box[1] + box[3]) / 2) < reach
 
 
-def loop_cost(problem: dict, cell: int, truth: int, radius: float) -> float:
+def loop_cost(problem: dict, cell: int, target: int, radius: float) -> float:
     cost = 0.0
     objectness = 1 / (1 + math.exp(-problem["objectness"][cell]))
     for label, logit in enumerate(problem["class_logits"][cell]):
         score = math.sqrt(objectness / (1 + math.exp(-logit)))
-        cost -= math.log(score if label == problem["labels"][truth] else 1 - score)
-    point, box = problem["points"][cell], problem["truths"][truth]
+        cost -= math.log(score if label == problem["labels"][target] else 1 - score)
+    point, box = problem["points"][cell], problem["targets"][target]
     cost -= 3 * math.log(loop_iou(box, problem["boxes"][cell]) + 1e-8)
     both = strictly_inside(point, box) and in_square(point, box, radius * problem["strides"][cell])
     return cost + 1e5 * (not both)
 
 
 def loop_match(tensors: dict[str, Tensor], radius: float, candidates: int) -> tuple[dict[int, int], set[int]]:
-    """The truth of each positive cell, and the ignored cells."""
+    """The ground truth of each positive cell, and the ignored cells."""
     values = {name: tensor.tolist() for name, tensor in tensors.items()}
-    truths = [index for index, ignored in enumerate(values["ignored_truths"]) if not ignored]
+    targets = [index for index, ignored in enumerate(values["ignored_targets"]) if not ignored]
     near = []
     for cell, point in enumerate(values["points"]):
-        boxes = [values["truths"][truth] for truth in truths]
+        boxes = [values["targets"][target] for target in targets]
         reach = radius * values["strides"][cell]
         if any(strictly_inside(point, box) or in_square(point, box, reach) for box in boxes):
             near.append(cell)
     takers: dict[int, list[int]] = {}
-    costs = {(cell, truth): loop_cost(values, cell, truth, radius) for cell in near for truth in truths}
-    for truth in truths if near else ():
-        ious = sorted((loop_iou(values["truths"][truth], values["boxes"][cell]) for cell in near), reverse=True)
+    costs = {(cell, target): loop_cost(values, cell, target, radius) for cell in near for target in targets}
+    for target in targets if near else ():
+        ious = sorted((loop_iou(values["targets"][target], values["boxes"][cell]) for cell in near), reverse=True)
         amount = max(1, int(sum(ious[:candidates])))
-        for cell in sorted(near, key=lambda cell: costs[cell, truth])[:amount]:
-            takers.setdefault(cell, []).append(truth)
+        for cell in sorted(near, key=lambda cell: costs[cell, target])[:amount]:
+            takers.setdefault(cell, []).append(target)
     owners = {
-        cell: taken_by[0] if len(taken_by) == 1 else min(truths, key=lambda truth: costs[cell, truth])
+        cell: taken_by[0] if len(taken_by) == 1 else min(targets, key=lambda target: costs[cell, target])
         for cell, taken_by in takers.items()
     }
     ignored = {
         cell
         for cell, point in enumerate(values["points"])
-        for truth, flag in enumerate(values["ignored_truths"])
-        if flag and cell not in owners and strictly_inside(point, values["truths"][truth])
+        for target, flag in enumerate(values["ignored_targets"])
+        if flag and cell not in owners and strictly_inside(point, values["targets"][target])
     }
     return owners, ignored
 
 
-@pytest.mark.parametrize(("truths", "radius", "candidates"), [(1, 2.5, 10), (4, 2.5, 10), (12, 1.5, 10), (9, 2.5, 3)])
-def test_equals_the_loops(truths: int, radius: float, candidates: int) -> None:
+@pytest.mark.parametrize(("targets", "radius", "candidates"), [(1, 2.5, 10), (4, 2.5, 10), (12, 1.5, 10), (9, 2.5, 3)])
+def test_equals_the_loops(targets: int, radius: float, candidates: int) -> None:
     several = positives = ignored_cells = 0
     for seed in range(20):
-        tensors = problem(seed, truths)
+        tensors = problem(seed, targets)
         match = match_sim_ota(**tensors, centre_radius=radius, candidates=candidates)
         owners, ignored = loop_match(tensors, radius, candidates)
         found = match.positive.nonzero().flatten().tolist()
-        assert dict(zip(found, match.truth_index[match.positive].tolist())) == owners
+        assert dict(zip(found, match.target_index[match.positive].tolist())) == owners
         assert set(match.ignored.nonzero().flatten().tolist()) == ignored
         positives += len(found)
         ignored_cells += len(ignored)
         several += len(found) > len(set(owners.values()))
-    assert positives > 20 * truths * 0.7
+    assert positives > 20 * targets * 0.7
     assert ignored_cells > 0
     assert several > 10
 
 
-def test_of_a_cell_that_two_truths_take_the_cheaper_has_it() -> None:
+def test_of_a_cell_that_two_targets_take_the_cheaper_has_it() -> None:
     points, strides = torch.tensor([[16.0, 16.0]]), torch.tensor([32.0])
-    truths = torch.tensor([[0.0, 0, 20, 20], [2, 2, 30, 30], [1, 1, 25, 25]])
+    targets = torch.tensor([[0.0, 0, 20, 20], [2, 2, 30, 30], [1, 1, 25, 25]])
     match = match_sim_ota(
-        points, strides, truths[1:2], torch.zeros(1, 2), torch.zeros(1), truths, torch.tensor([0, 0, 1])
+        points, strides, targets[1:2], torch.zeros(1, 2), torch.zeros(1), targets, torch.tensor([0, 0, 1])
     )
     assert match.positive.tolist() == [True]
-    assert match.truth_index.tolist() == [1]
+    assert match.target_index.tolist() == [1]
     # the class decides where the boxes do not
-    same = truths[1:2].repeat(2, 1)
+    same = targets[1:2].repeat(2, 1)
     logits = torch.tensor([[-3.0, 3.0]])
     match = match_sim_ota(points, strides, same[:1], logits, torch.zeros(1), same, torch.tensor([0, 1]))
-    assert match.truth_index.tolist() == [1]
+    assert match.target_index.tolist() == [1]
 
 
 def test_k_is_the_sum_of_the_overlaps_rounded_down() -> None:
     points = torch.stack((torch.arange(20.0) * 2 + 1, torch.full((20,), 20.0)), 1)
-    truth = torch.tensor([[0.0, 0, 40, 40]])
-    arguments = (torch.zeros(20, 1), torch.zeros(20), truth, torch.zeros(1, dtype=torch.int64))
+    target = torch.tensor([[0.0, 0, 40, 40]])
+    arguments = (torch.zeros(20, 1), torch.zeros(20), target, torch.zeros(1, dtype=torch.int64))
     for overlaps, count in (([0.9, 0.8, 0.7], 2), ([0.9], 1), ([], 1), ([0.99] * 14, 9)):
         boxes = torch.zeros(20, 4)
         boxes[: len(overlaps)] = torch.tensor([[0.0, 0, 40, 40 * overlap] for overlap in overlaps]).reshape(-1, 4)
@@ -159,26 +159,26 @@ def test_nothing_to_match() -> None:
     tensors = problem(0, 3)
     assert len(match_sim_ota(**{**tensors, **{name: tensors[name][:0] for name in list(tensors)[:5]}}).positive) == 0
     # only a crowd: nothing positive, what lies in it is ignored, and without the flag it would not be
-    crowd = {**problem(0, 1), "truths": torch.tensor([[10.0, 10, 60, 50]], dtype=torch.float64)}
-    match = match_sim_ota(**{**crowd, "ignored_truths": torch.tensor([True])})
+    crowd = {**problem(0, 1), "targets": torch.tensor([[10.0, 10, 60, 50]], dtype=torch.float64)}
+    match = match_sim_ota(**{**crowd, "ignored_targets": torch.tensor([True])})
     assert not match.positive.any()
     inside = (crowd["points"] > torch.tensor([10, 10])).all(1) & (crowd["points"] < torch.tensor([60, 50])).all(1)
     assert torch.equal(match.ignored, inside)
-    assert match_sim_ota(**{**crowd, "ignored_truths": torch.tensor([False])}).positive.any()
+    assert match_sim_ota(**{**crowd, "ignored_targets": torch.tensor([False])}).positive.any()
 
 
-def test_truths_without_area_far_away_or_tiny_get_a_cell_where_they_are() -> None:
+def test_targets_without_area_far_away_or_tiny_get_a_cell_where_they_are() -> None:
     """Also where every prediction is worthless."""
     tensors = problem(1, 3)
-    truths = torch.tensor([[50.0, 50, 50, 50], [70, 20, 71, 21], [-200, -200, -190, -190]], dtype=torch.float64)
-    tensors |= {"truths": truths, "ignored_truths": torch.zeros(3, dtype=torch.bool)}
+    targets = torch.tensor([[50.0, 50, 50, 50], [70, 20, 71, 21], [-200, -200, -190, -190]], dtype=torch.float64)
+    tensors |= {"targets": targets, "ignored_targets": torch.zeros(3, dtype=torch.bool)}
     tensors["boxes"] = torch.full_like(tensors["boxes"], 1000.0)
     match = match_sim_ota(**tensors)
-    owners = match.truth_index[match.positive]
+    owners = match.target_index[match.positive]
     assert {0, 1} <= set(owners.tolist())
-    for truth in (0, 1):
-        cell = tensors["points"][match.positive][owners == truth]
-        assert (cell - truths[truth, :2]).abs().max() < 2.5 * 32
+    for target in (0, 1):
+        cell = tensors["points"][match.positive][owners == target]
+        assert (cell - targets[target, :2]).abs().max() < 2.5 * 32
 
 
 def test_extreme_logits_keep_the_costs_finite() -> None:
@@ -196,20 +196,20 @@ def test_a_prediction_that_is_nan_is_one_that_overlaps_nothing() -> None:
         boxes = {value: tensors["boxes"].masked_fill(broken[:, None], value) for value in (math.nan, -1e6)}
         match, expected = (match_sim_ota(**{**tensors, "boxes": boxes[value]}) for value in boxes)
         assert torch.equal(match.positive, expected.positive)
-        assert torch.equal(match.truth_index, expected.truth_index)
+        assert torch.equal(match.target_index, expected.target_index)
         assert (match.positive & ~broken).any()
 
 
 def test_single_precision_tells_cells_outside_apart() -> None:
-    """A truth smaller than a cell has no cell inside both; of those around it the cheapest must win all the same."""
+    """A target smaller than a cell has no cell inside both; of those around it the cheapest must win all the same."""
     points, strides = cells(96, 128)
     random = torch.Generator().manual_seed(0)
     logits = torch.zeros(len(points), 1)
     chosen = int(((points - torch.tensor([49.0, 49.0])).abs().sum(1) < 14).nonzero()[0])
     logits[chosen] += 1e-3
-    truth = torch.tensor([[48.5, 48.5, 49.5, 49.5]])
+    target = torch.tensor([[48.5, 48.5, 49.5, 49.5]])
     boxes = torch.rand(len(points), 4, generator=random) * 0
     match = match_sim_ota(
-        points.float(), strides.float(), boxes, logits, torch.zeros(len(points)), truth, torch.tensor([0])
+        points.float(), strides.float(), boxes, logits, torch.zeros(len(points)), target, torch.tensor([0])
     )
     assert match.positive.nonzero().flatten().tolist() == [chosen]

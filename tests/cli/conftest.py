@@ -32,8 +32,8 @@ def checkpoint(tiny_config: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     data = Shapes("val", val_count=3, size=96)
     Image.fromarray(data[0].image).save(folder / "000012.png")

@@ -44,13 +44,13 @@ def test_times_are_of_an_image_without_warm_up(
 
 
 def test_images_of_the_user_are_repeated_in_turn(
-    run: Run, checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, checkpoint: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     from detkit.data.image import read_image
 
     monkeypatch.setattr("detkit.data.image.read_image", lambda path: (read.append(path.name), read_image(path))[1])
-    status, _, error = run("bench", checkpoint, "--source", pictures, "--images", 4)
+    status, _, error = run("bench", checkpoint, "--source", images, "--images", 4)
     assert status == 0, error
     assert len(read) == bench.WARM_UP + 4
     assert read[:3] == read[3:6]

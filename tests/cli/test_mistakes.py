@@ -48,7 +48,7 @@ class TestBadInput:
         tiny_config.write_text(tiny_config.read_text().replace("warmup_epochs", "warm_up_epochs"))
         fails(run("train", tiny_config), "'train.warm_up_epochs'", str(tiny_config), "Did you mean 'warmup_epochs'")
 
-    def test_missing_folders_and_pictures(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def test_missing_folders_and_images(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
         data = ("--data", '{name: voc, root: "' + str(tmp_path / "nowhere") + '"}')
         fails(run("train", tiny_config, *data), str(tmp_path / "nowhere"))
         fails(run("infer", checkpoint, "--source", tmp_path / "nowhere"), str(tmp_path / "nowhere"))
@@ -71,7 +71,7 @@ class TestBadInput:
         data = ("--data", f'{{name: voc, root: "{root}", class_names: [cell, other]}}')
         fails(run("train", tiny_config, *data), "'cel'", "p0.xml", "cell")
 
-    def test_an_absent_picture_and_malformed_xml(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+    def test_an_absent_image_and_malformed_xml(self, run: Run, tiny_config: Path, tmp_path: Path) -> None:
         root = voc(tmp_path / "voc")
         data = ("--data", f'{{name: voc, root: "{root}"}}')
         (root / "JPEGImages" / "p1.jpg").unlink()
@@ -79,7 +79,7 @@ class TestBadInput:
         (root / "Annotations" / "p0.xml").write_text("<annotation>\n<object>\n</annotation>")
         fails(run("train", tiny_config, *data), "p0.xml:3")
 
-    def test_truncated_and_empty_pictures(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def test_truncated_and_empty_images(self, run: Run, tiny_config: Path, checkpoint: Path, tmp_path: Path) -> None:
         root = voc(tmp_path / "voc")
         data = ("--data", f'{{name: voc, root: "{root}"}}')
         path = root / "JPEGImages" / "p0.jpg"
@@ -98,7 +98,7 @@ class TestBadInput:
             *("infer", checkpoint, "--source", root / "JPEGImages", "--output", tmp_path / "out", "--skip-broken")
         )
         assert status == 0
-        assert "1 picture," in output
+        assert "1 image," in output
         assert "2 left out" in output
         assert "p0.jpg" in output
         assert "empty.jpg" in output

@@ -24,7 +24,7 @@ def sample_with_objects(height: int = 120, width: int = 160) -> Sample:
         image[top:bottom, left:right, index] = 255
         masks[index, top:bottom, left:right] = True
     target = Target(boxes, torch.tensor([0, 1, 2]), crowd=torch.tensor([False, True, False]), masks=masks)
-    return Sample(image, target, Meta("id", "picture", (height, width)))
+    return Sample(image, target, Meta("id", "image", (height, width)))
 
 
 def tight(mask: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_turned_boxes_enclose_their_objects(options: dict[str, Any], resize: Any
             result.target.boxes, result.target.labels, result.target.crowd, result.target.masks
         ):
             assert bool(crowd) == (label == 1)
-            # The picture's own pixels agree with the warped mask, but for the blended edge.
+            # The image's own pixels agree with the warped mask, but for the blended edge.
             pixels = torch.from_numpy(result.image[..., int(label)] > 127)
             assert (pixels ^ mask).sum() <= 0.02 * mask.sum() + 12
             found = tight(mask)
@@ -89,7 +89,7 @@ def test_no_warp_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (2500, 3000)])
-def test_odd_pictures_can_be_warped_and_coloured(size: tuple[int, int]) -> None:
+def test_odd_images_can_be_warped_and_coloured(size: tuple[int, int]) -> None:
     boxes = torch.tensor([[0.0, 0.0, size[1], size[0]]])
     sample = Sample(np.full((*size, 3), 200, np.uint8), Target(boxes, torch.tensor([0])), Meta(0, "odd", size))
     for fit in (Fit((32, 48)), Fit((32, 48), "letterbox"), Fit((32, 48), "short_side")):
@@ -174,7 +174,7 @@ def test_saturation_and_value_are_multiplied_and_clipped(channel: str) -> None:
     assert 1.3 < strongest < 1.52
 
 
-def test_the_same_seed_gives_the_same_picture() -> None:
+def test_the_same_seed_gives_the_same_image() -> None:
     parts = [{"name": "perspective", "probability": 0.5}, {"name": "hsv"}, {"name": "flip"}]
     augment, again = Augment(parts, Fit((64, 64))), Augment(parts, Fit((64, 64)))
     seen = set()

@@ -18,7 +18,7 @@ def propose(config: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_proposes_anchors_in_pixels_of_the_input(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stretched to 128 x 192, boxes of pictures of 64 x 64 are 3 times as wide and twice as high."""
+    """Stretched to 128 x 192, boxes of images of 64 x 64 are 3 times as wide and twice as high."""
     status, output, error = propose(tiny_config, "--anchors", "4", "--input.size", "[128, 192]", capsys=capsys)
     assert status == 0, error
     boxes = torch.cat([Shapes("train", train_count=12, size=64).target(index).boxes for index in range(12)])

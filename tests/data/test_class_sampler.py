@@ -1,4 +1,4 @@
-"""Batches of P classes with K pictures each."""
+"""Batches of P classes with K images each."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from detkit.data.formats.shapes import Shapes
-from detkit.data.loader import ClassSampler, picture_labels, training_loader
+from detkit.data.loader import ClassSampler, image_labels, training_loader
 from detkit.data.loader import batches as unpacked
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError
@@ -15,12 +15,12 @@ from detkit.zoo.faces.dataset import Faces
 
 
 def batches(sampler: ClassSampler) -> np.ndarray:
-    return np.array([key.picture for key in sampler]).reshape(sampler.batches, sampler.batch_size)
+    return np.array([key.image for key in sampler]).reshape(sampler.batches, sampler.batch_size)
 
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("counts", [[12, 12, 12], [40, 7, 3, 1], [5, 9], [1, 1, 1, 1, 1]])
-def test_batches_have_groups_of_one_class_and_no_picture_is_lost(seed: int, counts: list[int]) -> None:
+def test_batches_have_groups_of_one_class_and_no_image_is_lost(seed: int, counts: list[int]) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     sampler = ClassSampler(labels.tolist(), 4, 12, seed)
     order = batches(sampler)
@@ -55,19 +55,19 @@ def test_processes_share_an_epoch_and_epochs_differ() -> None:
     assert not np.array_equal(first, batches(one))
 
 
-def test_the_loader_uses_it_for_pictures_of_one_class_each() -> None:
+def test_the_loader_uses_it_for_images_of_one_class_each() -> None:
     faces = Faces("train", train_count=24, size=32, persons=3)
     loader, sampler = training_loader(faces, Fit((32, 32)), None, batch_size=8, workers=0, seed=0, per_class=4)
     assert isinstance(sampler, ClassSampler)
     for batch in unpacked(loader):
         counts = Counter(int(target.image_labels) for target in batch.targets)
         assert all(count % 4 == 0 for count in counts.values())
-    assert picture_labels(faces) == [int(faces.target(index).image_labels) for index in range(24)]  # type: ignore[arg-type]
+    assert image_labels(faces) == [int(faces.target(index).image_labels) for index in range(24)]  # type: ignore[arg-type]
 
 
-def test_pictures_of_several_classes_are_refused() -> None:
+def test_images_of_several_classes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.per_class.*which one class it has"):
-        picture_labels(Shapes("train", train_count=30))
+        image_labels(Shapes("train", train_count=30))
 
 
 def test_the_batch_must_hold_several_groups() -> None:

@@ -445,7 +445,7 @@ def test_malformed_image_entries(tmp_path, changes, message):
 
 @pytest.mark.parametrize("name", ["none.jpg", "../a.jpg"])
 def test_missing_images_are_named(tmp_path, name):
-    root = write(tmp_path, [], [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}], picture=False)
+    root = write(tmp_path, [], [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}], image=False)
     Image.new("RGB", (80, 60)).save(tmp_path / "train/a.jpg")
     with pytest.raises(DataError, match=r"1 x missing image.*images\[1\] \(id 6, "):
         Coco(root, "train")
@@ -478,8 +478,8 @@ def test_the_pedestrians_masks_are_those_of_their_png_files(split):
     assert len(data) == {"train": 100, "val": 30}[split]
     for index in range(0, len(data), 5):
         target = data.target(index)
-        picture = Path(data[index].meta.source)
-        ids = np.array(Image.open(root / "masks" / split / f"{picture.stem}.png"))
+        image = Path(data[index].meta.source)
+        ids = np.array(Image.open(root / "masks" / split / f"{image.stem}.png"))
         assert len(target) == len(np.unique(ids)) - 1
         truth = np.stack([ids == k for k in np.unique(ids) if k])
         found = target.masks.numpy()

@@ -1,4 +1,4 @@
-"""input.resize crop: parts of pictures in training, whole pictures afterwards; semantic maps through augmentations."""
+"""input.resize crop: parts of images in training, whole images afterwards; semantic maps through augmentations."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ SIZE = (48, 64)
 
 
 def coded(height: int, width: int) -> Sample:
-    """A picture whose pixels say their class: red is 40 times the class."""
+    """An image whose pixels say their class: red is 40 times the class."""
     random = np.random.default_rng(height * 1000 + width)
     cells = random.integers(0, 5, (-(-height // 16), -(-width // 16)), dtype=np.uint8)
     labels = np.kron(cells, np.ones((16, 16), dtype=np.uint8))[:height, :width]
@@ -35,7 +35,7 @@ def agreement(image: np.ndarray, semantic: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("size", [(100, 120), (48, 64), (30, 200), (200, 30), (20, 20)])
-def test_a_crop_is_a_part_of_the_picture_with_its_labels(size: tuple[int, int]) -> None:
+def test_a_crop_is_a_part_of_the_image_with_its_labels(size: tuple[int, int]) -> None:
     sample, augment = coded(*size), Augment([], Fit(SIZE, "crop", PADDING))
     assert sample.target.semantic is not None
     whole = sample.target.semantic.numpy()
@@ -63,7 +63,7 @@ def test_a_crop_is_a_part_of_the_picture_with_its_labels(size: tuple[int, int]) 
     assert (len(places) > 5) == (size[0] > SIZE[0] + 10 or size[1] > SIZE[1] + 10)
 
 
-def test_evaluation_keeps_the_picture_and_pads_small_ones_and_batches() -> None:
+def test_evaluation_keeps_the_image_and_pads_small_ones_and_batches() -> None:
     fit = Fit(SIZE, "crop", PADDING)
     fitted = [fit(coded(*size)) for size in ((100, 50), (20, 90), (48, 64))]
     assert [tuple(item.image.shape[1:]) for item in fitted] == [(100, 64), (48, 90), (48, 64)]
@@ -110,7 +110,7 @@ def test_labels_go_where_their_pixels_go(part: dict[str, Any], resize: Any) -> N
 
 
 def test_half_a_pixel_is_not_lost_when_scaling() -> None:
-    """Halved and doubled labels lie over the halved and doubled picture without a shift."""
+    """Halved and doubled labels lie over the halved and doubled image without a shift."""
     sample = coded(96, 128)
     for factor in (0.5, 2.0):
         augment = Augment([{"name": "random_scale", "smallest": factor, "largest": factor}], Fit((32, 32), "crop"))

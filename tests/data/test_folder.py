@@ -1,4 +1,4 @@
-"""Classification data in folders, and crops of detection data: all pictures counted, classes alike in all splits."""
+"""Classification data in folders, and crops of detection data: all images counted, classes alike in all splits."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from detkit.registry import augmentations, datasets
 from detkit.structures import ClassList, Meta, Sample, Target
 
 
-def picture(path: Path, value: int = 99) -> None:
+def image(path: Path, value: int = 99) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((20, 30, 3), value, dtype=np.uint8)).save(path)
 
@@ -27,7 +27,7 @@ def picture(path: Path, value: int = 99) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for name in ("train/cat/1.jpg", "train/cat/deep/er/2.PNG", "train/dog/1.jpg", "val/cat/1.jpg", "val/owl/x.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     return tmp_path
 
 
@@ -42,20 +42,20 @@ class TestFolder:
         assert len(sample.target) == 0
         assert sample.meta.size == (20, 30)
 
-    def test_what_is_no_picture_and_classes_without_any_are_counted(self, root: Path) -> None:
+    def test_what_is_no_image_and_classes_without_any_are_counted(self, root: Path) -> None:
         for name in ("train/cat/notes.txt", "train/list.csv", "train/cat/.hidden.jpg"):
             (root / name).write_bytes(b"x")
         data = Folder(str(root), "train")
         kinds = sorted((problem.kind, Path(problem.where).name) for problem in data.problems.found)
         assert kinds == [
-            ("class without pictures", "owl"),
+            ("class without images", "owl"),
             ("file of no class", "list.csv"),
-            ("file that is no picture", ".hidden.jpg"),
-            ("file that is no picture", "notes.txt"),
+            ("file that is no image", ".hidden.jpg"),
+            ("file that is no image", "notes.txt"),
         ]
         assert len(data) == 3
 
-    def test_broken_pictures_follow_the_policy(self, root: Path) -> None:
+    def test_broken_images_follow_the_policy(self, root: Path) -> None:
         (root / "train" / "dog" / "cut.jpg").write_bytes((root / "train" / "dog" / "1.jpg").read_bytes()[:200])
         with pytest.raises(DataError, match=r"1 x unreadable image.*cut\.jpg"):
             Folder(str(root), "train")
@@ -75,7 +75,7 @@ class TestFolder:
             Folder(str(root), "tain")
         with pytest.raises(DataError, match=r"no folder.*train/cat/1\.jpg|does not exist"):
             Folder(str(root / "nowhere"), "train")
-        picture(tmp_path / "flat" / "train" / "1.jpg")
+        image(tmp_path / "flat" / "train" / "1.jpg")
         with pytest.raises(DataError, match="has no folders"):
             Folder(str(tmp_path / "flat"), "train")
 
@@ -86,16 +86,16 @@ class TestFolder:
         assert len(data) == before
         assert "1 x link to a folder: skipped" in data.problems.summary()
 
-    def test_check_counts_pictures_by_class(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_check_counts_images_by_class(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert check({"name": "folder", "root": str(root)}) == 0  # that each split lacks a class is harmless
         output = capsys.readouterr().out
         assert "train (train): 3 images" in output
-        assert "class without pictures" in output
+        assert "class without images" in output
 
 
 @datasets.register("two_boxes_for_crops")
 class TwoBoxes(Dataset):
-    """One picture whose red value is its column, green its row."""
+    """One image whose red value is its column, green its row."""
 
     def __init__(self, split: str) -> None:
         self.classes = ClassList.from_names(["a", "b"])
@@ -121,11 +121,11 @@ class TwoBoxes(Dataset):
 
 
 class TestCrops:
-    def test_each_object_is_a_picture(self) -> None:
+    def test_each_object_is_an_image(self) -> None:
         data = Crops("train", {"name": "two_boxes_for_crops"}, margin=0.1)
         assert len(data) == 3
         first, second, small = (data[index] for index in range(3))
-        # 10 % of 20 pixels on each side; cut off at the right and upper edge of the picture
+        # 10 % of 20 pixels on each side; cut off at the right and upper edge of the image
         assert first.image[0, 0].tolist() == [8, 18, 18]
         assert first.image.shape == (24, 24, 3)
         assert second.image[0, 0].tolist() == [58, 0, 0]
@@ -154,7 +154,7 @@ class TestCrops:
             Crops("train", {"name": "folder", "rot": str(root)})
 
 
-def test_detection_data_know_the_classes_of_a_picture() -> None:
+def test_detection_data_know_the_classes_of_an_image() -> None:
     data = datasets.build({"name": "shapes", "train_count": 20}, "data", split="train")
     assert "image_labels" in data.fields
     for index in range(20):
@@ -162,7 +162,7 @@ def test_detection_data_know_the_classes_of_a_picture() -> None:
         assert target.image_labels.tolist() == sorted(set(target.labels.tolist()))
 
 
-def test_classes_of_a_picture_pass_through_fit_and_augment() -> None:
+def test_classes_of_an_image_pass_through_fit_and_augment() -> None:
     data = datasets.build({"name": "shapes", "train_count": 4}, "data", split="train")
     fit = Fit((32, 32))
     augment = Augment([{"name": "random_resized_crop"}, {"name": "flip"}], fit)
@@ -195,7 +195,7 @@ class TestRandomResizedCrop:
         # as often wider than high as the other way
         assert abs((ratios > 1).mean() - 0.5) < 0.1
 
-    def test_a_window_that_does_not_fit_is_the_whole_picture(self) -> None:
+    def test_a_window_that_does_not_fit_is_the_whole_image(self) -> None:
         assert (self.windows((10, 500), count=5, area=[0.9, 1.0], ratio=[1.0, 1.0]) == [10, 500]).all()
 
     @pytest.mark.parametrize("options", [{"area": [0, 1]}, {"area": [0.1, 1.5]}, {"ratio": [2.0, 0.5]}])

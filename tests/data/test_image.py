@@ -238,7 +238,7 @@ def test_missing_empty_and_foreign_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_truncated_pictures_are_named(tmp_path, suffix):
+def test_truncated_images_are_named(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)

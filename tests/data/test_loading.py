@@ -22,7 +22,7 @@ SSD_AUGMENTATION = [{"name": "photometric"}, {"name": "expand"}, {"name": "iou_c
 
 
 def sample_with_marked_boxes(height: int = 90, width: int = 120) -> Sample:
-    """A black picture whose objects are filled with their own colours, so that pixels show where boxes went."""
+    """A black image whose objects are filled with their own colours, so that pixels show where boxes went."""
     boxes = torch.tensor([[10.0, 20.0, 50.0, 60.0], [60.0, 5.0, 110.0, 45.0], [70.0, 50.0, 100.0, 85.0]])
     image = np.zeros((height, width, 3), dtype=np.uint8)
     masks = torch.zeros(3, height, width, dtype=torch.bool)
@@ -30,7 +30,7 @@ def sample_with_marked_boxes(height: int = 90, width: int = 120) -> Sample:
         image[top:bottom, left:right, index] = 255
         masks[index, top:bottom, left:right] = True
     target = Target(boxes, torch.tensor([4, 5, 6]), masks=masks)
-    return Sample(image, target, Meta("id", "picture", (height, width)))
+    return Sample(image, target, Meta("id", "image", (height, width)))
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "short_side"])
@@ -39,7 +39,7 @@ def test_fit_and_undo_are_inverse(source: tuple[int, int], resize: Resize) -> No
     fit = Fit((64, 96), resize)
     boxes = torch.tensor([[0.0, 0.0, source[1], source[0]], [0.25 * source[1], 0.0, 0.5 * source[1], 0.5 * source[0]]])
     sample = Sample(
-        np.zeros((*source, 3), dtype=np.uint8), Target(boxes, torch.tensor([0, 1])), Meta("id", "picture", source)
+        np.zeros((*source, 3), dtype=np.uint8), Target(boxes, torch.tensor([0, 1])), Meta("id", "image", source)
     )
     image, inner, target, meta, proposals = fit(sample)
     assert proposals is None
@@ -67,7 +67,7 @@ def test_trimmed_padding_goes_no_farther_than_to_a_multiple_of_32(
     sample = Sample(
         np.full((*source, 3), 255, dtype=np.uint8),
         Target(torch.tensor([[0.0, 0.0, source[1], source[0]]]), torch.tensor([0])),
-        Meta("id", "picture", source),
+        Meta("id", "image", source),
     )
     found, expected = trimmed(sample), whole(sample)
     assert found.image.shape == (3, *outer)
@@ -79,7 +79,7 @@ def test_trimmed_padding_goes_no_farther_than_to_a_multiple_of_32(
     assert torch.equal(trimmed.untrimmed()(sample).image, expected.image)
 
 
-def test_a_batch_of_trimmed_pictures_is_padded_with_grey_to_the_largest() -> None:
+def test_a_batch_of_trimmed_images_is_padded_with_grey_to_the_largest() -> None:
     fit = Fit((160, 160), "letterbox", (0.5, 0.5, 0.5), trim=True)
     batch = fit.batch([torch.zeros(3, 64, 160), torch.zeros(3, 96, 128)])
     assert batch.shape == (2, 3, 96, 160)
@@ -124,7 +124,7 @@ def random_samples(seed: int, limits: tuple[int, int] = (10, 150)) -> list[Sampl
         target = Target(random_boxes(3, height, width, random), torch.tensor([0, 1, 2]), masks=masks)
         image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         proposals = random_boxes(5, height, width, random)
-        samples.append(Sample(image, target, Meta(index, "picture", (height, width)), proposals))
+        samples.append(Sample(image, target, Meta(index, "image", (height, width)), proposals))
     return samples
 
 
@@ -173,7 +173,7 @@ def test_short_side_gives_the_sizes_of_torchvision(source: tuple[int, int]) -> N
     assert np.allclose(fit.matrix(source), np.diag([inner[1] / source[1], inner[0] / source[0], 1]))
 
 
-def test_masks_and_proposals_go_with_the_picture() -> None:
+def test_masks_and_proposals_go_with_the_image() -> None:
     for resize in ("stretch", "letterbox", "short_side"):
         fit = Fit((50, 90), resize)  # type: ignore[arg-type]
         for sample in random_samples(1):
@@ -220,7 +220,7 @@ def test_proposals_change_nothing_but_themselves(resize: Resize) -> None:
             assert np.array_equal(without.image, other.image)
             for name in ("boxes", "labels", "area", "masks"):
                 assert torch.equal(getattr(without.target, name), getattr(other.target, name)), name
-        # The truths among the proposals fare as the truths themselves, and stay in front.
+        # The ground truths among the proposals fare as the ground truths themselves, and stay in front.
         kept = with_some.proposals
         assert kept is not None
         assert torch.equal(kept[: len(without.target)], without.target.boxes)
@@ -326,7 +326,7 @@ def test_albumentations_own_transforms_can_be_used_and_are_strict() -> None:
 
 
 def test_choices_of_different_transforms_are_independent() -> None:
-    """One seed for every transform would flip exactly the pictures that are expanded."""
+    """One seed for every transform would flip exactly the images that are expanded."""
     augment = Augment([{"name": "expand", "fill": [0, 0, 0]}, {"name": "flip"}], Fit((90, 120)))
     outcomes = set()
     for seed in range(40):
@@ -337,7 +337,7 @@ def test_choices_of_different_transforms_are_independent() -> None:
     assert len(outcomes) == 4
 
 
-def test_iou_crop_keeps_the_centre_of_an_object_and_a_picture_without_objects() -> None:
+def test_iou_crop_keeps_the_centre_of_an_object_and_an_image_without_objects() -> None:
     augment = Augment([{"name": "iou_crop"}], Fit((90, 120)))
     for seed in range(50):
         assert len(augment(sample_with_marked_boxes(), seed).target) >= 1
@@ -355,14 +355,14 @@ def batches(workers: int, epoch: int = 0, batch_size: int = 4) -> list[torch.Ten
     return [batch.images for batch in unpacked(loader)]
 
 
-def test_pictures_do_not_depend_on_the_number_of_workers() -> None:
+def test_images_do_not_depend_on_the_number_of_workers() -> None:
     alone, two = batches(0), batches(2)
     assert len(alone) == len(two) == 3
     assert all(torch.equal(a, b) for a, b in zip(alone, two))
 
 
 def test_random_state_repeats_neither_between_workers_nor_between_epochs() -> None:
-    """The same picture everywhere: all that can differ is the random augmentation."""
+    """The same image everywhere: all that can differ is the random augmentation."""
     sample = sample_with_marked_boxes()
 
     class Same(Shapes):
@@ -380,18 +380,18 @@ def test_random_state_repeats_neither_between_workers_nor_between_epochs() -> No
     assert len(seen) == 24
 
 
-def test_every_picture_is_seen_and_batches_are_whole() -> None:
+def test_every_image_is_seen_and_batches_are_whole() -> None:
     for count, batch_size, world in [(10, 4, 1), (3, 8, 1), (10, 3, 2), (7, 2, 3)]:
         indices = []
         for rank in range(world):
             sampler = EpochSampler(count, batch_size, 0, rank, world)
             keys = list(sampler)
             assert len(keys) == len(sampler) == sampler.batches * batch_size
-            indices += [key.picture for key in keys]
+            indices += [key.image for key in keys]
         assert set(indices) == set(range(count))
     first, second = EpochSampler(50, 5, 0), EpochSampler(50, 5, 0)
     second.epoch = 1
-    assert [key.picture for key in first] != [key.picture for key in second]
+    assert [key.image for key in first] != [key.image for key in second]
 
 
 def test_last_epochs_can_be_plain() -> None:
@@ -402,12 +402,12 @@ def test_last_epochs_can_be_plain() -> None:
     )
     sampler.epoch = 5
     plain = next(unpacked(loader))
-    order = [key.picture for key in sampler]
+    order = [key.image for key in sampler]
     for row, index in enumerate(order):
         assert torch.equal(plain.images[row], fit.image(dataset[index].image))
 
 
-def test_evaluation_sees_every_picture_once_in_order() -> None:
+def test_evaluation_sees_every_image_once_in_order() -> None:
     dataset = Shapes("val", val_count=7, size=48)
     loader = evaluation_loader(dataset, Fit((48, 48)), batch_size=3, workers=1)
     assert [meta.image_id for batch in unpacked(loader) for meta in batch.metas] == [

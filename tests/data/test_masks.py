@@ -122,7 +122,7 @@ def test_patches_become_masks_of_the_source(resize: str) -> None:
     source = (90, 150)
     matrix = Fit((64, 96), resize).matrix(source)
     found = patched(torch.tensor([[10.0, 5.0, 40.0, 30.0], [0.0, 0.0, 60.0, 38.0], [30.0, 20.0, 31.0, 20.5]]))
-    undone = undo(found, Meta("id", "picture", source, matrix))
+    undone = undo(found, Meta("id", "image", source, matrix))
     assert undone.mask_patches is None
     assert undone.masks.shape == (3, *source)
     assert undone.masks.any(2).any(1)[:2].all()
@@ -135,18 +135,18 @@ def test_a_patch_keeps_its_place_where_its_box_is_cut() -> None:
         torch.tensor([[-40.0, 10.0, 40.0, 50.0]]),
         torch.ones(1),
         torch.zeros(1, dtype=torch.int64),
-        # The right half is the object: nearly all that is left in the picture.
+        # The right half is the object: nearly all that is left in the image.
         mask_patches=torch.cat([torch.zeros(1, 28, 14), torch.ones(1, 28, 14)], dim=2),
     )
-    undone = undo(found, Meta("id", "picture", (60, 80)))
+    undone = undo(found, Meta("id", "image", (60, 80)))
     assert undone.boxes.tolist() == [[0, 10, 40, 50]]
     assert undone.masks[0, 12:48, 2:38].all()
 
 
 def test_no_detections_have_masks_of_the_source_all_the_same() -> None:
-    undone = undo(patched(torch.zeros(0, 4)), Meta("id", "picture", (60, 80)))
+    undone = undo(patched(torch.zeros(0, 4)), Meta("id", "image", (60, 80)))
     assert undone.masks.shape == (0, 60, 80)
-    assert undo(Detections.empty(), Meta("id", "picture", (60, 80))).masks is None
+    assert undo(Detections.empty(), Meta("id", "image", (60, 80))).masks is None
 
 
 def test_patches_go_with_their_detections() -> None:

@@ -1,4 +1,4 @@
-"""Mosaic, mixup and training at several scales: pixels, boxes, masks, and the same pictures whoever reads them."""
+"""Mosaic, mixup and training at several scales: pixels, boxes, masks, and the same images whoever reads them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,22 +29,22 @@ COLORS = np.array([[255 * (index >> bit & 1) for bit in range(3)] for index in r
 
 
 def picture(size: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Sequence[int], name: int = 0) -> Sample:
-    """A grey picture with a rectangle for each box, in the colour of its label, with masks, proposals and flags."""
+    """A grey image with a rectangle for each box, in the colour of its label, with masks, proposals and flags."""
     image = np.full((*size, 3), GREY, dtype=np.uint8)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for index, ((left, top, right, bottom), label) in enumerate(zip(boxes, labels)):
         image[int(top) : int(bottom), int(left) : int(right)] = COLORS[label]
         masks[index, int(top) : int(bottom), int(left) : int(right)] = True
     labels_ = torch.tensor(labels, dtype=torch.int64)
-    truths = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    target = Target(truths, labels_, crowd=labels_ % 2 == 0, difficult=labels_ % 3 == 0, masks=masks)
-    return Sample(image, target, Meta(name, f"picture {name}", size), truths.clone())
+    targets = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    target = Target(targets, labels_, crowd=labels_ % 2 == 0, difficult=labels_ % 3 == 0, masks=masks)
+    return Sample(image, target, Meta(name, f"image {name}", size), targets.clone())
 
 
-def four_pictures(seed: int, limits: tuple[int, int] = (40, 300)) -> list[Sample]:
-    """Pictures of random sizes, each with two objects in colours of their own."""
+def four_images(seed: int, limits: tuple[int, int] = (40, 300)) -> list[Sample]:
+    """Images of random sizes, each with two objects in colours of their own."""
     random = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for number in range(4):
         height, width = random.integers(*limits, 2).tolist()
         boxes = []
@@ -53,12 +53,12 @@ def four_pictures(seed: int, limits: tuple[int, int] = (40, 300)) -> list[Sample
             corners = np.sort(random.choice(np.arange(left, right + 1), 2, replace=False))
             rows = np.sort(random.choice(height + 1, 2, replace=False))
             boxes.append([corners[0], rows[0], corners[1], rows[1]])
-        pictures.append(picture((height, width), boxes, [2 * number, 2 * number + 1], number))
-    return pictures
+        images.append(picture((height, width), boxes, [2 * number, 2 * number + 1], number))
+    return images
 
 
 class InTurn:
-    """Hands out the same pictures one after the other, whatever index is asked for."""
+    """Hands out the same images one after the other, whatever index is asked for."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples, self.next = samples, 0
@@ -77,7 +77,7 @@ def mixed(parts: list[dict[str, Any]], samples: list[Sample], seed: int, size: t
 
 
 def pixels_of(image: np.ndarray, label: int) -> np.ndarray:
-    """(H, W) bool, where the picture has the label's colour."""
+    """(H, W) bool, where the image has the label's colour."""
     return np.abs(image.astype(int) - COLORS[label]).max(2) < 60
 
 
@@ -92,8 +92,8 @@ def check_sound(sample: Sample) -> None:
     assert sample.target.masks.shape == (len(sample.target), height, width)
 
 
-def test_mosaic_is_four_pictures_around_a_point() -> None:
-    """Against plain copies, where pictures have the input's size and the cut is the middle of the canvas."""
+def test_mosaic_is_four_images_around_a_point() -> None:
+    """Against plain copies, where images have the input's size and the cut is the middle of the canvas."""
     height, width = 40, 60
     centres = set()
     for seed in range(15):
@@ -131,10 +131,10 @@ def test_mosaic_is_four_pictures_around_a_point() -> None:
 
 @pytest.mark.parametrize("limits", [(40, 300), (3, 40), (500, 1200)])
 def test_pixels_under_each_box_have_the_colour_of_its_object(limits: tuple[int, int]) -> None:
-    """Whatever the sizes of the four pictures; and what is dropped is not there to be seen."""
+    """Whatever the sizes of the four images; and what is dropped is not there to be seen."""
     size, kept_count, dropped = (96, 128), 0, 0
     for seed in range(25):
-        samples = four_pictures(seed, limits)
+        samples = four_images(seed, limits)
         result = mixed([{"name": "mosaic", **PLAIN}], samples, seed, size)
         check_sound(result)
         assert result.target.masks is not None
@@ -144,7 +144,7 @@ def test_pixels_under_each_box_have_the_colour_of_its_object(limits: tuple[int, 
             left, top, right, bottom = box.round().int().tolist()
             colored = pixels_of(result.image, label)
             source = samples[label // 2].size
-            # Where a picture is enlarged, its edges are as wide as one of its pixels.
+            # Where an image is enlarged, its edges are as wide as one of its pixels.
             edge = 1 + int(min(size[0] / source[0], size[1] / source[1]))
             assert colored[top + edge : bottom - edge, left + edge : right - edge].all()
             # No pixel of it lies outside of its box.
@@ -176,7 +176,7 @@ def test_masks_follow_their_objects_through_any_cut() -> None:
     part = {"name": "mosaic", "rotation": 30, "shear": 10, "scale": [0.6, 1.4], "perspective": 0.2}
     inside = 0
     for seed in range(40):
-        result = mixed([part], four_pictures(seed, (130, 400)), seed)
+        result = mixed([part], four_images(seed, (130, 400)), seed)
         check_sound(result)
         assert result.target.masks is not None
         for box, label, mask in zip(result.target.boxes, result.target.labels.tolist(), result.target.masks):
@@ -193,13 +193,13 @@ def test_masks_follow_their_objects_through_any_cut() -> None:
     assert inside > 60
 
 
-def test_flags_and_proposals_of_all_four_pictures_are_kept() -> None:
+def test_flags_and_proposals_of_all_four_images_are_kept() -> None:
     for seed in range(20):
-        result = mixed([YOLOX[0]], four_pictures(seed), seed)
+        result = mixed([YOLOX[0]], four_images(seed), seed)
         target = result.target
         assert torch.equal(target.crowd, target.labels % 2 == 0)
         assert torch.equal(target.difficult, target.labels % 3 == 0)
-        # Here proposals are the truths: they fare alike, but come in turn.
+        # Here proposals are the ground truths: they fare alike, but come in turn.
         assert result.proposals is not None
         assert sorted(result.proposals.tolist()) == sorted(target.boxes.tolist())
     samples = [
@@ -211,11 +211,11 @@ def test_flags_and_proposals_of_all_four_pictures_are_kept() -> None:
     blended = mixed([{"name": "mixup", "probability": 1, "scale": [1, 1]}], samples, 0, (60, 60))
     assert blended.proposals is not None
     assert blended.proposals[:, 3].tolist() == [60, 60, 59, 59, 58, 58]
-    with_none = [replace(sample, proposals=None) for sample in four_pictures(0)]
+    with_none = [replace(sample, proposals=None) for sample in four_images(0)]
     assert mixed(YOLOX[:2], with_none, 0).proposals is None
 
 
-def test_mixup_is_the_mean_of_two_pictures() -> None:
+def test_mixup_is_the_mean_of_two_images() -> None:
     random = np.random.default_rng(0)
     for seed in range(10):
         one, two = picture((40, 60), [[0, 0, 20, 10]], [1]), picture((40, 60), [[30, 5, 60, 40]], [2])
@@ -244,7 +244,7 @@ def test_the_weights_of_mixup_follow_their_distribution() -> None:
         assert abs(values.std() - deviation) < 0.2 * deviation
 
 
-def test_mixup_places_the_second_picture_at_random() -> None:
+def test_mixup_places_the_second_image_at_random() -> None:
     corners = set()
     for seed in range(60):
         one, two = picture((90, 120), [], []), picture((200, 61), [[5, 50, 60, 190]], [7])
@@ -262,8 +262,8 @@ def test_mixup_places_the_second_picture_at_random() -> None:
     assert len(corners) > 30
 
 
-def test_mixing_changes_none_of_the_pictures() -> None:
-    samples = four_pictures(3)
+def test_mixing_changes_none_of_the_images() -> None:
+    samples = four_images(3)
     before = [(sample.image.copy(), sample.target.boxes.clone(), sample.target.masks.clone()) for sample in samples]  # type: ignore[union-attr]
     augment = Augment(YOLOX, Fit((64, 64)))
     for seed in range(10):
@@ -277,7 +277,7 @@ def test_mixing_changes_none_of_the_pictures() -> None:
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "short_side"])
 @pytest.mark.parametrize("sizes", [(1, 3), (5, 90), (1500, 1900)])
 def test_nothing_unsound_comes_out(resize: Any, sizes: tuple[int, int]) -> None:
-    """Tiny and huge pictures, with and without objects, one after another and mixed with themselves."""
+    """Tiny and huge images, with and without objects, one after another and mixed with themselves."""
     augment = Augment([*YOLOX, {"name": "perspective", "probability": 0.5}], Fit((48, 64), resize))
     random = np.random.default_rng(0)
     for seed in range(8 if sizes[0] < 1000 else 3):
@@ -299,9 +299,9 @@ def test_nothing_unsound_comes_out(resize: Any, sizes: tuple[int, int]) -> None:
     assert len(augment(empty[0], 0, empty).target) == 0
 
 
-def test_a_mixed_picture_names_all_its_sources() -> None:
-    result = mixed([{"name": "mosaic"}], four_pictures(0), 0)
-    assert result.meta.source == "picture 0 + picture 1 + picture 2 + picture 3"
+def test_a_mixed_image_names_all_its_sources() -> None:
+    result = mixed([{"name": "mosaic"}], four_images(0), 0)
+    assert result.meta.source == "image 0 + image 1 + image 2 + image 3"
 
 
 def test_mixes_leave_the_other_augmentations_as_they_are() -> None:
@@ -310,7 +310,7 @@ def test_mixes_leave_the_other_augmentations_as_they_are() -> None:
     off = [{"name": "mosaic", "probability": 0}, {"name": "mixup", "probability": 0}]
     fit = Fit((64, 64))
     for seed in range(20):
-        samples = four_pictures(seed)
+        samples = four_images(seed)
         expected = Augment(rest, fit)(samples[0], seed)
         for result in (
             Augment([*off, *rest], fit)(samples[0], seed, samples),
@@ -378,14 +378,14 @@ SIZES = InputOptions((64, 64), "letterbox", (0.5, 1.5)).training_sizes
 
 
 @pytest.mark.parametrize("sizes", [(), SIZES])
-def test_workers_and_resumed_runs_see_the_same_pictures(sizes: Any) -> None:
+def test_workers_and_resumed_runs_see_the_same_images(sizes: Any) -> None:
     alone = read(0, (0, 1, 2), masks=True, sizes=sizes)
     assert equal(alone, read(2, (0, 1, 2), masks=True, sizes=sizes))
     assert equal(alone[6:], read(0, (2,), masks=True, sizes=sizes))
     assert not equal(alone[:3], alone[3:6])
 
 
-def test_pictures_without_mixes_are_made_from_seed_epoch_and_index_as_ever() -> None:
+def test_images_without_mixes_are_made_from_seed_epoch_and_index_as_ever() -> None:
     parts = [{"name": "photometric"}, {"name": "iou_crop"}, {"name": "flip"}]
     fit = Fit((64, 64), "letterbox")
     dataset, augment = Shapes("train", train_count=10, size=80), Augment(parts, fit)
@@ -410,7 +410,7 @@ def test_a_partner_that_cannot_be_read_is_an_error_naming_it() -> None:
     class Broken(Shapes):
         def __getitem__(self, index: int) -> Sample:
             if index == 5:
-                raise DataError("The picture 'five.jpg' is broken.")
+                raise DataError("The image 'five.jpg' is broken.")
             return super().__getitem__(index)
 
     fit = Fit((32, 32))
@@ -429,7 +429,7 @@ def test_each_batch_has_one_size_and_batches_differ() -> None:
     for batch, size in zip(found, sizes):
         for target in batch.targets:
             assert (target.boxes <= torch.tensor([size[1], size[0]] * 2)).all()
-    # Boxes grow with the picture.
+    # Boxes grow with the image.
     plain = read(0, range(6), [], sizes=SIZES)
     areas = {size: [] for size in SIZES}  # type: ignore[var-annotated]
     for batch in plain:
@@ -498,4 +498,4 @@ def test_a_model_that_cannot_take_the_smallest_size_is_refused_at_the_start(tiny
         train(tiny("--input.multi_scale", "[0.5, 1.5]"))
     folder = train(tiny("--input.multi_scale", "[1, 1.5]", "--augment", "[{name: mosaic}]", "--train.epochs", "1"))
     assert folder is not None
-    assert (folder.pictures / "training_batch.jpg").is_file()
+    assert (folder.images / "training_batch.jpg").is_file()

@@ -1,4 +1,4 @@
-"""Decoded pictures, kept within a bound and shared by processes."""
+"""Decoded images, kept within a bound and shared by processes."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 from detkit.data import cache as module
 from detkit.data import dataset as reading
-from detkit.data.cache import CachedDataset, PictureCache, with_cache
+from detkit.data.cache import CachedDataset, ImageCache, with_cache
 from detkit.data.formats.crops import Crops
 from detkit.data.formats.folder import Folder
 from detkit.data.formats.shapes import Shapes
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def cached(dataset: Any, bound: int = 10**6, place: Any = "memory", folder: Path = Path()) -> CachedDataset:
     sizes = [dataset.size(index) for index in range(len(dataset))]
-    return CachedDataset(dataset, PictureCache(sizes, bound, place, folder))
+    return CachedDataset(dataset, ImageCache(sizes, bound, place, folder))
 
 
 def assert_equal(one: Sample, other: Sample) -> None:
@@ -60,7 +60,7 @@ def assert_equal(one: Sample, other: Sample) -> None:
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_picture_is_decoded_once_and_is_the_same_afterwards(
+def test_an_image_is_decoded_once_and_is_the_same_afterwards(
     folder: Folder, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = cached(folder, place=place, folder=tmp_path / "new")
@@ -69,8 +69,8 @@ def test_a_picture_is_decoded_once_and_is_the_same_afterwards(
     monkeypatch.setattr(reading, "read_image", None)
     second = [dataset[index] for index in range(len(dataset))]
     for samples in (first, second):
-        for sample, truth in zip(samples, expected):
-            assert_equal(sample, truth)
+        for sample, target in zip(samples, expected):
+            assert_equal(sample, target)
     second[0].image[:] = 0
     assert_equal(dataset[0], expected[0])
     assert not list((tmp_path / "new").glob("*")), "the file has a name, and would stay behind"
@@ -92,7 +92,7 @@ def test_any_data_set_can_be_cached(dataset: Any) -> None:
             assert_equal(wrapped[index], dataset[index])
 
 
-def test_pictures_beyond_the_bound_are_decoded_each_time(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_bound_are_decoded_each_time(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = len(SIZES) + sum(3 * height * width for height, width in map(folder.size, range(2)))
     dataset = cached(folder, bound)
     assert [index in dataset.cache for index in range(6)] == [True, True, False, False, False, False]
@@ -108,8 +108,8 @@ def test_pictures_beyond_the_bound_are_decoded_each_time(folder: Folder, monkeyp
     assert [read.count(path) for path in own] == [4, 4, 6, 6, 6, 6]
 
 
-def test_a_smaller_picture_fits_where_a_larger_one_did_not() -> None:
-    cache = PictureCache([(10, 10), (100, 100), (10, 10)], 3 + 600, "memory", Path())
+def test_a_smaller_image_fits_where_a_larger_one_did_not() -> None:
+    cache = ImageCache([(10, 10), (100, 100), (10, 10)], 3 + 600, "memory", Path())
     assert [index in cache for index in range(3)] == [True, False, True]
     assert (cache.count, cache.bytes) == (2, 603)
 
@@ -133,8 +133,8 @@ def test_batches_are_the_same_and_worker_processes_share_what_one_has_read(
 
     expected = read(folder)
     dataset = cached(folder)
-    for image, truth in zip(read(dataset), expected, strict=True):
-        assert torch.equal(image, truth)
+    for image, target in zip(read(dataset), expected, strict=True):
+        assert torch.equal(image, target)
     # What the workers have read is here, and in workers that begin later.
     monkeypatch.setattr(reading, "read_image", None)
     assert all(dataset.cache.get(index) is not None for index in range(6))
@@ -146,7 +146,7 @@ def test_training_comes_first_and_the_line_says_what_fits(folder: Folder, tmp_pa
     bound = 2 * len(SIZES) + sum(bytes) + bytes[0]
     train_set, val_set, line = with_cache(folder, folder, "memory", bound, tmp_path)
     assert (train_set.cache.count, val_set.cache.count) == (6, 1)  # type: ignore[attr-defined]
-    assert "6 of 6 pictures for training and 1 of 6 pictures for validation" in line
+    assert "6 of 6 images for training and 1 of 6 images for validation" in line
     assert "the other 5 each time they are read" in line
     assert "other" not in with_cache(folder, folder, "disk", 10**6, tmp_path)[2]
 
@@ -166,7 +166,7 @@ def test_memory_and_disk_that_cannot_be_had_are_an_error(
         with_cache(folder, folder, "disk", 10**6, tmp_path)
 
 
-def _write(cache: PictureCache, indices: Sequence[int]) -> None:
+def _write(cache: ImageCache, indices: Sequence[int]) -> None:
     for index in indices:
         assert cache.get(0) is not None
         cache.put(index, np.full((4, 4, 3), index, np.uint8))
@@ -176,7 +176,7 @@ def _write(cache: PictureCache, indices: Sequence[int]) -> None:
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_processes_share_it_however_they_are_started(method: str, place: Any, tmp_path: Path) -> None:
-    cache = PictureCache([(4, 4)] * 3, 1000, place, tmp_path)
+    cache = ImageCache([(4, 4)] * 3, 1000, place, tmp_path)
     cache.put(0, np.zeros((4, 4, 3), np.uint8))
     process = multiprocessing.get_context(method).Process(target=_write, args=(cache, [1, 2]))
     process.start()
@@ -191,7 +191,7 @@ def test_training_is_the_same_with_and_without(tiny: Any, place: str, capsys: py
     plain = train(tiny())
     assert "cache " not in capsys.readouterr().out
     with_one = train(tiny("--train.cache", place, "--train.workers", "2"))
-    assert f"cache      {place}, 0.00 GB: 12 of 12 pictures for training" in capsys.readouterr().out
+    assert f"cache      {place}, 0.00 GB: 12 of 12 images for training" in capsys.readouterr().out
     one, other = read_checkpoint(plain.last)[0], read_checkpoint(with_one.last)[0]
     assert all(torch.equal(one[name], other[name]) for name in one)
 

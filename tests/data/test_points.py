@@ -101,7 +101,7 @@ def seen_or_none(image: np.ndarray, color: list[int]) -> np.ndarray | None:
     return seen(image, color) if found.any() else None
 
 
-def test_a_mirrored_picture_has_left_and_right_exchanged() -> None:
+def test_a_mirrored_image_has_left_and_right_exchanged() -> None:
     original = sample()
     visible = torch.tensor([[True, False, True, True]])
     original = replace(original, target=replace(original.target, visible=visible))
@@ -116,7 +116,7 @@ def test_a_mirrored_picture_has_left_and_right_exchanged() -> None:
     assert result.target.points[0, 0].tolist() == [60.0, 70.0]  # type: ignore[index]
 
 
-def test_a_point_that_leaves_the_picture_is_not_visible_even_where_padding_follows() -> None:
+def test_a_point_that_leaves_the_image_is_not_visible_even_where_padding_follows() -> None:
     crop = {
         "name": "albumentations",
         "transform": "Crop",
@@ -129,7 +129,7 @@ def test_a_point_that_leaves_the_picture_is_not_visible_even_where_padding_follo
 
 def test_augmentations_that_would_spoil_points_are_refused() -> None:
     fit = Fit((64, 64))
-    with pytest.raises(ConfigError, match="HorizontalFlip mirrors pictures"):
+    with pytest.raises(ConfigError, match="HorizontalFlip mirrors images"):
         Augment([{"name": "flip"}], fit, points=PointRule(None))
     with pytest.raises(ConfigError, match="cannot carry points"):
         Augment([{"name": "mosaic"}], fit, points=RULE)
@@ -138,7 +138,7 @@ def test_augmentations_that_would_spoil_points_are_refused() -> None:
         mirroring = Augment(turn, fit, points=PointRule(None))
     except ConfigError:
         return  # this version of albumentations takes no negative scale
-    with pytest.raises(DataError, match="mirrored a picture"):
+    with pytest.raises(DataError, match="mirrored an image"):
         mirroring(sample(), 0)
 
 
@@ -149,7 +149,7 @@ def test_pairs_are_found_by_their_names() -> None:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Callable[..., Path]:
-    """A COCO data set of one picture, with these keypoints of its one object, and names of the points."""
+    """A COCO data set of one image, with these keypoints of its one object, and names of the points."""
 
     def make(keypoints: Any, names: Any = ("left_eye", "right_eye"), **entry: Any) -> Path:
         (tmp_path / "train").mkdir(exist_ok=True)
@@ -217,7 +217,7 @@ def test_crops_carry_the_points_of_their_object(coco: Callable[..., Path]) -> No
 
 
 def test_points_of_drawn_faces_lie_on_eyes_and_mouth() -> None:
-    """Where the pictures are bright (the white of an eye) around both eyes, and as in the truth without pixels."""
+    """Where the images are bright (the white of an eye) around both eyes, and as in the ground truth without pixels."""
     faces = Faces("val", val_count=20, size=192, points=True)
     for index in range(20):
         image, target = faces[index].image, faces.target(index)

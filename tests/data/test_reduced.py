@@ -1,4 +1,4 @@
-"""Training pictures decoded at a fraction of their sides: the same pictures and truth, only smaller."""
+"""Training images decoded at a fraction of their sides: the same images and ground truth, only smaller."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def averaged(pixels: np.ndarray, reduction: int) -> np.ndarray:
 
 
 def painted(size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A black picture whose three objects have colours of their own."""
+    """A black image whose three objects have colours of their own."""
     image = np.zeros((*size, 3), dtype=np.uint8)
     for colour, (left, top, right, bottom) in zip(COLOURS, BOXES):
         image[top:bottom, left:right] = colour
@@ -59,7 +59,7 @@ def painted(size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def coco(root: Path, name: str = "a.jpg", size: tuple[int, int] = SIZE, split: str = "train", **options: Any) -> Coco:
-    """A data set of one painted picture, with masks and points; of points, each object's corners."""
+    """A data set of one painted image, with masks and points; of points, each object's corners."""
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     Image.fromarray(painted(size)).save(root / split / name, quality=95, subsampling=0)
@@ -96,13 +96,13 @@ def test_a_reduced_jpeg_is_about_the_mean_of_the_pixels(
     found = read_image(tmp_path / "a.jpg", reduction)
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() < 1
-    # Even one pixel of the whole picture to the side, it would be another.
+    # Even one pixel of the whole image to the side, it would be another.
     moved = averaged(np.roll(read_image(tmp_path / "a.jpg"), 1, axis=1), reduction)
     assert np.abs(found - moved).mean() > 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_reduced_picture_is_upright(tmp_path: Path, orientation: int) -> None:
+def test_a_reduced_image_is_upright(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     Image.fromarray(photograph(160, 240)).save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -163,10 +163,10 @@ def test_the_largest_of_several_inputs_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [SIZE, (239, 319), (253, 327)])
-def test_truth_stays_with_its_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_target_stays_with_its_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
     whole = coco(tmp_path, size=size, masks=True, points=True)
     reduced, line = with_reduced_decoding(whole, INPUT, ())
-    assert line == "1 of 1 training pictures at a fraction of their sides (1/2: 1), as the input is much smaller"
+    assert line == "1 of 1 training images at a fraction of their sides (1/2: 1), as the input is much smaller"
     sample, original = reduced[0], whole[0]
     assert sample.size == reduced.size(0) == sample.meta.size == (-(-size[0] // 2), -(-size[1] // 2))
     assert (sample.meta.image_id, sample.meta.source) == (5, original.meta.source)
@@ -188,7 +188,7 @@ def test_truth_stays_with_its_pixels(tmp_path: Path, size: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
-def test_truth_is_at_most_a_pixel_off_where_exif_data_turn_odd_sizes(tmp_path: Path, reduction: int) -> None:
+def test_target_is_at_most_a_pixel_off_where_exif_data_turn_odd_sizes(tmp_path: Path, reduction: int) -> None:
     whole = coco(tmp_path, size=(233, 315))
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 3
@@ -244,7 +244,7 @@ def test_a_class_that_reads_in_a_way_of_its_own_is_left_alone(tmp_path: Path) ->
     assert with_reduced_decoding(inverted, INPUT, ()) == (inverted, "")
 
 
-def test_augmentations_that_do_not_say_how_far_they_zoom_leave_pictures_whole(tmp_path: Path) -> None:
+def test_augmentations_that_do_not_say_how_far_they_zoom_leave_images_whole(tmp_path: Path) -> None:
     data = coco(tmp_path)
     for part in ("RandomCrop", "GaussianBlur"):
         options = {"height": 40, "width": 40} if part == "RandomCrop" else {}
@@ -252,7 +252,7 @@ def test_augmentations_that_do_not_say_how_far_they_zoom_leave_pictures_whole(tm
         stretched = with_reduced_decoding(data, INPUT, augment)
         if part == "RandomCrop":
             assert stretched[0] is data
-            assert stretched[1].startswith("whole, though 1 of 1 training pictures are much larger than the input")
+            assert stretched[1].startswith("whole, though 1 of 1 training images are much larger than the input")
         else:  # after the resize
             assert isinstance(stretched[0], ReducedDataset)
         assert with_reduced_decoding(data, InputOptions(size=(60, 80), resize="short_side"), augment)[0] is data
@@ -271,13 +271,13 @@ def test_augmentations_that_do_not_say_how_far_they_zoom_leave_pictures_whole(tm
     ],
 )
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (200, 600)])
-def test_no_part_of_a_picture_becomes_larger_than_an_augmentation_says(
+def test_no_part_of_an_image_becomes_larger_than_an_augmentation_says(
     part: dict[str, Any], tight: bool, size: tuple[int, int]
 ) -> None:
     augment = Augment([part], Fit((100, 100)))
     bound = augment.largest_zoom(size)
     assert augment.largest_zoom(size) >= 1
-    # The channels of the picture are its coordinates: how fast they change says how large it has become.
+    # The channels of the image are its coordinates: how fast they change says how large it has become.
     rows, columns = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]), indexing="ij")
     image = np.stack([rows, columns, np.full(size, 255.0)], axis=-1).round().astype(np.uint8)
     largest = 0.0
@@ -320,7 +320,7 @@ def test_zooms_multiply_and_mixes_have_theirs() -> None:
     assert Augment([{"name": "mosaic", "scale": [0.1, 2.0]}], fit).largest_zoom((300, 300)) == 1
 
 
-def test_a_cache_keeps_reduced_pictures_for_training_and_whole_ones_for_validation(tmp_path: Path) -> None:
+def test_a_cache_keeps_reduced_images_for_training_and_whole_ones_for_validation(tmp_path: Path) -> None:
     train_set, val_set = coco(tmp_path), coco(tmp_path, split="val")
     reduced = with_reduced_decoding(train_set, INPUT, ())[0]
     cached, cached_val, _ = with_cache(reduced, val_set, "memory", 10**6, tmp_path)
@@ -332,7 +332,7 @@ def test_a_cache_keeps_reduced_pictures_for_training_and_whole_ones_for_validati
         assert cached_val[0].meta.size == SIZE
 
 
-def test_broken_and_changed_pictures_are_named(tmp_path: Path) -> None:
+def test_broken_and_changed_images_are_named(tmp_path: Path) -> None:
     whole = coco(tmp_path)
     reduced = with_reduced_decoding(whole, INPUT, ())[0]
     path = tmp_path / "train/a.jpg"
@@ -350,7 +350,7 @@ def test_broken_and_changed_pictures_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_training_reads_reduced_pictures_and_validation_whole_ones(
+def test_training_reads_reduced_images_and_validation_whole_ones(
     tiny: Any, tmp_path: Path, wanted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
@@ -366,4 +366,4 @@ def test_training_reads_reduced_pictures_and_validation_whole_ones(
     data = f"{{name: coco, root: {tmp_path}, allow_leaks: true}}"  # both splits have the same image
     train(tiny("--data", data, "--train.reduced_decoding", str(wanted), "--train.epochs", "1"))
     assert set(read) == {("train", 2 if wanted else 1), ("val", 1)}
-    assert ("decoding   1 of 1 training pictures" in capsys.readouterr().out) == wanted
+    assert ("decoding   1 of 1 training images" in capsys.readouterr().out) == wanted

@@ -1,4 +1,4 @@
-"""Semantic maps from the masks of objects: COCO, YOLO, shapes; pictures whose pixels are classes."""
+"""Semantic maps from the masks of objects: COCO, YOLO, shapes; images whose pixels are classes."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_background_becomes_the_first_class_with_a_raw_id_of_its_own() -> None:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """A picture with a large cat, a small dog in it, and a crowd of cats."""
+    """An image with a large cat, a small dog in it, and a crowd of cats."""
     (tmp_path / "train").mkdir()
     (tmp_path / "annotations").mkdir()
     Image.new("RGB", (12, 10)).save(tmp_path / "train" / "a.png")
@@ -211,7 +211,7 @@ def test_masks_that_are_missing_of_another_size_or_no_numbers_are_named(tmp_path
     Image.new("RGB", (4, 3)).save(folder / "c.png")
     dataset = MaskFolders(str(tmp_path), "train", ("x",), broken="repair")
     messages = [problem.message for problem in dataset.problems.found]
-    assert "the mask is 3 x 4 pixels, but its picture 4 x 3 (before its Exif rotation?)" in messages[1]
+    assert "the mask is 3 x 4 pixels, but its image 4 x 3 (before its Exif rotation?)" in messages[1]
     assert "has colours (mode RGB)" in messages[2]
     assert len(dataset) == 1
     (folder / "d.png").write_bytes((folder / "d.png").read_bytes()[:45])

@@ -18,7 +18,7 @@ def samples():
     return [data[i] for i in range(COUNT)]
 
 
-def test_a_picture_depends_on_seed_split_and_index_alone():
+def test_an_image_depends_on_seed_split_and_index_alone():
     first, again = Shapes("train")[7], Shapes("train", train_count=10, masks=True)[7]
     assert np.array_equal(first.image, again.image)
     assert torch.equal(first.target.boxes, again.target.boxes)
@@ -27,14 +27,14 @@ def test_a_picture_depends_on_seed_split_and_index_alone():
         assert not np.array_equal(first.image, other.image)
 
 
-def test_no_validation_picture_is_a_training_picture(samples):
+def test_no_validation_image_is_a_training_image(samples):
     val = Shapes("val", val_count=COUNT)
     training = {sample.image.tobytes() for sample in samples}
     assert len(training) == COUNT
     assert not training & {val[i].image.tobytes() for i in range(COUNT)}
 
 
-def test_targets_are_the_same_without_the_picture(samples):
+def test_targets_are_the_same_without_the_image(samples):
     data = Shapes("train", masks=True)
     for index in range(20):
         target = data.target(index)
@@ -50,7 +50,7 @@ def test_boxes_are_tight_around_visible_pixels_that_no_two_objects_share(samples
         assert sample.target.area.tolist() == masks.sum((1, 2)).tolist()
 
 
-def test_the_mix_of_pictures(samples):
+def test_the_mix_of_images(samples):
     counts = np.bincount([len(sample.target) for sample in samples], minlength=7)
     assert len(counts) == 7
     assert 1 <= counts[0] <= 0.06 * COUNT

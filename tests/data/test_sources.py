@@ -30,7 +30,7 @@ def test_a_file_a_folder_and_a_pattern(tmp_path):
 
 def test_everything_that_is_not_read_is_counted_with_its_reason(tmp_path):
     read = ["a.png", "b.avif", "c.jfif", "d.tga", "e.jp2", "f.JPE", "g.pbm", "h.tiff", "i.mpo", "j.apng"]
-    make(tmp_path, *read, "film.mp4", "film.MOV", "k.heic", "a.txt", "b.txt", "c.xml", "no_ending", ".DS_Store")
+    make(tmp_path, *read, "video.mp4", "video.MOV", "k.heic", "a.txt", "b.txt", "c.xml", "no_ending", ".DS_Store")
     make(tmp_path, ".cache/x.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
@@ -38,7 +38,7 @@ def test_everything_that_is_not_read_is_counted_with_its_reason(tmp_path):
     found = search(tmp_path)
     assert below(tmp_path, found.images) == read
     assert {reason: sorted(below(tmp_path, paths)) for reason, paths in found.passed_over.items()} == {
-        VIDEO: ["film.MOV", "film.mp4"],
+        VIDEO: ["video.MOV", "video.mp4"],
         UNREAD: ["k.heic"],
         OTHER: ["a.txt", "b.txt", "c.xml", "no_ending"],
         HIDDEN: [".DS_Store", ".cache"],

@@ -27,7 +27,7 @@ def batch() -> Batch:
         torch.rand(3, 3, 7, 5),
         ((7, 5), (6, 5), (7, 1)),
         targets,
-        tuple(Meta(number, f"picture {number}", (70, 50)) for number in range(3)),
+        tuple(Meta(number, f"image {number}", (70, 50)) for number in range(3)),
         (torch.rand(4, 4), torch.zeros(0, 4), torch.rand(1, 4)),
     )
 
@@ -74,7 +74,7 @@ def test_a_feature_store_does_not_keep_the_memory_of_whole_batches(tmp_path: Pat
     store = FeatureStore(tmp_path / "train", len(dataset))
     (whole,) = batches(loader)
     store._put([0, 1, 2, 3], whole, (torch.rand(4, 2, 1, 1),))
-    target = store._pictures[1].target  # type: ignore[union-attr]
+    target = store._image_files[1].target  # type: ignore[union-attr]
     assert torch.equal(target.boxes, whole.targets[1].boxes)
     assert (
         target.boxes.untyped_storage().nbytes()

@@ -16,17 +16,17 @@ def obj(name, *box, extra=""):
     return f"<object>\n<name>{name}</name>{extra}<bndbox>{tags}</bndbox></object>\n"
 
 
-def write(root, pictures, split="train", size=(60, 80), declared=None):
-    """A VOC folder; `pictures` gives the <object> elements of each id."""
+def write(root, images, split="train", size=(60, 80), declared=None):
+    """A VOC folder; `images` gives the <object> elements of each id."""
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     height, width = declared or size
-    for image_id, objects in pictures.items():
+    for image_id, objects in images.items():
         Image.fromarray(np.full((*size, 3), 90, dtype=np.uint8)).save(root / "JPEGImages" / f"{image_id}.jpg")
         size_tag = f"<size><width>{width}</width><height>{height}</height></size>"
         head = f"<annotation>\n<filename>elsewhere.jpg</filename>\n{size_tag}"
         (root / "Annotations" / f"{image_id}.xml").write_text(f"{head}\n{''.join(objects)}</annotation>", "utf-8")
-    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(pictures) + "\n", "utf-8")
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(images) + "\n", "utf-8")
     return str(root)
 
 
@@ -41,7 +41,7 @@ def test_only_the_left_and_top_edges_lose_one(tmp_path):
     assert data.problems.summary() == "no problems"
 
 
-def test_a_sample_carries_its_picture_and_meta(tmp_path):
+def test_a_sample_carries_its_image_and_meta(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 2, 2, 9, 9)]})
     sample = Voc(root, "train")[0]
     assert sample.image.shape == (60, 80, 3)
@@ -78,7 +78,7 @@ def test_objects_of_other_classes_are_dropped_on_request(tmp_path):
     )
 
 
-def test_splits_agree_on_classes_and_a_picture_without_objects_stays(tmp_path):
+def test_splits_agree_on_classes_and_an_image_without_objects_stays(tmp_path):
     write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)], "b": []})
     root = write(tmp_path, {"c": [obj("cat", 1, 1, 9, 9)]}, split="val")
     train, val = Voc(root, "train"), Voc(root, "val")
@@ -192,7 +192,7 @@ def test_an_overshoot_by_rounding_is_clipped_and_counted(tmp_path):
     assert "1 x box over the edge by a rounding error: clipped" in data.problems.summary()
 
 
-def test_absent_truncated_and_empty_pictures(tmp_path):
+def test_absent_truncated_and_empty_images(tmp_path):
     root = write(tmp_path, {name: [obj("dog", 1, 1, 9, 9)] for name in "abcd"})
     (tmp_path / "JPEGImages/a.jpg").unlink()
     (tmp_path / "JPEGImages/b.jpg").write_bytes((tmp_path / "JPEGImages/b.jpg").read_bytes()[:-200])
@@ -211,10 +211,10 @@ def test_damage_in_the_middle_is_found_before_training_unless_the_policy_is_to_f
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)], "b": []})
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     (tmp_path / "JPEGImages/a.jpg").unlink()
-    picture = tmp_path / "JPEGImages/a.png"
-    Image.fromarray(noise).save(picture)
-    content = picture.read_bytes()
-    picture.write_bytes(content[:2000] + bytes(50) + content[2050:])
+    image = tmp_path / "JPEGImages/a.png"
+    Image.fromarray(noise).save(image)
+    content = image.read_bytes()
+    image.write_bytes(content[:2000] + bytes(50) + content[2050:])
     data = Voc(root, "train")
     with pytest.raises(DataError, match=r"a\.png' cannot be decoded.*Set data\.broken to 'skip'"):
         data[0]
@@ -252,12 +252,12 @@ def test_sizes_that_disagree(tmp_path):
     assert data.size(0) == (60, 80)
 
 
-def test_a_size_that_is_absent_or_zero_is_taken_from_the_picture(tmp_path):
+def test_a_size_that_is_absent_or_zero_is_taken_from_the_image(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]}, declared=(0, 0))
     assert Voc(root, "train").size(0) == (60, 80)
 
 
-def test_a_picture_annotated_before_its_exif_rotation(tmp_path):
+def test_an_image_annotated_before_its_exif_rotation(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)], "b": []}, declared=(60, 80))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -418,7 +418,7 @@ def test_a_rotated_box_becomes_the_upright_one_around_it(tmp_path, degrees, expe
     assert data.problems.found == []
 
 
-def picture(path, seed=0):
+def image(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, format="PNG" if path.suffix == ".png" else "JPEG")
@@ -464,7 +464,7 @@ FOUND = {
 def test_the_image_of_an_id_is_found(tmp_path, kind):
     images, annotation, filename, line, expected = FOUND[kind]
     for seed, name in enumerate(images):
-        picture(tmp_path / "JPEGImages" / name, seed)
+        image(tmp_path / "JPEGImages" / name, seed)
     xml(tmp_path / f"Annotations/{annotation}.xml", filename)
     data = Voc(listed(tmp_path, line), "train")
     assert len(data) == 1
@@ -484,7 +484,7 @@ UNCLEAR = {
 def test_an_image_that_is_not_clear_is_a_problem(tmp_path, kind):
     images, annotations, problem, message = UNCLEAR[kind]
     for seed, name in enumerate(images):
-        picture(tmp_path / "JPEGImages" / name, seed)
+        image(tmp_path / "JPEGImages" / name, seed)
     for name in annotations:
         xml(tmp_path / f"Annotations/{name}.xml", filename="b.jpg")  # copied from another image
     with pytest.raises(DataError, match=rf"1 problem \(1 x {problem}\).*{message}"):
@@ -493,7 +493,7 @@ def test_an_image_that_is_not_clear_is_a_problem(tmp_path, kind):
 
 @pytest.mark.parametrize("line", ["../../etc/passwd", "/etc/passwd", "..", "sub/../../a", "../Annotations/a"])
 def test_an_id_that_leads_out_of_the_data_is_refused(tmp_path, line):
-    picture(tmp_path / "JPEGImages/b.jpg")
+    image(tmp_path / "JPEGImages/b.jpg")
     xml(tmp_path / "Annotations/b.xml")
     root = listed(tmp_path, line, "b")
     with pytest.raises(DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' leads out of"):
@@ -503,7 +503,7 @@ def test_an_id_that_leads_out_of_the_data_is_refused(tmp_path, line):
 
 @pytest.mark.parametrize("line", ["# a comment", "a" * 300, "a\0b", "ghost 1"])
 def test_an_id_without_annotation_is_named(tmp_path, line):
-    picture(tmp_path / "JPEGImages/b.jpg")
+    image(tmp_path / "JPEGImages/b.jpg")
     xml(tmp_path / "Annotations/b.xml")
     root = listed(tmp_path, line, "", "  ", "b")
     with pytest.raises(DataError, match=r"has 1 problem \(1 x (missing annotation|malformed XML)\)"):
@@ -523,7 +523,7 @@ def test_annotations_that_no_list_names_are_counted(tmp_path):
 
 
 def test_folders_that_link_in_a_circle_end(tmp_path):
-    picture(tmp_path / "JPEGImages/sub/a.jpg")
+    image(tmp_path / "JPEGImages/sub/a.jpg")
     xml(tmp_path / "Annotations/sub/a.xml")
     for folder in ("JPEGImages", "Annotations"):
         (tmp_path / folder / "sub/loop").symlink_to(tmp_path / folder)
@@ -535,7 +535,7 @@ def test_exchanged_sides_are_named_and_repaired_where_all_boxes_fit(tmp_path):
     root = write(tmp_path, objects, declared=(80, 60))
     for name in "abc":
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
-        picture(tmp_path / f"JPEGImages/{name}.png", ord(name))
+        image(tmp_path / f"JPEGImages/{name}.png", ord(name))
     for policy in ("fail", "skip"):
         with pytest.raises(DataError, match=r"3 (x|problems).*width and height are exchanged") as error:
             Voc(root, "train", broken=policy)

@@ -11,9 +11,9 @@ def write(root, labels, split="train", **changes):
     """A YOLO folder of 80 x 60 images; `labels` gives the lines of each, None for no label file."""
     root.mkdir(parents=True, exist_ok=True)
     for name, lines in labels.items():
-        picture = root / "images" / split / name
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((60, 80, 3), 90, dtype=np.uint8)).save(picture)
+        image = root / "images" / split / name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((60, 80, 3), 90, dtype=np.uint8)).save(image)
         label = (root / "labels" / split / name).with_suffix(".txt")
         label.parent.mkdir(parents=True, exist_ok=True)
         if lines is not None:
@@ -107,9 +107,9 @@ def test_lists_of_folders_and_list_files(tmp_path):
 
 
 def test_path_starts_from_the_yaml_file(tmp_path):
-    write(tmp_path / "pictures", {"a.jpg": [BOX]})
+    write(tmp_path / "images", {"a.jpg": [BOX]})
     (tmp_path / "config").mkdir()
-    (tmp_path / "config/mine.yaml").write_text("path: ../pictures\ntrain: images/train\nnames: [cat, dog]\n")
+    (tmp_path / "config/mine.yaml").write_text("path: ../images\ntrain: images/train\nnames: [cat, dog]\n")
     assert len(Yolo(str(tmp_path / "config/mine.yaml"), "train")) == 1
     with pytest.raises(DataError, match=r"no '.*data\.yaml'\. Set data\.root .*The folder has mine\.yaml"):
         Yolo(str(tmp_path / "config"), "train")
@@ -222,7 +222,7 @@ def test_lines_that_stand_twice_count_once_under_every_policy(tmp_path):
         ]
 
 
-def test_broken_pictures(tmp_path):
+def test_broken_images(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX], "b.jpg": [BOX]})
     (tmp_path / "images/train/a.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 x unreadable image.*a\.jpg' is empty \(0 bytes\)"):

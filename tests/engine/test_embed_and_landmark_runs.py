@@ -55,7 +55,7 @@ def test_a_run_is_scored_on_persons_that_it_never_saw(run: Path) -> None:
     assert float(model.head.threshold) == pytest.approx(float(last["threshold"]))  # type: ignore[arg-type]
     assert main(["eval", str(run)]) == 0
     assert main(["train", "--resume", str(run), "--train.epochs", "3"]) == 0
-    assert len(list((run / "pictures").glob("val_*.jpg"))) > 0
+    assert len(list((run / "images").glob("val_*.jpg"))) > 0
 
 
 def test_the_command_line_names_what_is_in_a_gallery(
@@ -64,7 +64,7 @@ def test_the_command_line_names_what_is_in_a_gallery(
     arguments = ["infer", str(run), "--source", str(faces / "Ada"), "--gallery", str(faces), "--precision", "fp32"]
     assert main([*arguments, "--threshold", "0.001", "--output", str(faces / "out")]) == 0
     records = json.loads((faces / "out" / "predictions.json").read_text())
-    # Every picture is in the gallery itself, at a distance of 0.
+    # Every image is in the gallery itself, at a distance of 0.
     assert {record["identity"] for record in records} == {"Ada"}
     assert all(record["distance"] == pytest.approx(0, abs=1e-3) for record in records)
     assert "Ada 0.00" in capsys.readouterr().out
@@ -75,18 +75,18 @@ def test_the_command_line_names_what_is_in_a_gallery(
 
 def test_a_gallery_of_files_is_named_by_them_and_has_the_run_s_threshold(run: Path, faces: Path) -> None:
     predictor = detkit.load(run, "cpu", precision="fp32")
-    picture = next((faces / "Ben").iterdir())
+    image = next((faces / "Ben").iterdir())
     (faces / "files").mkdir()
-    (faces / "files" / "Ben.png").write_bytes(picture.read_bytes())
+    (faces / "files" / "Ben.png").write_bytes(image.read_bytes())
     gallery = Gallery.read(predictor, faces / "files")
     assert gallery.names == ("Ben",)
     assert gallery.threshold == pytest.approx(float(predictor.model.head.threshold))  # type: ignore[arg-type]
-    found = predictor.predict(picture, gallery=gallery)
+    found = predictor.predict(image, gallery=gallery)
     assert found.distance == pytest.approx(0, abs=1e-3)
-    assert found.distance_to(predictor.predict(picture)) == pytest.approx(0, abs=1e-3)
+    assert found.distance_to(predictor.predict(image)) == pytest.approx(0, abs=1e-3)
 
 
-def test_the_nearest_picture_of_a_gallery_gives_its_name() -> None:
+def test_the_nearest_image_of_a_gallery_gives_its_name() -> None:
     vectors = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
     gallery = Gallery(("Ada", "Ben", "Ada"), vectors, 0.5)
     found = gallery.recognise(Embedding(F.normalize(torch.tensor([[-1.0, 0.2]]))[0]))
@@ -117,15 +117,15 @@ def test_landmarks_are_trained_scored_and_drawn(tmp_path: Path, capsys: pytest.C
     )
     assert main(["train", str(config)]) == 0
     run = tmp_path / "runs" / "landmarks" / "tiny"
-    picture = Faces("val", size=128)[0].image
-    write_image(tmp_path / "face.png", picture)
+    image = Faces("val", size=128)[0].image
+    write_image(tmp_path / "face.png", image)
     assert main(["infer", str(run), "--source", str(tmp_path / "face.png"), "--output", str(tmp_path / "out")]) == 0
     (record,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    points = detkit.load(run, "cpu").predict(picture).points
+    points = detkit.load(run, "cpu").predict(image).points
     assert points.shape == (5, 2)
     assert record["keypoints"][:2] == pytest.approx(points[0].tolist(), abs=0.02)
-    # The points are those of the picture as it is, not as it goes into the network.
-    small = detkit.load(run, "cpu").predict(picture[::2, ::2]).points
+    # The points are those of the image as it is, not as it goes into the network.
+    small = detkit.load(run, "cpu").predict(image[::2, ::2]).points
     assert torch.allclose(small * 2, points, atol=8)
     assert main(["train", str(config), "--head.points", "4"]) == 1
     assert "'head.points' is 4, but the data have 5 points" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_mtcnn_is_trained_and_scored(tmp_path: Path) -> None:
         f"name: tiny\nruns: {tmp_path / 'runs'}\n"
     )
     assert main(["train", str(config)]) == 0
-    picture = Faces("val", size=100, max_faces=3)[1].image
-    found = detkit.load(tmp_path / "runs" / "detect" / "tiny", "cpu").predict(picture, conf=0.0)
+    image = Faces("val", size=100, max_faces=3)[1].image
+    found = detkit.load(tmp_path / "runs" / "detect" / "tiny", "cpu").predict(image, conf=0.0)
     assert found.points is not None
     assert found.points.shape == (len(found), 5, 2)

@@ -1,4 +1,4 @@
-"""Stored features: the same weights and scores as without them, from one reading of each picture."""
+"""Stored features: the same weights and scores as without them, from one reading of each image."""
 
 import csv
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_stored_features_change_nothing(tiny: Any, name: str) -> None:
     assert rows(plain) == rows(stored)
 
 
-def test_each_picture_is_read_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_read_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
     honest = Shapes.__getitem__
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny: Any) -> None:
     ("options", "reason"),
     [
         (("--train.freeze", "2"), r"train\.freeze is 2"),
-        (("--augment", "[{name: flip}]"), "augments pictures anew"),
+        (("--augment", "[{name: flip}]"), "augments images anew"),
         (("--input.multi_scale", "[1, 1.5]"), "inputs of many sizes"),
         (("--input.resize", "short_side"), "not of one size"),
         (("--train.devices", "2"), "processes"),

@@ -1,4 +1,4 @@
-"""A head that predicts masks, trained and evaluated; its networks' part is made up, so that the truth is found."""
+"""A head that predicts masks, trained and evaluated; its networks' part is made up, so that the target is found."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ from detkit.tasks.drawing import write_image
 
 
 def patches_of(target: Target, cells: int = 28) -> torch.Tensor:
-    """(N, cells, cells): the truth, cut to each box."""
+    """(N, cells, cells): the ground truth, cut to each box."""
     patches = [torch.zeros(0, cells, cells)]
     for (left, top, right, bottom), mask in zip(target.boxes.round().int().tolist(), target.masks):
         part = mask[top : max(bottom, top + 1), left : max(right, left + 1)]
@@ -66,9 +66,9 @@ def test_evaluation_scores_masks_in_the_source(tiny: Any, truthful: Any, resize:
     assert found.scores.masks["mAP"] > 0.7
     assert found.scores.decisive is found.scores.masks
     records = [record for record in found.results if record["image_id"] == 0]
-    truth = dataset.target(0).masks.numpy()
-    assert len(records) == len(truth)
-    for record, mask in zip(records, truth):
+    target = dataset.target(0).masks.numpy()
+    assert len(records) == len(target)
+    for record, mask in zip(records, target):
         pixels = coco_mask.decode(record["segmentation"]).astype(bool)
         assert (pixels & mask).sum() > 0.75 * (pixels | mask).sum()
 
@@ -90,8 +90,8 @@ def test_a_run_reports_masks_and_is_judged_by_them(
     assert "mask mAP 0.000  mask mAP50 0.000  best" in capsys.readouterr().out
 
 
-def test_pictures_show_masks_also_where_they_are_enlarged(tmp_path: Path) -> None:
-    """A black picture of 40 x 40 is shown eight times as large."""
+def test_images_show_masks_also_where_they_are_enlarged(tmp_path: Path) -> None:
+    """A black image of 40 x 40 is shown eight times as large."""
     mask = torch.zeros(1, 40, 40, dtype=torch.bool)
     mask[0, 10:30, 15:25] = True
     target = Target(torch.tensor([[5.0, 5.0, 35.0, 35.0]]), torch.tensor([0]), masks=mask)
@@ -106,11 +106,11 @@ def test_pictures_show_masks_also_where_they_are_enlarged(tmp_path: Path) -> Non
             return Fit((40, 40))(sample)
 
     write_training_batch(Reader(), Detect(), tmp_path / "batch.png", ClassList.from_names(["cat"]))
-    picture = np.asarray(Image.open(tmp_path / "batch.png"))[2:322, 2:322]
-    assert picture.shape == (320, 320, 3)
+    image = np.asarray(Image.open(tmp_path / "batch.png"))[2:322, 2:322]
+    assert image.shape == (320, 320, 3)
     # Away from lines and label: inside of the mask, and inside of the box but outside of the mask.
-    assert picture[100:220, 130:190, 0].min() > 60
-    assert picture[100:220, 60:110].max() == 0
+    assert image[100:220, 130:190, 0].min() > 60
+    assert image[100:220, 60:110].max() == 0
 
 
 def test_infer_writes_masks(tiny: Any, truthful: Any, tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_infer_writes_masks(tiny: Any, truthful: Any, tmp_path: Path) -> None:
     write_image(tmp_path / "7.png", dataset[0].image)
     infer(Predictor(model, "cpu"), str(tmp_path / "7.png"), tmp_path / "out")
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    truth = dataset.target(0).masks.numpy()
-    assert len(records) == len(truth) > 0
-    for record, mask in zip(records, truth):
+    target = dataset.target(0).masks.numpy()
+    assert len(records) == len(target) > 0
+    for record, mask in zip(records, target):
         assert record["image_id"] == 7
         pixels = coco_mask.decode(record["segmentation"]).astype(bool)
         assert (pixels & mask).sum() > 0.75 * (pixels | mask).sum()
-    assert (tmp_path / "out" / "pictures" / "7.jpg").is_file()
+    assert (tmp_path / "out" / "images" / "7.jpg").is_file()

@@ -46,7 +46,7 @@ DETECTORS = {
 
 
 class Chosen(Dataset):
-    """The first eight pictures of a data set whose truth `suits`, given with the (height, width) of its picture."""
+    """The first eight images of a data set whose ground truth `suits`, given with the (height, width) of its image."""
 
     def __init__(self, data: Dataset, suits: Callable[[Target, tuple[int, int]], bool]) -> None:
         self.data, self.classes, self.fields = data, data.classes, data.fields
@@ -82,14 +82,14 @@ def shared(folder: str) -> str:
 
 
 def overfit(experiment: Any, data: Dataset, steps: int, lr: float) -> float:
-    """mAP50 on the eight pictures after `steps` on all of them at once, the learning rate falling to 0 at last."""
+    """mAP50 on the eight images after `steps` on all of them at once, the learning rate falling to 0 at last."""
     torch.manual_seed(0)
     model = build_model(experiment, data.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     fitted = [model.fit(data[index]) for index in range(8)]
-    images = torch.stack([picture.image for picture in fitted])
-    sizes, targets = tuple(picture.size for picture in fitted), tuple(picture.target for picture in fitted)
+    images = torch.stack([image.image for image in fitted])
+    sizes, targets = tuple(image.size for image in fitted), tuple(image.target for image in fitted)
     for _ in range(steps):
         losses = model.train().head.loss(model(images, sizes), targets)
         optimizer.zero_grad()
@@ -101,7 +101,7 @@ def overfit(experiment: Any, data: Dataset, steps: int, lr: float) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
-def test_a_detector_learns_eight_pictures_of_blood_cells(tiny: Any, name: str) -> None:
+def test_a_detector_learns_eight_images_of_blood_cells(tiny: Any, name: str) -> None:
     data = Chosen(Voc(shared("bccd"), "train", broken="repair"), learnable)
     backbone, neck, head = DETECTORS[name]
     experiment = tiny("--backbone", backbone, "--neck", neck, "--head", head, "--input.size", "[224, 288]")
@@ -110,8 +110,8 @@ def test_a_detector_learns_eight_pictures_of_blood_cells(tiny: Any, name: str) -
 
 
 @pytest.mark.slow
-def test_localisation_learns_eight_pictures_of_one_pedestrian_each(tiny: Any) -> None:
-    """Its answer to more than one object in a picture is one, so that they could not be found."""
+def test_localisation_learns_eight_images_of_one_pedestrian_each(tiny: Any) -> None:
+    """Its answer to more than one object in an image is one, so that they could not be found."""
     pedestrians = Coco(shared("pennfudan"), "train", images="images/{split}")
     data = Chosen(pedestrians, lambda target, size: len(target) == 1)
     backbone = "{name: darknet_tiny, levels: [4], widths: [12, 24, 48, 64, 96, 8, 8]}"
@@ -120,7 +120,7 @@ def test_localisation_learns_eight_pictures_of_one_pedestrian_each(tiny: Any) ->
 
 
 @pytest.mark.slow
-def test_sliding_windows_learn_eight_pictures_of_pedestrians_that_fill_one(tiny: Any) -> None:
+def test_sliding_windows_learn_eight_images_of_pedestrians_that_fill_one(tiny: Any) -> None:
     """Its boxes are the windows themselves: an object that overlaps none by much more than half could not be found."""
     pedestrians = Coco(shared("pennfudan"), "train", images="images/{split}")
     options = "windows: [[8, 4], [10, 4], [6, 3]], width: 64, foreground_from: 0.6, background_below: 0.5"

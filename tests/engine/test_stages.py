@@ -8,7 +8,7 @@ import pytest
 
 from detkit.config import TrainOptions
 from detkit.engine import profiler as stages
-from detkit.engine.profiler import BACKWARD, FORWARD, PICTURES, STEP, VALIDATION, Stopwatch, verdict
+from detkit.engine.profiler import BACKWARD, FORWARD, IMAGES, STEP, VALIDATION, Stopwatch, verdict
 from detkit.engine.train import train
 
 
@@ -23,35 +23,35 @@ def test_laps_go_to_their_stages_and_what_is_before_the_start_to_none(monkeypatc
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(detailed=True)
     watch.start()
-    for stage in (PICTURES, FORWARD, BACKWARD, FORWARD):
+    for stage in (IMAGES, FORWARD, BACKWARD, FORWARD):
         watch.lap(stage)
-    assert watch.seconds == {PICTURES: 1.0, FORWARD: 3.0, BACKWARD: 4.0}
-    assert list(watch.shares().items()) == [(BACKWARD, 0.5), (FORWARD, 0.375), (PICTURES, 0.125)]
+    assert watch.seconds == {IMAGES: 1.0, FORWARD: 3.0, BACKWARD: 4.0}
+    assert list(watch.shares().items()) == [(BACKWARD, 0.5), (FORWARD, 0.375), (IMAGES, 0.125)]
 
 
 def test_on_a_gpu_the_parts_of_the_network_are_one() -> None:
     watch = Stopwatch(detailed=False)
-    for stage in (PICTURES, FORWARD, BACKWARD, STEP, VALIDATION):
+    for stage in (IMAGES, FORWARD, BACKWARD, STEP, VALIDATION):
         watch.lap(stage)
-    assert set(watch.seconds) == {PICTURES, "network", VALIDATION}
+    assert set(watch.seconds) == {IMAGES, "network", VALIDATION}
 
 
 @pytest.mark.parametrize(
     ("seconds", "options", "expected"),
     [
         (
-            {"pictures": 4, "forward": 31, "backward": 58, "step": 7},
+            {"images": 4, "forward": 31, "backward": 58, "step": 7},
             {},
-            "58% backward, 31% forward and loss, 7% step, 4% waiting for pictures; the network limits this run",
+            "58% backward, 31% forward and loss, 7% step, 4% waiting for images; the network limits this run",
         ),
         (
-            {"pictures": 20, "forward": 80},
+            {"images": 20, "forward": 80},
             {"workers": 1},
-            "pictures limit this run: raise train.workers from 1, or set train.cache, which keeps decoded pictures",
+            "images limit this run: raise train.workers from 1, or set train.cache, which keeps decoded images",
         ),
-        ({"pictures": 20, "forward": 80}, {"workers": 2}, "this run: set train.cache, which keeps decoded pictures"),
-        ({"pictures": 20, "forward": 80}, {"cache": "memory"}, "run: use smaller picture files or fewer augmentations"),
-        ({"pictures": 1, "forward": 9, "validation": 20}, {}, "limits this run: raise train.validate_every from 1"),
+        ({"images": 20, "forward": 80}, {"workers": 2}, "this run: set train.cache, which keeps decoded images"),
+        ({"images": 20, "forward": 80}, {"cache": "memory"}, "run: use smaller image files or fewer augmentations"),
+        ({"images": 1, "forward": 9, "validation": 20}, {}, "limits this run: raise train.validate_every from 1"),
     ],
 )
 def test_the_verdict_names_the_slower_side_and_what_helps(
@@ -73,8 +73,8 @@ def test_a_run_says_where_its_time_went(tiny: Any, capsys: pytest.CaptureFixture
 
 def test_reading_in_the_training_process_is_no_limit_while_the_network_takes_longer() -> None:
     watch = Stopwatch(detailed=True)
-    watch.seconds.update({FORWARD: 50.0, BACKWARD: 30.0, PICTURES: 20.0})
+    watch.seconds.update({FORWARD: 50.0, BACKWARD: 30.0, IMAGES: 20.0})
     line = verdict(watch, TrainOptions(workers=0), 2)
-    assert line.endswith("the network limits this run, but train.workers 1 would read pictures meanwhile")
-    watch.seconds[PICTURES] = 90.0
-    assert "pictures limit this run" in verdict(watch, TrainOptions(workers=0), 2)
+    assert line.endswith("the network limits this run, but train.workers 1 would read images meanwhile")
+    watch.seconds[IMAGES] = 90.0
+    assert "images limit this run" in verdict(watch, TrainOptions(workers=0), 2)

@@ -1,4 +1,4 @@
-"""Training end to end on made-up pictures."""
+"""Training end to end on made-up images."""
 
 import csv
 from pathlib import Path
@@ -30,10 +30,10 @@ def test_a_run_leaves_everything_behind(tiny: Any) -> None:
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
         "checkpoints/training_state.pt",
-        "pictures/training_batch.jpg",
+        "images/training_batch.jpg",
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert sum(name.startswith("pictures/val_") for name in names) == 6
+    assert sum(name.startswith("images/val_") for name in names) == 6
     rows = list(csv.DictReader(folder.metrics.open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"lr", "seconds", "train_class", "train_box", "val_class", "val_box", "mAP", "mAP50"} <= set(rows[0])
@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     assert [row["epoch"] for row in csv.DictReader(resumed.metrics.open())] == ["1", "2", "3", "4"]
 
 
-def test_losses_of_unmixed_pictures_count_in_the_last_epochs_only(tiny: Any) -> None:
+def test_losses_of_unmixed_images_count_in_the_last_epochs_only(tiny: Any) -> None:
     def column(name: str, *overrides: str) -> list[float]:
         rows = csv.DictReader(train(tiny(*MIXED_YOLOX, "--train.epochs", "3", *overrides)).metrics.open())
         return [float(row[name]) for row in rows]
@@ -100,14 +100,14 @@ def test_losses_of_unmixed_pictures_count_in_the_last_epochs_only(tiny: Any) -> 
     first, *last = column("train_l1")
     assert first == 0
     assert min(last) > 0
-    assert min(column("val_l1", "--train.unmixed_epochs", "0")) > 0  # validation pictures are never mixed
+    assert min(column("val_l1", "--train.unmixed_epochs", "0")) > 0  # validation images are never mixed
     assert min(column("train_l1", "--augment", "[{name: flip}]", "--train.unmixed_epochs", "0")) > 0
     *mixed, plain = column("train_l1", "--train.plain_epochs", "1", "--train.unmixed_epochs", "0")
     assert mixed == [0, 0]
     assert plain > 0
 
 
-def test_a_loss_of_unmixed_pictures_moves_no_weight_before(tiny: Any) -> None:
+def test_a_loss_of_unmixed_images_moves_no_weight_before(tiny: Any) -> None:
     options = (*MIXED_YOLOX, "--train.epochs", "1", "--train.unmixed_epochs", "0")
     with_l1, without = train(tiny(*options)), train(tiny(*options, "--head.l1_weight", "0"))
     for name, tensor in weights(with_l1.last).items():
@@ -128,7 +128,7 @@ def test_batches_of_a_step_share_it_equally() -> None:
 
 def test_accumulated_batches_make_one_step(tiny: Any) -> None:
     folder = train(tiny("--train.epochs", "1", "--train.accumulate", "2"))
-    # 12 pictures in batches of 2 are 6 batches and 3 steps of 4 pictures.
+    # 12 images in batches of 2 are 6 batches and 3 steps of 4 images.
     assert next(csv.DictReader(folder.metrics.open()))["step"] == "3"
 
 
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: Any, monkeypatch: pytest.
         return {**losses, "box": losses["box"] * float("nan")}
 
     monkeypatch.setattr(SSD, "loss", broken)
-    with pytest.raises(LossNotFiniteError, match=r"loss 'box' is nan at step 0, on the pictures .*shapes.*train\.lr"):
+    with pytest.raises(LossNotFiniteError, match=r"loss 'box' is nan at step 0, on the images .*shapes.*train\.lr"):
         train(tiny())
 
 
@@ -213,7 +213,7 @@ def test_starting_from_a_checkpoint(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_evaluation_gives_losses_and_scores_of_perfect_detections(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truth itself, put through the network's frame and back, scores 1."""
+    """The ground truth itself, put through the network's frame and back, scores 1."""
     from detkit.structures import Detections
 
     dataset = Shapes("val", val_count=6, size=80)
@@ -229,7 +229,7 @@ def test_evaluation_gives_losses_and_scores_of_perfect_detections(tiny: Any, mon
     found = evaluate(model, dataset, batch_size=4, workers=0)
     assert found.scores.coco["mAP"] == pytest.approx(1.0)
     assert set(found.losses) == {"class", "box"}
-    assert len(found.results) == found.scores.truths
+    assert len(found.results) == found.scores.targets
 
 
 def test_splits_must_differ_and_agree(tiny: Any) -> None:
@@ -251,13 +251,13 @@ def test_a_split_without_objects_is_refused_before_training(tiny: Any, monkeypat
         train(tiny())
 
 
-def test_a_broken_picture_in_a_worker_keeps_its_message(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_image_in_a_worker_keeps_its_message(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Shapes, index: int) -> Any:
-        raise DataError("The picture 'x.png' is cut off.")
+        raise DataError("The image 'x.png' is cut off.")
 
     monkeypatch.setattr("detkit.engine.train.write_training_batch", lambda *arguments: None)
     monkeypatch.setattr(Shapes, "__getitem__", broken)
-    with pytest.raises(DataError, match=r"^The picture 'x\.png' is cut off\.$"):
+    with pytest.raises(DataError, match=r"^The image 'x\.png' is cut off\.$"):
         train(tiny("--train.workers", "1"))
 
 

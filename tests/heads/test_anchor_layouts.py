@@ -38,7 +38,7 @@ def test_by_stride_anchors_stand_a_stride_apart() -> None:
     assert centres[0, 0].tolist() == [0, 0]
 
 
-def test_a_map_of_the_whole_picture_is_divided_always() -> None:
+def test_a_map_of_the_whole_image_is_divided_always() -> None:
     layout = Pyramid(((16.0,),), ratios=(1.0,))
     assert torch.equal(layout([(1, 1)], (50, 70), (0,)), torch.tensor([[-8.0, -8, 8, 8]]))
     two = layout([(2, 2)], (50, 70), (0,))

@@ -56,7 +56,7 @@ def test_any_number_of_classes_is_binary_cross_entropy(smoothing: float) -> None
     torch.testing.assert_close(head.decode(outputs)[0].scores, probability[0])
 
 
-def test_a_picture_without_class_takes_no_part_where_there_must_be_one() -> None:
+def test_an_image_without_class_takes_no_part_where_there_must_be_one() -> None:
     head = built()
     outputs = head(maps(), WHOLE)
     alone = F.cross_entropy(outputs.logits[:1], torch.tensor([1]))

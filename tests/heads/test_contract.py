@@ -158,7 +158,7 @@ def inputs() -> Inputs:
     generator = torch.Generator().manual_seed(2)
     corners = [torch.rand(25, 2, generator=generator) * torch.tensor([60.0, 40]) for _ in SIZES]
     proposals = [torch.cat((corner, corner + 4 + 30 * torch.rand(25, 2, generator=generator)), 1) for corner in corners]
-    # reaching over the border of the smaller pictures, outside of all, and none at all
+    # reaching over the border of the smaller images, outside of all, and none at all
     proposals[1] = torch.cat(
         (proposals[1], torch.tensor([[-30.0, -20, 20, 30], [80, 40, 200, 90], [300, 300, 320, 320]]))
     )
@@ -187,7 +187,7 @@ def tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def targets() -> tuple[Target, ...]:
-    """One picture with objects, one without, one of whose objects one is ignored; all have one class as a whole."""
+    """One image with objects, one without, one of whose objects one is ignored; all have one class as a whole."""
     boxes = torch.tensor([[5.0, 5, 30, 40], [40, 10, 90, 60], [1, 1, 20, 20]])
     return (
         complete(Target(boxes, torch.tensor([0, 1, 2])), 0),
@@ -230,7 +230,7 @@ def test_losses_are_finite_scalars_and_reach_every_parameter(head: Head) -> None
             assert torch.isfinite(parameter.grad).all()
 
 
-def test_pictures_without_truth_train(head: Head) -> None:
+def test_images_without_target_train(head: Head) -> None:
     losses = head.loss(outputs_of(head), (nothing(),) * 3)
     total = sum(losses.values())
     assert torch.isfinite(total)  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ def test_pictures_without_truth_train(head: Head) -> None:
         assert sum(gradient.abs().sum() for gradient in gradients) > 0
 
 
-def test_pictures_with_more_objects_than_places_train(head: Head) -> None:
+def test_images_with_more_objects_than_places_train(head: Head) -> None:
     """A thousand, some of them twice, where the maps have 120 cells."""
     generator = torch.Generator().manual_seed(3)
     corners = torch.rand(500, 2, generator=generator) * torch.tensor([60.0, 40])
@@ -311,9 +311,9 @@ def test_an_image_with_very_many_objects_is_not_drowned(detector: Head) -> None:
 
 
 def excite(head: Head) -> None:
-    """Weights with which a head finds something in any picture."""
+    """Weights with which a head finds something in any image."""
     for module in head.modules():
-        # MTCNN moves its boxes three times over: such weights would carry them out of the picture.
+        # MTCNN moves its boxes three times over: such weights would carry them out of the image.
         if isinstance(module, nn.Conv2d) and not isinstance(head, MTCNN):
             nn.init.normal_(module.weight, std=0.3)
             if module.bias is not None:
@@ -382,7 +382,7 @@ def test_predictions_in_half_precision_are_finite_float32(head: Head) -> None:
 
 
 def check_prediction(prediction: Any, size: tuple[int, int], head: Head) -> None:
-    """That it is possible for a picture of (height, width) `size` in an input of 64x96 and three classes."""
+    """That it is possible for an image of (height, width) `size` in an input of 64x96 and three classes."""
     match prediction:
         case Detections():
             check_detections(prediction, size, head)
@@ -435,8 +435,8 @@ def test_what_is_ignored_changes_no_loss(ignoring_head: Head) -> None:
     whole = torch.tensor([[-300.0, -300, 400, 400]])
     crowd = complete(Target(whole, torch.tensor([0]), crowd=torch.tensor([True])))
     hidden = torch.zeros(1, POINTS, dtype=torch.bool)
-    truth = replace(crowd, visible=hidden, semantic=nothing().semantic)
-    losses = ignoring_head.loss(outputs, (truth,) * 3)
+    target = replace(crowd, visible=hidden, semantic=nothing().semantic)
+    losses = ignoring_head.loss(outputs, (target,) * 3)
     assert all(value == 0 for value in losses.values())
 
 

@@ -18,11 +18,11 @@ from detkit.zoo.embedding.losses import (
 SEEDS = range(10)
 
 
-def batch(seed: int, pictures: int = 9, dimensions: int = 6, classes: int = 4) -> tuple[torch.Tensor, ...]:
+def batch(seed: int, images: int = 9, dimensions: int = 6, classes: int = 4) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(pictures, dimensions, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(images, dimensions, generator=generator, dtype=torch.float64)
     weights = torch.randn(classes, dimensions, generator=generator, dtype=torch.float64)
-    return vectors, weights, torch.randint(classes, (pictures,), generator=generator)
+    return vectors, weights, torch.randint(classes, (images,), generator=generator)
 
 
 def looped_triplet(vectors: torch.Tensor, labels: torch.Tensor, margin: float | None) -> float:

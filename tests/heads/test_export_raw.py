@@ -38,7 +38,7 @@ CASES = {
 
 
 class RawOutputs(nn.Module):
-    """Of a model for pictures of one size, the tensors that its head gives."""
+    """Of a model for images of one size, the tensors that its head gives."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RawOutputs(nn.Module):
 
 
 def enliven(model: Model) -> None:
-    """Weights with which outputs differ from picture to picture as after training: heads begin with all background."""
+    """Weights with which outputs differ from image to image as after training: heads begin with all background."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, std=0.5)

@@ -13,7 +13,7 @@ from torchvision_reference import as_tensor, calibrate, fit_norms, photograph
 
 from detkit.config import InputOptions, load_experiment
 from detkit.errors import CheckpointError, ConfigError
-from detkit.heads.parts.semantic import stacked_truth
+from detkit.heads.parts.semantic import stacked_target
 from detkit.inference.predictor import Predictor
 from detkit.model import Model, build_model, load_model, load_tensors
 from detkit.published.fcn import convert_fcn
@@ -25,7 +25,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 
 
 class Features(nn.Module):
-    """Torchvision's backbone gives a dict; `fit_norms` and `calibrate` want networks of pictures."""
+    """Torchvision's backbone gives a dict; `fit_norms` and `calibrate` want networks of images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ def test_same_losses(reference: nn.Module) -> None:
         }
     torch.testing.assert_close(found["pixel"], theirs["out"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found["auxiliary"], 0.5 * theirs["aux"], rtol=1e-3, atol=1e-4)
-    assert stacked_truth((target,), (size,), expected["out"]).eq(255).float().mean() == 20 / 96
+    assert stacked_target((target,), (size,), expected["out"]).eq(255).float().mean() == 20 / 96
 
 
-def test_same_labels_of_a_picture(reference: nn.Module) -> None:
+def test_same_labels_of_an_image(reference: nn.Module) -> None:
     image = photograph()[:160, :224]
     with torch.no_grad():
         expected = reference(((as_tensor(image) - MEAN) / STD)[None])["out"][0].argmax(0)

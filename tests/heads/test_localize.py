@@ -66,7 +66,7 @@ def test_losses_equal_a_plain_loop(seed: int, kind: Any) -> None:
     assert float(losses["box"]) == pytest.approx(2 * boxes / 3, rel=1e-5)
 
 
-def test_pictures_without_an_object_teach_presence_alone() -> None:
+def test_images_without_an_object_teach_presence_alone() -> None:
     raw = outputs()
     for tensor in raw[:3]:
         tensor.requires_grad_()
@@ -80,7 +80,7 @@ def test_pictures_without_an_object_teach_presence_alone() -> None:
         assert tensor.grad is None or not tensor.grad.any()
 
 
-def test_the_truth_decodes_to_itself() -> None:
+def test_the_target_decodes_to_itself() -> None:
     height, width = SIZES[1]
     box = torch.tensor([35 / width, 22 / height, 30 / width, 24 / height])
     raw = LocalizeOutputs(torch.tensor([3.0]), torch.tensor([[0.0, 5.0, 1.0]]), box[None], SIZES[1:2])
@@ -91,7 +91,7 @@ def test_the_truth_decodes_to_itself() -> None:
     assert found.labels.tolist() == [1]
 
 
-def test_one_detection_or_none_inside_the_picture() -> None:
+def test_one_detection_or_none_inside_the_image() -> None:
     head = Localize((4,), (16,), 3, score_threshold=0.3)
     presence = torch.tensor([5.0, -5, 5, 5, 0])
     logits = torch.tensor([[9.0, 0, 0]] * 4 + [[0.0, 0, 0]])
@@ -106,7 +106,7 @@ def test_one_detection_or_none_inside_the_picture() -> None:
 
 
 def test_padding_and_its_batch_change_nothing() -> None:
-    """A picture of 40 x 60 pixels alone, and in a batch of 64 x 96: of its map the cells count that it reaches into."""
+    """An image of 40 x 60 pixels alone, and in a batch of 64 x 96: of its map the cells count that it reaches into."""
     torch.manual_seed(0)
     head = Localize((4, 8), (8, 16), 3)
     inside = torch.randn(1, 8, 3, 4)
@@ -134,7 +134,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
         heads.build({"name": "localize", **options}, "head", channels=(8,), strides=(16,), num_classes=3)
 
 
-def test_learns_six_pictures_by_heart(tiny: Any) -> None:
+def test_learns_six_images_by_heart(tiny: Any) -> None:
     dataset = Shapes("train", train_count=6, size=64, max_objects=1)
     experiment = tiny(
         "--backbone", "{name: small_ssd, widths: [8, 16], level_channels: 32}", "--head", "{name: localize}"
@@ -143,14 +143,14 @@ def test_learns_six_pictures_by_heart(tiny: Any) -> None:
     model = build_model(experiment, dataset.classes)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     fitted = [model.fit(dataset[index]) for index in range(6)]
-    images = torch.stack([picture.image for picture in fitted])
-    truths = tuple(picture.target for picture in fitted)
+    images = torch.stack([image.image for image in fitted])
+    targets = tuple(image.target for image in fitted)
     for _ in range(120):
-        losses = model.train().head.loss(model(images, ((64, 64),) * 6), truths)
+        losses = model.train().head.loss(model(images, ((64, 64),) * 6), targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
         optimizer.step()
     assert sum(losses.values()) < 0.05  # type: ignore[operator]
-    for found, truth in zip(model.head.decode(model(images, ((64, 64),) * 6)), truths):
-        assert found.labels.tolist() == truth.labels.tolist()
-        assert (found.boxes - truth.boxes).abs().max() < 6
+    for found, target in zip(model.head.decode(model(images, ((64, 64),) * 6)), targets):
+        assert found.labels.tolist() == target.labels.tolist()
+        assert (found.boxes - target.boxes).abs().max() < 6

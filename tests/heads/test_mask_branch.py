@@ -17,7 +17,7 @@ from detkit.structures import Inputs, Target
 
 SIZE = (64, 96)
 STRIDES = (8, 16)
-TRUTHS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60], [60, 2, 80, 20]])
+TARGETS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60], [60, 2, 80, 20]])
 
 
 def build(strides: tuple[int, ...] = STRIDES, num_classes: int = 3, **options: Any) -> MaskBranch:
@@ -33,12 +33,12 @@ def random_maps(seed: int = 0) -> list[Tensor]:
 
 
 def random_regions(seed: int, count: int = 9) -> SampledRegions:
-    """Near the truths, some of them background; a few reach over the border."""
+    """Near the ground truths, some of them background; a few reach over the border."""
     generator = torch.Generator().manual_seed(seed)
-    truth = torch.randint(3, (count,), generator=generator)
-    boxes = TRUTHS[truth] + 8 * torch.randn(count, 4, generator=generator)
+    target = torch.randint(3, (count,), generator=generator)
+    boxes = TARGETS[target] + 8 * torch.randn(count, 4, generator=generator)
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 2)
-    return SampledRegions(boxes, truth, torch.arange(count) < count - 3)
+    return SampledRegions(boxes, target, torch.arange(count) < count - 3)
 
 
 def ellipses(seed: int) -> Target:
@@ -46,10 +46,10 @@ def ellipses(seed: int) -> Target:
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(SIZE[0]) + 0.5, torch.arange(SIZE[1]) + 0.5, indexing="ij")
     masks = []
-    for left, top, right, bottom in TRUTHS.tolist():
+    for left, top, right, bottom in TARGETS.tolist():
         inside = ((2 * x - left - right) / (right - left)) ** 2 + ((2 * y - top - bottom) / (bottom - top)) ** 2
         masks.append(inside + 0.2 * torch.rand(SIZE, generator=generator) < 1)
-    return Target(TRUTHS, torch.tensor([0, 2, 1]), masks=torch.stack(masks))
+    return Target(TARGETS, torch.tensor([0, 2, 1]), masks=torch.stack(masks))
 
 
 def nothing() -> SampledRegions:
@@ -65,14 +65,14 @@ def test_true_masks_equal_torchvision() -> None:
     branch = build()
     for seed in range(10):
         regions, target = random_regions(seed), ellipses(seed)
-        found = branch._crop(target, regions.boxes, regions.truth_index)
-        expected = project_masks_on_boxes(target.masks, regions.boxes, regions.truth_index, 14)
+        found = branch._crop(target, regions.boxes, regions.target_index)
+        expected = project_masks_on_boxes(target.masks, regions.boxes, regions.target_index, 14)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert 0.1 < found.mean() < 0.9
-    one = branch._crop(target, TRUTHS[1:2], torch.tensor([1]))
+    one = branch._crop(target, TARGETS[1:2], torch.tensor([1]))
     assert one.shape == (1, 14, 14)
     # not the first of the masks, though the only one that is used
-    torch.testing.assert_close(one, project_masks_on_boxes(target.masks, TRUTHS[1:2], torch.tensor([1]), 14))
+    torch.testing.assert_close(one, project_masks_on_boxes(target.masks, TARGETS[1:2], torch.tensor([1]), 14))
     none = branch._crop(target, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     assert none.shape == (0, 14, 14)
 
@@ -99,7 +99,7 @@ def test_loss_equals_torchvision() -> None:
         maps = [feature.requires_grad_() for feature in random_maps(seed)]
         found = branch.loss(maps, sampled, targets)
         boxes = [regions.boxes[regions.positive] for regions in sampled]
-        truths = [regions.truth_index[regions.positive] for regions in sampled]
+        truths = [regions.target_index[regions.positive] for regions in sampled]
         logits = reference(pool({"0": maps[0], "1": maps[1]}, boxes, [SIZE] * 2))
         masks, labels = [target.masks for target in targets], [target.labels + 1 for target in targets]
         expected = maskrcnn_loss(logits, boxes, masks, labels, truths)
@@ -141,7 +141,7 @@ def test_no_objects_give_no_loss_but_gradients(norm: bool) -> None:
 def test_learns_the_mask_of_one_object() -> None:
     branch = build()
     maps, target = random_maps(), ellipses(0)
-    sampled = [SampledRegions(TRUTHS, torch.arange(3), torch.ones(3, dtype=torch.bool)), nothing()]
+    sampled = [SampledRegions(TARGETS, torch.arange(3), torch.ones(3, dtype=torch.bool)), nothing()]
     optimizer = torch.optim.Adam(branch.parameters(), lr=0.01)
     for _ in range(160):
         loss = branch.loss(maps, sampled, [target, without_objects()])
@@ -149,14 +149,14 @@ def test_learns_the_mask_of_one_object() -> None:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        found = branch(maps, [TRUTHS, torch.zeros(0, 4)], target.labels) > 0
-    wanted = branch._crop(target, TRUTHS, torch.arange(3)) > 0.5
+        found = branch(maps, [TARGETS, torch.zeros(0, 4)], target.labels) > 0
+    wanted = branch._crop(target, TARGETS, torch.arange(3)) > 0.5
     assert (found == wanted).float().mean() > 0.95
 
 
 def test_targets_need_masks() -> None:
     with pytest.raises(ValueError, match="mask_rcnn needs targets with masks"):
-        build()._crop(Target(TRUTHS, torch.tensor([0, 2, 1])), TRUTHS, torch.arange(3))
+        build()._crop(Target(TARGETS, torch.tensor([0, 2, 1])), TARGETS, torch.arange(3))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 def test_warp_in_a_mask_branch_is_refused_by_its_name() -> None:
     features = {"name": "warp", "backbone": {"name": "resnet18"}}
-    with pytest.raises(ConfigError, match="The region features 'warp' read the picture's own pixels"):
+    with pytest.raises(ConfigError, match="The region features 'warp' read the image's own pixels"):
         build(features=features)
 
 

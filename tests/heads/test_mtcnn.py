@@ -110,15 +110,15 @@ def test_boxes_by_hand() -> None:
     points = geometry.points_in(boxes, places)
     torch.testing.assert_close(geometry.fractions_of(boxes, points), places)
     assert geometry.points_in(boxes, torch.full((1, 10), 0.5))[0, 0].tolist() == [15.0, 30.0]
-    truth = torch.tensor([[12.5, 20, 23, 39]])
-    torch.testing.assert_close(geometry.moved(boxes, geometry.offsets_to(boxes, truth)), truth)
+    target = torch.tensor([[12.5, 20, 23, 39]])
+    torch.testing.assert_close(geometry.moved(boxes, geometry.offsets_to(boxes, target)), target)
     assert geometry.cells(torch.tensor([0, 3]), torch.tensor([0, 2]), 0.5).tolist() == [
         [2, 2, 24, 24],
         [10, 14, 32, 36],
     ]
 
 
-def test_scales_reach_from_the_smallest_object_to_the_picture() -> None:
+def test_scales_reach_from_the_smallest_object_to_the_image() -> None:
     scales = geometry.pyramid_scales((100, 60), 20, 0.7)
     assert scales[0] == 0.6
     assert all(b == pytest.approx(0.7 * a) for a, b in itertools.pairwise(scales))
@@ -151,7 +151,7 @@ def test_windows_are_cut_at_the_border_and_resized_by_areas() -> None:
     whole, corner = geometry.windows(image, torch.tensor([[1.0, 1, 6, 6], [-3, -3, 2.9, 2.9]]), 2)
     assert whole[0].tolist() == [[7.0, 10], [25, 28]]
     assert corner[0].tolist() == [[0.0, 1], [6, 7]]
-    inside = geometry.in_picture(torch.tensor([[-9.0, 1, 0, 6], [6, 6, 9, 9], [7, 1, 9, 9]]), (6, 6))
+    inside = geometry.in_image(torch.tensor([[-9.0, 1, 0, 6], [6, 6, 9, 9], [7, 1, 9, 9]]), (6, 6))
     assert inside.tolist() == [False, True, False]
 
 
@@ -169,7 +169,7 @@ def test_windows_show_what_they_are_drawn_for(seed: int) -> None:
     assert (iou.max(1).values[windows.part] >= PART_FROM).all()
     assert (iou.max(1).values[windows.part] < POSITIVE_FROM).all()
     assert (iou.max(1).values[windows.negative] < NEGATIVE_BELOW).all()
-    assert geometry.in_picture(windows.boxes, (90, 100)).all()
+    assert geometry.in_image(windows.boxes, (90, 100)).all()
 
 
 def detkit_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_what_is_ignored_is_never_background() -> None:
     assert (shared / (windows.boxes[:, 2] - windows.boxes[:, 0] + 1) < NEGATIVE_BELOW).all()
 
 
-def test_a_network_that_says_the_truth_has_no_loss_of_boxes_and_points() -> None:
+def test_a_network_that_says_the_target_has_no_loss_of_boxes_and_points() -> None:
     head = build(windows=60)
     outputs = MTCNNOutputs(torch.rand(1, 3, 64, 64), ((64, 64),))
     target = targets([10.0, 12, 40, 44])
@@ -204,7 +204,7 @@ def test_a_network_that_says_the_truth_has_no_loss_of_boxes_and_points() -> None
     assert all(value > 0 for value in head.loss(outputs, (target,)).values())
 
 
-def test_tiny_and_empty_pictures_have_no_objects() -> None:
+def test_tiny_and_empty_images_have_no_objects() -> None:
     head = build().eval()
     for size in ((5, 7), (19, 200), (64, 64)):
         found = head.decode(MTCNNOutputs(torch.zeros(1, 3, 64, 200), (size,)))[0]

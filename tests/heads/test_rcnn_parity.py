@@ -24,7 +24,7 @@ NAMES = ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resn
 
 @pytest.fixture(scope="module", params=NAMES)
 def reference(request: pytest.FixtureRequest) -> nn.Module:
-    """Torchvision's model with random weights whose scores are spread out; on small pictures, to be fast."""
+    """Torchvision's model with random weights whose scores are spread out; on small images, to be fast."""
     torch.manual_seed(NAMES.index(request.param))
     model = get_model(
         request.param,
@@ -100,8 +100,8 @@ def test_same_losses(reference: nn.Module, targets: str) -> None:
     reference.roi_heads.fg_bg_sampler.positive_fraction = 1.0
     model.head.rpn.samples = model.head.regions.samples = 10**6
     model.head.rpn.positive_fraction = model.head.regions.positive_fraction = 1.0
-    truth, nothing = Target(boxes, labels, masks=masks), replace(Target.empty(), masks=masks[:0])
-    batch = {"full": [truth], "half": [truth, nothing], "empty": [nothing, nothing]}[targets]
+    target, nothing = Target(boxes, labels, masks=masks), replace(Target.empty(), masks=masks[:0])
+    batch = {"full": [target], "half": [target, nothing], "empty": [nothing, nothing]}[targets]
     wanted = [
         {"boxes": one.boxes, "labels": one.labels + 1, "masks": one.masks.to(torch.uint8)}  # type: ignore[union-attr]
         for one in batch

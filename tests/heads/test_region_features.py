@@ -28,7 +28,7 @@ def random_maps(seed: int, images: int = 3, strides: tuple[int, ...] = STRIDES) 
 
 
 def random_regions(seed: int, counts: tuple[int, ...] = (12, 0, 7)) -> list[Tensor]:
-    """Of every size from 1 pixel to more than the picture; some reach over its border, some lie outside."""
+    """Of every size from 1 pixel to more than the image; some reach over its border, some lie outside."""
     generator = torch.Generator().manual_seed(seed)
     regions = []
     for count in counts:
@@ -82,7 +82,7 @@ def test_roi_align_equals_torchvisions_multi_scale_pooler(sampling: int) -> None
 
 
 def test_levels_of_large_strides_are_left_out() -> None:
-    """Faster R-CNN's fifth map, of stride 64, is for proposals; so are maps pooled from the whole picture."""
+    """Faster R-CNN's fifth map, of stride 64, is for proposals; so are maps pooled from the whole image."""
     maps, regions = random_maps(1), random_regions(1)
     expected = build("roi_align", (3,) * 4, STRIDES)(maps, regions)
     coarse = [torch.full((3, 9, 2, 3), torch.nan), torch.full((3, 9, 1, 1), torch.nan)]
@@ -214,7 +214,7 @@ def picture(seed: int, images: int = 2, size: tuple[int, int] = (40, 60)) -> Ten
 
 
 def warped_by_resizing(image: Tensor, box: list[float], size: int) -> Tensor:
-    """(3, size, size): the mean over as many bilinear samples as a cell has pixels, in a picture padded with 0."""
+    """(3, size, size): the mean over as many bilinear samples as a cell has pixels, in an image padded with 0."""
     pad = 50
     padded = F.pad(image, (pad,) * 4)[None]
     left, top, right, bottom = (value + pad for value in box)
@@ -234,7 +234,7 @@ def test_warp_equals_resized_crops() -> None:
     found = features([image], [torch.tensor(boxes[:3]), torch.tensor(boxes[3:])])
     for pixels, box, index in zip(found, boxes, (0, 0, 0, 1, 1)):
         torch.testing.assert_close(pixels, warped_by_resizing(image[index], box, 16), rtol=0, atol=1e-4)
-    # at its own size a crop is the picture itself
+    # at its own size a crop is the image itself
     torch.testing.assert_close(found[0], image[0, :, 3:19, 5:21], rtol=0, atol=1e-5)
 
 
@@ -249,7 +249,7 @@ def test_warp_shows_what_is_around_the_region() -> None:
     torch.testing.assert_close(found[:, 3:13, 3:13], inner([image], [region, region[:0]])[0], rtol=0, atol=1e-5)
 
 
-def test_outside_of_the_picture_is_the_mean_colour() -> None:
+def test_outside_of_the_image_is_the_mean_colour() -> None:
     features = build("warp", strides=(1,), backbone={"name": "pixels"}, size=20, context=0)
     image = 5 + picture(2, 1).abs()
     regions = torch.tensor([[-10.0, -10, 10, 10], [50, 30, 70, 50], [200, 200, 220, 220]])

@@ -194,7 +194,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: Any) -> None:
+def test_overfits_eight_images(tiny: Any) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     experiment = tiny(
         *("--backbone", "{name: resnet18, levels: [2, 3, 4]}"),
@@ -206,10 +206,10 @@ def test_overfits_eight_pictures(tiny: Any) -> None:
     model = build_model(experiment, dataset.classes)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     fitted = [model.fit(dataset[index]) for index in range(8)]
-    images = torch.stack([picture.image for picture in fitted])
-    truths = tuple(picture.target for picture in fitted)
+    images = torch.stack([image.image for image in fitted])
+    targets = tuple(image.target for image in fitted)
     for _ in range(200):
-        losses = model.train().head.loss(model(images, ((96, 96),) * 8), truths)
+        losses = model.train().head.loss(model(images, ((96, 96),) * 8), targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
         optimizer.step()

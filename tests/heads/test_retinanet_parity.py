@@ -24,7 +24,7 @@ NAMES = ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def reference(request: pytest.FixtureRequest) -> nn.Module:
-    """Torchvision's model with random weights whose scores are spread out; on small pictures, to be fast."""
+    """Torchvision's model with random weights whose scores are spread out; on small images, to be fast."""
     torch.manual_seed(0)
     model = get_model(
         request.param, weights=None, weights_backbone=None, num_classes=CLASSES, min_size=SHORT, max_size=LONG
@@ -70,8 +70,8 @@ def test_same_losses(reference: nn.Module, targets: str) -> None:
     image = as_tensor(photograph()[:192, :256])
     boxes = torch.tensor([[20.0, 30, 120, 180], [100, 90, 250, 180], [5, 5, 60, 50]])
     labels = torch.tensor([2, 0, 5])
-    truth, nothing = Target(boxes, labels), Target.empty()
-    batch = {"full": [truth], "half": [truth, nothing], "empty": [nothing, nothing]}[targets]
+    target, nothing = Target(boxes, labels), Target.empty()
+    batch = {"full": [target], "half": [target, nothing], "empty": [nothing, nothing]}[targets]
     # In training mode torchvision loses batch norm's running values; only the model's own switch is turned.
     reference.training = True
     try:
@@ -85,7 +85,7 @@ def test_same_losses(reference: nn.Module, targets: str) -> None:
         mine = model.head.loss(outputs, tuple(batch))
     if targets == "half":
         with torch.no_grad():
-            alone = model.head.loss(model(image[None], ((192, 256),)), (truth,))
+            alone = model.head.loss(model(image[None], ((192, 256),)), (target,))
         torch.testing.assert_close(mine["box"], 2 * theirs["bbox_regression"], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(mine["class"], alone["class"], rtol=0.1, atol=0)
         assert theirs["classification"] > 3 * mine["class"]

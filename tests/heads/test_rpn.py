@@ -69,8 +69,8 @@ def test_whole_stage_equals_torchvision(depth: int) -> None:
         found = network.propose(outputs, network.amounts)
         losses = network.loss(outputs, TARGETS)
         images = ImageList(torch.zeros(2, 3, *SIZE), list(SIZES))
-        truths = [{"boxes": target.boxes} for target in TARGETS]
-        proposals, expected = reference(images, dict(enumerate(maps)), truths)
+        targets = [{"boxes": target.boxes} for target in TARGETS]
+        proposals, expected = reference(images, dict(enumerate(maps)), targets)
         for mine, theirs in zip(found, proposals):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-3)
             assert not mine.requires_grad
@@ -119,7 +119,7 @@ def test_labels_of_the_sampled_anchors() -> None:
     assert network.loss(perfect._replace(objectness=-logits), TARGETS)["objectness"].item() == pytest.approx(50)
 
 
-def test_pictures_without_objects_teach_background() -> None:
+def test_images_without_objects_teach_background() -> None:
     network = build(samples=64)
     outputs = outputs_of(network)
     losses = network.loss(outputs, (Target.empty(), Target.empty()))
@@ -131,7 +131,7 @@ def test_pictures_without_objects_teach_background() -> None:
     assert not network.offsets.weight.grad.any()
 
 
-def test_the_best_anchor_of_a_truth_is_an_object_however_small_their_overlap() -> None:
+def test_the_best_anchor_of_a_target_is_an_object_however_small_their_overlap() -> None:
     tiny = Target(torch.tensor([[30.0, 30, 33, 33]]), torch.tensor([0]))
     network = build(samples=10**6, positive_fraction=1.0)
     losses = network.loss(outputs_of(network), (tiny, Target.empty()))
@@ -169,7 +169,7 @@ def test_default_anchors_are_those_of_the_papers() -> None:
     assert [(a[1, 2] - a[1, 0]).item() for a in anchors] == [32, 64, 128, 256, 512]
 
 
-def test_default_anchors_of_a_map_pooled_from_the_whole_picture_are_refused() -> None:
+def test_default_anchors_of_a_map_pooled_from_the_whole_image_are_refused() -> None:
     """small_ssd with level_channels as its last width has maps of one width, the last of stride 0."""
     with pytest.raises(ConfigError, match=r"no default anchors .* Give 'head\.rpn\.anchors'"):
         build((8, 0), anchors=None)
@@ -188,7 +188,7 @@ def test_training_has_limits_of_its_own() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["objectness", "offsets"])
 def test_broken_outputs_show_in_the_losses(part: str, value: float) -> None:
-    """The loop stops at a loss that is not finite and names it and the pictures; no other error may come before."""
+    """The loop stops at a loss that is not finite and names it and the images; no other error may come before."""
     head = FasterRCNN((8, 8), STRIDES, 2, rpn={"anchors": ANCHORS, "samples": 10**6}, regions={"samples": 8})
     outputs = head(random_maps(0), Inputs(SIZE, SIZES))
     tensor = getattr(outputs.proposals, part).clone()
@@ -230,6 +230,6 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_values_out_of_range_are_refused_when_built(options: dict[str, Any], message: str) -> None:
-    """With the name of the option, not at the first picture."""
+    """With the name of the option, not at the first image."""
     with pytest.raises(ConfigError, match=message):
         build(**options)

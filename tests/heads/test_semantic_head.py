@@ -13,7 +13,7 @@ from detkit.registry import heads
 from detkit.structures import IGNORED_PIXEL, Target
 
 
-def truth_of(labels: torch.Tensor) -> Target:
+def target_of(labels: torch.Tensor) -> Target:
     return replace(Target.empty(), semantic=labels.to(torch.uint8))
 
 
@@ -26,15 +26,15 @@ def fcn(**options: object) -> torch.nn.Module:
 def test_the_loss_is_the_weighted_mean_over_pixels_that_count(seed: int, weights: list[float] | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, 3, 7, 5, generator=generator)
-    truth = torch.randint(0, 3, (2, 7, 5), generator=generator)
-    truth[torch.rand(truth.shape, generator=generator) < 0.3] = IGNORED_PIXEL
+    target = torch.randint(0, 3, (2, 7, 5), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.3] = IGNORED_PIXEL
     weight = None if weights is None else torch.tensor(weights)
     logits.requires_grad_()
-    found = pixel_loss(logits, truth, weight)
-    expected = F.cross_entropy(logits, truth, weight, ignore_index=IGNORED_PIXEL)
+    found = pixel_loss(logits, target, weight)
+    expected = F.cross_entropy(logits, target, weight, ignore_index=IGNORED_PIXEL)
     torch.testing.assert_close(found, expected)
     total, count = 0.0, 0.0
-    for logit, label in zip(logits.movedim(1, -1).reshape(-1, 3).tolist(), truth.flatten().tolist()):
+    for logit, label in zip(logits.movedim(1, -1).reshape(-1, 3).tolist(), target.flatten().tolist()):
         if label != IGNORED_PIXEL:
             one = 1.0 if weights is None else weights[label]
             total += one * (math.log(sum(map(math.exp, logit))) - logit[label])
@@ -55,15 +55,15 @@ def test_the_padding_of_a_batch_counts_neither_in_the_loss_nor_in_the_labels() -
     head = fcn()
     logits = torch.randn(2, 3, 16, 24)
     sizes = ((16, 24), (9, 13))
-    truths = (torch.randint(0, 3, (16, 24)), torch.randint(0, 3, (9, 13)))
+    targets = (torch.randint(0, 3, (16, 24)), torch.randint(0, 3, (9, 13)))
     outputs = SemanticOutputs(logits, sizes)
-    whole = head.loss(outputs, tuple(truth_of(truth) for truth in truths))["pixel"]
-    # a truth as large as the padded batch, with classes in the padding
+    whole = head.loss(outputs, tuple(target_of(target) for target in targets))["pixel"]
+    # a ground truth as large as the padded batch, with classes in the padding
     larger = torch.randint(0, 3, (16, 24))
-    larger[:9, :13] = truths[1]
-    assert head.loss(outputs, (truth_of(truths[0]), truth_of(larger)))["pixel"] == whole
+    larger[:9, :13] = targets[1]
+    assert head.loss(outputs, (target_of(targets[0]), target_of(larger)))["pixel"] == whole
     rows = torch.cat([logits[0].flatten(1), logits[1, :, :9, :13].flatten(1)], dim=1)
-    torch.testing.assert_close(whole, F.cross_entropy(rows.T, torch.cat([truth.flatten() for truth in truths])))
+    torch.testing.assert_close(whole, F.cross_entropy(rows.T, torch.cat([target.flatten() for target in targets])))
     found = head.decode(outputs)
     assert [tuple(item.labels.shape) for item in found] == list(sizes)
     assert torch.equal(found[1].labels.long(), logits[1, :, :9, :13].argmax(0))

@@ -38,16 +38,16 @@ def fully_connected(convolutions: nn.Sequential) -> nn.Sequential:
 )
 def test_one_pass_equals_every_crop(size: tuple[int, int], places: tuple[int, int]) -> None:
     """The network of the lectures on sliding windows: 14 x 14 pixels, a 5 x 5 convolution without padding, a pool of 2,
-    a window of 5 x 5 cells, and 400, 400 and 4 values. Pictures of 16 and 28 pixels have 2 x 2 and 8 x 8 windows."""
+    a window of 5 x 5 cells, and 400, 400 and 4 values. Images of 16 and 28 pixels have 2 x 2 and 8 x 8 windows."""
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.MaxPool2d(2))
     network = head(channels=(16,), strides=(2,), windows=[[5, 5]], width=400)
-    picture = torch.randn(2, 3, *size)
+    image = torch.randn(2, 3, *size)
     with torch.no_grad():
-        found = network([trunk(picture)], Inputs(size, (size,) * 2)).logits
+        found = network([trunk(image)], Inputs(size, (size,) * 2)).logits
         classifier = fully_connected(network.classifiers[0][0])  # type: ignore[index]
         crops = [
-            classifier(trunk(picture[:, :, top : top + 14, left : left + 14]))
+            classifier(trunk(image[:, :, top : top + 14, left : left + 14]))
             for top in range(0, 2 * places[0], 2)
             for left in range(0, 2 * places[1], 2)
         ]
@@ -86,15 +86,15 @@ def test_loss_equals_a_plain_loop(seed: int) -> None:
     boxes = torch.tensor([[3.0, 3, 34, 30], [30, 4, 96, 60], [40, 40, 50, 47]])
     targets = (Target(boxes, torch.tensor([1, 2, 0])), Target.empty())
     overlap = box_iou(raw.windows, boxes)
-    best = {int(index) for truth in overlap.T for index in (truth == truth.max()).nonzero()}
+    best = {int(index) for target in overlap.T for index in (target == target.max()).nonzero()}
     total = 0.0
     counted = positives = 0
     for index in range(len(raw.windows)):
-        value, truth = overlap[index].max(0)
+        value, target = overlap[index].max(0)
         total -= float(raw.logits[1, index].log_softmax(0)[0])
         counted += 1
         if value >= 0.5 or index in best:
-            total -= float(raw.logits[0, index].log_softmax(0)[1 + int(targets[0].labels[truth])])
+            total -= float(raw.logits[0, index].log_softmax(0)[1 + int(targets[0].labels[target])])
             positives += 1
         elif value < 0.3:
             total -= float(raw.logits[0, index].log_softmax(0)[0])
@@ -114,20 +114,20 @@ def random_outputs(network: SlidingWindow, seed: int = 0) -> SlidingWindowOutput
 
 
 def test_only_so_many_windows_are_sampled() -> None:
-    """Of each picture `samples`: the gradient reaches no other window."""
+    """Of each image `samples`: the gradient reaches no other window."""
     network = head(samples=12, positive_fraction=0.25)
     raw = random_outputs(network)
     raw.logits.requires_grad_()
-    truth = Target(torch.tensor([[3.0, 3, 34, 30], [30, 4, 96, 60]]), torch.tensor([1, 2]))
-    network.loss(raw, (truth, Target.empty()))["class"].backward()
+    target = Target(torch.tensor([[3.0, 3, 34, 30], [30, 4, 96, 60]]), torch.tensor([1, 2]))
+    network.loss(raw, (target, Target.empty()))["class"].backward()
     assert raw.logits.grad is not None
     assert raw.logits.grad.any(2).sum(1).tolist() == [12, 12]
-    # The gradient of the right class is negative: three of the first picture's are objects.
+    # The gradient of the right class is negative: three of the first image's are objects.
     assert (raw.logits.grad[0, :, 1:] < 0).any(1).sum() <= 3
     assert (raw.logits.grad[1, :, 0] < 0).sum() == 12
 
 
-def test_decoding_keeps_the_windows_of_each_class_inside_the_picture() -> None:
+def test_decoding_keeps_the_windows_of_each_class_inside_the_image() -> None:
     network = head(windows=[[2, 2]], nms_threshold=0.2)
     raw = random_outputs(network)
     logits = torch.full_like(raw.logits, -20.0)
@@ -142,7 +142,7 @@ def test_decoding_keeps_the_windows_of_each_class_inside_the_picture() -> None:
     show(0, [16, 8, 32, 24], 1, 23.0)  # overlaps it by a third: goes
     show(0, [16, 8, 32, 24], 2, 22.0)  # stays, being another class, though 23 leaves it little
     show(0, [32, 16, 64, 48], 0, 25.0)
-    show(1, [40, 32, 56, 48], 0, 25.0)  # the picture ends at 50 x 40
+    show(1, [40, 32, 56, 48], 0, 25.0)  # the image ends at 50 x 40
     show(1, [56, 0, 72, 16], 0, 30.0)  # in the padding
     found = network.decode(raw._replace(logits=logits))
     assert found[0].labels.tolist() == [0, 1, 2]
@@ -161,7 +161,7 @@ def test_a_map_smaller_than_a_window_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strides": (8, 0)}, "cannot slide over a map pooled from the whole picture"),
+        ({"strides": (8, 0)}, "cannot slide over a map pooled from the whole image"),
         ({"windows": []}, r"'head\.windows' must hold sizes"),
         ({"windows": [[2, 0]]}, r"of 1 cell at least, but is \[\[2, 0\]\]"),
         ({"samples": 0}, r"'head\.samples' must be at least 1"),
@@ -176,7 +176,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 
 def test_learns_where_a_pattern_is() -> None:
-    """A bright square of 32 pixels anywhere on a map of stride 8, and pictures without."""
+    """A bright square of 32 pixels anywhere on a map of stride 8, and images without."""
     torch.manual_seed(0)
     network = head(channels=(1,), strides=(8,), num_classes=1, windows=[[4, 4]], width=16)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)

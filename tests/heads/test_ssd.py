@@ -44,13 +44,13 @@ def test_loss_equals_a_plain_loop() -> None:
     class_loss = box_sum = 0.0
     positives = 0
     for index, anchor in enumerate(anchors):
-        truth = int(match.truth_index[index])
+        target = int(match.target_index[index])
         positive = bool(match.positive[index])
-        label = int(labels[truth]) + 1 if positive else 0
+        label = int(labels[target]) + 1 if positive else 0
         class_loss += float(F.cross_entropy(logits[0, index][None], torch.tensor([label])))
         if positive:
             positives += 1
-            wanted = encode(boxes[truth][None], anchor[None])[0]
+            wanted = encode(boxes[target][None], anchor[None])[0]
             box_sum += float((offsets[0, index] - wanted).abs().sum())
     assert positives >= 2
     assert float(mine["class"]) == pytest.approx(class_loss / positives, rel=1e-5)
@@ -77,16 +77,16 @@ def test_layouts_put_all_anchors_of_a_location_together() -> None:
 
 
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "giou", "diou", "ciou"])
-def test_box_losses_are_zero_at_the_truth_and_for_none(kind: Any) -> None:
+def test_box_losses_are_zero_at_the_target_and_for_none(kind: Any) -> None:
     anchors = torch.tensor([[0.0, 0, 20, 30], [10, 10, 50, 40]])
-    truth = encode(torch.tensor([[2.0, 3, 25, 30], [12, 8, 44, 44]]), anchors)
-    assert box_loss(truth, anchors, truth, kind).item() == pytest.approx(0, abs=1e-5)
-    assert box_loss(truth + 1, anchors, truth, kind).item() > 0.05
-    assert box_loss(truth[:0], anchors[:0], truth[:0], kind).item() == 0
+    target = encode(torch.tensor([[2.0, 3, 25, 30], [12, 8, 44, 44]]), anchors)
+    assert box_loss(target, anchors, target, kind).item() == pytest.approx(0, abs=1e-5)
+    assert box_loss(target + 1, anchors, target, kind).item() > 0.05
+    assert box_loss(target[:0], anchors[:0], target[:0], kind).item() == 0
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: Any) -> None:
+def test_overfits_eight_images(tiny: Any) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     experiment = tiny("--backbone", "{name: small_ssd}", "--input.size", "[96, 96]")
     torch.manual_seed(0)

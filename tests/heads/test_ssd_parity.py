@@ -1,4 +1,4 @@
-"""detkit's SSD300 against torchvision's own, with random weights and real pictures."""
+"""detkit's SSD300 against torchvision's own, with random weights and real images."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def converted(reference: nn.Module) -> Model:
 
 
 def photograph(height: int, width: int, seed: int) -> np.ndarray:
-    """A picture with structure at every scale, of any size."""
+    """An image with structure at every scale, of any size."""
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.random((1, 3, 9, 12), dtype=np.float32))
     smooth = nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
@@ -58,7 +58,7 @@ def test_same_boxes_labels_and_scores(reference: nn.Module, size: tuple[int, int
         mine, theirs = found.boxes[found.labels == label - 1], expected["boxes"][expected["labels"] == label]
         assert mine.shape == theirs.shape
         distance = (mine[:, None] - theirs[None]).abs().amax(-1)
-        # 0.001 pixels of the network's input of 300, which are more of a larger picture's own.
+        # 0.001 pixels of the network's input of 300, which are more of a larger image's own.
         tolerance = 1e-3 * max(300, *size) / 300
         assert distance.amin(0).max() < tolerance
         assert distance.amin(1).max() < tolerance
@@ -83,7 +83,7 @@ def both_losses(reference: nn.Module, targets: list[Target]) -> tuple[dict[str, 
 
 
 def test_same_losses(reference: nn.Module) -> None:
-    """Same matching, hard negatives and smooth L1: losses equal torchvision's on the same truths."""
+    """Same matching, hard negatives and smooth L1: losses equal torchvision's on the same ground truths."""
     for targets in ([Target(BOXES, LABELS)], [Target(BOXES, LABELS), Target(BOXES[:2], LABELS[1:])]):
         mine, theirs = both_losses(reference, targets)
         torch.testing.assert_close(mine["box"], theirs["box"], rtol=1e-4, atol=1e-5)

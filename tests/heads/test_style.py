@@ -39,7 +39,7 @@ def build(**options: Any) -> Style:
 
 
 @pytest.fixture
-def style_picture(tmp_path: Path) -> str:
+def style_image(tmp_path: Path) -> str:
     pixels = np.random.default_rng(0).integers(0, 255, (36, 48, 3), dtype=np.uint8)
     write_image(tmp_path / "style.png", pixels)
     return str(tmp_path / "style.png")
@@ -50,50 +50,50 @@ def gram(features: Tensor) -> Tensor:
     return torch.einsum("ap,bp->ab", flat, flat) / flat.numel()
 
 
-def test_losses_are_those_of_the_definitions(style_picture: str) -> None:
-    head = build(style_image=style_picture)
+def test_losses_are_those_of_the_definitions(style_image: str) -> None:
+    head = build(style_image=style_image)
     head.prepare()
     from PIL import Image
 
-    style = np.asarray(Image.open(style_picture).resize((24, 18), Image.Resampling.LANCZOS)).copy()
-    picture, content = torch.rand(1, 3, 32, 40), torch.rand(1, 3, 32, 40)
-    found = head.compare(picture, head.content_features(content))
+    style = np.asarray(Image.open(style_image).resize((24, 18), Image.Resampling.LANCZOS)).copy()
+    image, content = torch.rand(1, 3, 32, 40), torch.rand(1, 3, 32, 40)
+    found = head.compare(image, head.content_features(content))
 
     def maps(pixels: Tensor) -> list[Tensor]:
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         return head.network((pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
 
     of_style = maps(torch.from_numpy(style).permute(2, 0, 1)[None] / 255)
-    of_picture, of_content = maps(picture), maps(content)
-    torch.testing.assert_close(found["content"], 2 * (of_picture[2] - of_content[2]).square().mean())
+    of_image, of_content = maps(image), maps(content)
+    torch.testing.assert_close(found["content"], 2 * (of_image[2] - of_content[2]).square().mean())
     expected = sum(
-        weight * (gram(of_picture[index]) - gram(of_style[index])).square().mean()
+        weight * (gram(of_image[index]) - gram(of_style[index])).square().mean()
         for index, weight in ((0, 3.0), (1, 5.0))
     )
     torch.testing.assert_close(found["style"], expected)
-    down, right = (picture[:, :, 1:] - picture[:, :, :-1]).abs(), (picture[..., 1:] - picture[..., :-1]).abs()
+    down, right = (image[:, :, 1:] - image[:, :, :-1]).abs(), (image[..., 1:] - image[..., :-1]).abs()
     torch.testing.assert_close(found["variation"], 7 * 0.5 * (down.mean() + right.mean()))
 
 
-def test_the_content_itself_has_no_content_loss_and_the_style_itself_no_style_loss(style_picture: str) -> None:
-    head = build(style_image=style_picture, style_size=48)
+def test_the_content_itself_has_no_content_loss_and_the_style_itself_no_style_loss(style_image: str) -> None:
+    head = build(style_image=style_image, style_size=48)
     head.prepare()
     from PIL import Image
 
-    style = torch.from_numpy(np.asarray(Image.open(style_picture)).copy()).permute(2, 0, 1)[None] / 255
+    style = torch.from_numpy(np.asarray(Image.open(style_image)).copy()).permute(2, 0, 1)[None] / 255
     losses = head.compare(style, head.content_features(style))
     assert losses["content"] == 0
     assert float(losses["style"]) == pytest.approx(0, abs=1e-9)
 
 
-def test_only_the_network_that_paints_learns(style_picture: str) -> None:
-    head = build(style_image=style_picture).train()
+def test_only_the_network_that_paints_learns(style_image: str) -> None:
+    head = build(style_image=style_image).train()
     assert not any(parameter.requires_grad for parameter in head.network.parameters())
     assert all(parameter.requires_grad for parameter in head.painter.parameters())
 
 
-def test_a_picture_does_not_depend_on_its_padding_and_its_batch() -> None:
-    """Painted and compared alone, and in a batch of larger pictures."""
+def test_an_image_does_not_depend_on_its_padding_and_its_batch() -> None:
+    """Painted and compared alone, and in a batch of larger images."""
     head = build()
     small, large = torch.rand(1, 3, 33, 46), torch.rand(1, 3, 48, 64)
     padded = F.pad(small, (0, 18, 0, 15), value=0.5)
@@ -113,19 +113,19 @@ def test_a_picture_does_not_depend_on_its_padding_and_its_batch() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 14), (31, 17), (64, 48)])
-def test_pictures_keep_their_size(size: tuple[int, int]) -> None:
-    pictures = torch.rand(2, 3, *size)
+def test_images_keep_their_size(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
     network = StyleNetwork(width=4, blocks=2)
-    standardised = (pictures - pictures.mean((2, 3), keepdim=True)) / pictures.std((2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(network(pictures), standardised.sigmoid(), rtol=1e-3, atol=1e-3)
+    standardised = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(network(images), standardised.sigmoid(), rtol=1e-3, atol=1e-3)
     torch.nn.init.normal_(network.last.weight)
-    painted = network(pictures)
+    painted = network(images)
     assert painted.shape == (2, 3, *size)
     assert ((painted >= 0) & (painted <= 1)).all()
-    assert (painted - pictures).abs().mean() > 0.05
+    assert (painted - images).abs().mean() > 0.05
 
 
-def test_pictures_that_are_too_small_are_refused() -> None:
+def test_images_that_are_too_small_are_refused() -> None:
     head = build(network={"name": "vgg11", "layers": ["conv1_1", "conv5_1"]}, content_map=1, style_maps=[0, 1])
     with pytest.raises(DataError, match="12 x 20 pixels is too small for the loss network"):
         head.compare(torch.rand(1, 3, 20, 12), torch.zeros(1))
@@ -133,10 +133,10 @@ def test_pictures_that_are_too_small_are_refused() -> None:
         head([torch.rand(1, 3, 7, 12)], Inputs((7, 12), ((7, 12),)))
 
 
-def test_outputs_of_many_pictures_decode_without_their_padding() -> None:
+def test_outputs_of_many_images_decode_without_their_padding() -> None:
     outputs = StyleOutputs(torch.rand(2, 3, 10, 12), torch.rand(2, 3, 10, 12), ((8, 12), (10, 9)))
-    for found, picture, (height, width) in zip(build().decode(outputs), outputs.pictures, outputs.sizes):
-        assert torch.equal(found.image, picture[:, :height, :width])
+    for found, image, (height, width) in zip(build().decode(outputs), outputs.images, outputs.sizes):
+        assert torch.equal(found.image, image[:, :height, :width])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_outputs_of_many_pictures_decode_without_their_padding() -> None:
         ({"content_weight": -1.0}, r"'head\.content_weight' must be at least 0"),
         ({"width": 0}, r"'head\.width' must be at least 1"),
         ({"network": {"name": "vgg91"}}, "no backbone named 'vgg91'"),
-        ({"pciture": "a.jpg"}, r"Did you mean 'picture'"),
+        ({"pciture": "a.jpg"}, r"Did you mean 'image'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -164,14 +164,14 @@ def test_another_backbone_than_pixels_is_refused() -> None:
 
 
 def test_a_style_that_is_not_given_or_not_there_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"needs 'head\.picture'"):
+    with pytest.raises(ConfigError, match=r"needs 'head\.image'"):
         build().prepare()
     with pytest.raises(DataError, match=r"'nowhere\.jpg' does not exist"):
         build(style_image="nowhere.jpg").prepare()
 
 
-def test_learns_to_paint_one_picture(style_picture: str) -> None:
-    head = build(style_image=style_picture, width=8, content_weight=1.0, style_weights=[1.0, 1.0], variation_weight=0.0)
+def test_learns_to_paint_one_image(style_image: str) -> None:
+    head = build(style_image=style_image, width=8, content_weight=1.0, style_weights=[1.0, 1.0], variation_weight=0.0)
     head.prepare()
     contents = torch.rand(2, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     optimizer = torch.optim.Adam(head.painter.parameters(), 1e-2)

@@ -63,7 +63,7 @@ def test_what_cannot_be_unpooled_is_refused() -> None:
         built(encoder={"name": "resnet18"})
 
 
-def test_padding_of_pictures_is_the_encoders_mean() -> None:
+def test_padding_of_images_is_the_encoders_mean() -> None:
     from detkit.model import build_model
     from detkit.structures import ClassList
 

@@ -115,7 +115,9 @@ def test_losses_equal_plain_loops() -> None:
         generator = torch.Generator().manual_seed(seed)
         outputs = random_outputs(generator)
         if seed % 4 == 0:
-            outputs.coordinates[..., 2:] *= 0.01  # so small that no box overlaps its truth: the nearest one answers
+            outputs.coordinates[..., 2:] *= (
+                0.01  # so small that no box overlaps its ground truth: the nearest one answers
+            )
         targets = tuple(random_target(generator, count) for count in (seed % 7, 0 if seed % 5 == 0 else 3))
         mine = head.loss(outputs, targets)
         for name, value in plain_losses(outputs, targets).items():
@@ -134,7 +136,7 @@ def outputs_of_one(box: Tensor, confidence: float) -> YOLOv1Outputs:
 
 
 def test_decode() -> None:
-    """Score is confidence times probability; the box is cut to the picture inside the padding."""
+    """Score is confidence times probability; the box is cut to the image inside the padding."""
     found = make().decode(outputs_of_one(torch.tensor([0.5, 0.25, 0.5, 1.0]), 0.8))[0]
     torch.testing.assert_close(found.scores, torch.tensor([0.8, 0.4]))
     assert found.labels.tolist() == [2, 1]
@@ -195,7 +197,7 @@ def test_a_map_without_places_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: object) -> None:
+def test_overfits_eight_images(tiny: object) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     experiment = tiny(  # type: ignore[operator]
         "--backbone", "{name: darknet_tiny, levels: [4], widths: [8, 16, 32, 64, 64, 8, 8]}",

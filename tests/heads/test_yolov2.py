@@ -44,7 +44,7 @@ def random_target(generator: torch.Generator, count: int, difficult: float = 0.2
 
 
 def predict_near(outputs: GridOutputs, targets: tuple[Target, ...], generator: torch.Generator) -> None:
-    """Let all anchors of the cell of each image's first truth predict it, more or less."""
+    """Let all anchors of the cell of each image's first ground truth predict it, more or less."""
     for values, target in zip(outputs.values, targets):
         for left, top, right, bottom in target.boxes[:1].tolist():
             x, y = (left + right) / 2 / WIDTH * MAP[1], (top + bottom) / 2 / HEIGHT * MAP[0]
@@ -86,7 +86,7 @@ def plain_box(raw: list[float], column: int, row: int, anchor: list[float], size
 
 
 def plain_losses(outputs: GridOutputs, targets: tuple[Target, ...], rescore: bool) -> dict[str, float]:
-    """Darknet's region layer as loops over the truths, rows, columns and anchors."""
+    """Darknet's region layer as loops over the ground truths, rows, columns and anchors."""
     rows, columns = MAP
     sums = {"box": 0.0, "objectness": 0.0, "class": 0.0}
     for image, target in enumerate(targets):
@@ -151,7 +151,7 @@ def test_losses_equal_plain_loops(rescore: bool) -> None:
 
 
 def test_gradients_are_those_of_darknet() -> None:
-    """Of centres scale * (sigma - t) * sigma * (1 - sigma), of sides scale * (value - t), of classes p - truth."""
+    """Of centres scale * (sigma - t) * sigma * (1 - sigma), of sides scale * (value - t), of classes p - target."""
     head = make(rescore=False)
     outputs = random_outputs(torch.Generator().manual_seed(0), images=1)
     values = outputs.values.requires_grad_()
@@ -200,7 +200,7 @@ def test_huge_predictions_stay_finite() -> None:
     assert head.decode(outputs._replace(values=values.detach()))[0].boxes.isfinite().all()
 
 
-def test_a_truth_on_the_far_edge_has_a_place() -> None:
+def test_a_target_on_the_far_edge_has_a_place() -> None:
     target = Target(torch.tensor([[WIDTH, HEIGHT, WIDTH, HEIGHT], [0, 0, 0, 0.0]]).float(), torch.tensor([0, 1]))
     losses = make().loss(random_outputs(torch.Generator().manual_seed(0), 1), (target,))
     assert all(torch.isfinite(value) for value in losses.values())
@@ -273,7 +273,7 @@ def test_default_anchors_are_yolov2s() -> None:
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: object) -> None:
+def test_overfits_eight_images(tiny: object) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     experiment = tiny(  # type: ignore[operator]
         "--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [8, 16, 32, 64, 64, 8, 8]}",

@@ -50,8 +50,8 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def cross_entropy(raw: float, truth: float) -> float:
-    return -truth * math.log(sigmoid(raw)) - (1 - truth) * math.log(1 - sigmoid(raw))
+def cross_entropy(raw: float, target: float) -> float:
+    return -target * math.log(sigmoid(raw)) - (1 - target) * math.log(1 - sigmoid(raw))
 
 
 def overlap(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def best_anchor(box: list[float]) -> int:
 
 
 def plain_losses(outputs: GridOutputs, targets: tuple[Target, ...]) -> dict[str, float]:
-    """Darknet's yolo layers as loops over levels, rows, columns, anchors and truths."""
+    """Darknet's yolo layers as loops over levels, rows, columns, anchors and ground truths."""
     sums = {"box": 0.0, "objectness": 0.0, "class": 0.0}
     for image, target in enumerate(targets):
         truths, ignored = target.boxes.tolist(), target.ignored.tolist()
@@ -137,8 +137,8 @@ def test_nan_beside_a_crowd_alone_is_seen() -> None:
     assert make().loss(broken, (crowd,))["objectness"].isnan()
 
 
-def test_two_truths_at_one_place_are_two_classes_of_one_box() -> None:
-    """The later truth gives the box; the classes of both count, as each class is a question of its own."""
+def test_two_targets_at_one_place_are_two_classes_of_one_box() -> None:
+    """The later ground truth gives the box; the classes of both count, as each class is a question of its own."""
     outputs = random_outputs(torch.Generator().manual_seed(0), images=1)
     target = Target(torch.tensor([[10.0, 10, 22, 18], [11.0, 10, 23, 18]]), torch.tensor([0, 2]))
     losses = make().loss(outputs, (target,))
@@ -149,7 +149,7 @@ def test_two_truths_at_one_place_are_two_classes_of_one_box() -> None:
     assert losses == pytest.approx(plain_losses(outputs, (target,)), rel=1e-4)
 
 
-def test_each_truth_has_one_place_over_all_levels() -> None:
+def test_each_target_has_one_place_over_all_levels() -> None:
     """An object in the shape of an anchor trains the level of that anchor alone."""
     head = make()
     for index, (width, height) in enumerate(ANCHORS):
@@ -234,7 +234,7 @@ def test_wrong_options_of_the_neck(options: dict, strides: tuple, match: str) ->
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: object) -> None:
+def test_overfits_eight_images(tiny: object) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     experiment = tiny(  # type: ignore[operator]
         "--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [8, 16, 32, 64, 64, 8, 8]}",

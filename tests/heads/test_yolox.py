@@ -22,7 +22,7 @@ SIZES = (SIZE, (50, 90))
 
 
 def raw_outputs(seed: int = 0, classes: int = 3) -> YOLOXOutputs:
-    """Random outputs for two pictures, on maps of strides 8 and 16."""
+    """Random outputs for two images, on maps of strides 8 and 16."""
     random = torch.Generator().manual_seed(seed)
     head = YOLOX((4, 4), (8, 16), classes)
     blank = head.eval()([torch.zeros(2, 4, 8, 12), torch.zeros(2, 4, 4, 6)], Inputs(SIZE, SIZES))
@@ -61,9 +61,9 @@ def overlap(a: list[float], b: list[float]) -> float:
     return width * height / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height)
 
 
-def cross_entropy(logit: float, truth: float) -> float:
+def cross_entropy(logit: float, target: float) -> float:
     score = 1 / (1 + math.exp(-logit))
-    return -truth * math.log(score) - (1 - truth) * math.log(1 - score)
+    return -target * math.log(score) - (1 - target) * math.log(1 - score)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,11 +87,11 @@ def test_losses_equal_plain_loops(seed: int) -> None:
             if not positive:
                 continue
             positives += 1
-            truth = target.boxes[match.truth_index[cell]].tolist()
+            truth = target.boxes[match.target_index[cell]].tolist()
             iou = overlap(box, truth)
             expected["box"] += 5 * (1 - iou**2)
             for label, logit in enumerate(outputs.class_logits[image, cell].tolist()):
-                right = label == int(target.labels[match.truth_index[cell]])
+                right = label == int(target.labels[match.target_index[cell]])
                 expected["class"] += cross_entropy(logit, iou * right)
             stride, (x, y) = float(outputs.strides[cell]), outputs.corners[cell].tolist()
             wanted = [((truth[0] + truth[2]) / 2 - x) / stride, ((truth[1] + truth[3]) / 2 - y) / stride]
@@ -107,7 +107,7 @@ def test_losses_equal_plain_loops(seed: int) -> None:
     assert "l1" not in YOLOX((4, 4), (8, 16), 3).loss(outputs, targets)
 
 
-def test_offsets_of_the_truth_give_the_truth() -> None:
+def test_offsets_of_the_target_give_the_target() -> None:
     outputs = raw_outputs()
     boxes = torch.tensor([[5.0, 5, 30, 40]]).expand(outputs.offsets.shape[1], 4)
     positive = torch.zeros(outputs.objectness.shape, dtype=torch.bool)
@@ -174,8 +174,8 @@ def test_options_are_checked(options: dict[str, Any], match: str) -> None:
         heads.build({"name": "yolox", **options}, "head", channels=(8, 8), strides=(8, 16), num_classes=3)
 
 
-def test_a_map_of_the_whole_picture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no cells on a map pooled from the whole picture"):
+def test_a_map_of_the_whole_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no cells on a map pooled from the whole image"):
         YOLOX((8, 8), (8, 0), 3)
 
 
@@ -220,13 +220,13 @@ def test_trains_from_empty_and_full_images(tiny: Any, depthwise: bool) -> None:
 
 
 @pytest.mark.slow
-def test_overfits_eight_pictures(tiny: Any) -> None:
+def test_overfits_eight_images(tiny: Any) -> None:
     dataset = Shapes("train", train_count=8, size=96)
     model = small(tiny, 96, 0.33, 0.25)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     fitted = [model.fit(dataset[index]) for index in range(8)]
-    images = torch.stack([picture.image for picture in fitted])
-    targets = tuple(picture.target for picture in fitted)
+    images = torch.stack([image.image for image in fitted])
+    targets = tuple(image.target for image in fitted)
     for _ in range(200):
         losses = model.train().head.loss(model(images, ((96, 96),) * 8), targets)
         optimizer.zero_grad()

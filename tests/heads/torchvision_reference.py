@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def photograph() -> np.ndarray:
-    pictures = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
-    return np.ascontiguousarray(pictures.astronaut()[:400])
+    images = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
+    return np.ascontiguousarray(images.astronaut()[:400])
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -18,7 +18,7 @@ def as_tensor(image: np.ndarray) -> Tensor:
 
 
 def fit_norms(model: nn.Module) -> None:
-    """Batch norms that fit the picture: with those of a new network the values of 50 layers grow without bound."""
+    """Batch norms that fit the image: with those of a new network the values of 50 layers grow without bound."""
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.momentum = 1.0
     model.backbone.train()
@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, layers: dict[nn.Module, tuple[float, float]]) ->
 def counterparts(found: Any, expected: dict[str, Tensor]) -> Tensor:
     """For each detection the torchvision detection of its class that is nearest: close scores may swap places.
 
-    Scores count, too: boxes outside of the picture are cut to the same line on its border.
+    Scores count, too: boxes outside of the image are cut to the same line on its border.
     """
     distance = (found.boxes[:, None] - expected["boxes"][None]).abs().amax(-1)
     distance = distance + 1e3 * (found.scores[:, None] - expected["scores"][None]).abs()

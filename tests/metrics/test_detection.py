@@ -42,7 +42,7 @@ def random_boxes(rng: np.random.Generator, count: int) -> torch.Tensor:
 
 
 def jittered(rng: np.random.Generator, target: Target, num_classes: int, extra: int) -> Detections:
-    """Each truth found 0 to 2 times, moved by up to 15 % of its size; some labels wrong, and random boxes added.
+    """Each ground truth found 0 to 2 times, moved by up to 15 % of its size; some labels wrong, and random boxes added.
 
     Scores are in hundredths: ties within an image and between images are common.
     """
@@ -59,7 +59,7 @@ def jittered(rng: np.random.Generator, target: Target, num_classes: int, extra: 
 
 
 def random_case(seed: int, images: int = 25, num_classes: int = 4, difficult: float = 0.0) -> Case:
-    """Images without truths, without detections and with neither among them; the last class has no truth."""
+    """Images without targets, without detections and with neither among them; the last class has no target."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     detections, targets = [], []
@@ -90,13 +90,13 @@ def evaluate(case: Case, batch: int = 4) -> DetectionScores:
     return evaluator.compute()
 
 
-def reference(truth: dict, results: list[dict]) -> COCOeval:
+def reference(target: dict, results: list[dict]) -> COCOeval:
     """pycocotools on a COCO annotation file's content and a list of result records."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth_coco = COCO()
-        truth_coco.dataset = truth
-        truth_coco.createIndex()
-        evaluation = COCOeval(truth_coco, truth_coco.loadRes(results), "bbox")
+        target_coco = COCO()
+        target_coco.dataset = target
+        target_coco.createIndex()
+        evaluation = COCOeval(target_coco, target_coco.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -238,14 +238,14 @@ BOX = torch.tensor([[10.0, 10.0, 50.0, 50.0]])
 CAT = torch.tensor([0])
 
 
-def test_difficult_truths_are_neither_right_nor_wrong() -> None:
+def test_difficult_targets_are_neither_right_nor_wrong() -> None:
     boxes = torch.cat([BOX, BOX + 100])
     target = Target(boxes, torch.tensor([0, 0]), difficult=torch.tensor([False, True]))
-    # The detection on the difficult truth scores best: counted as wrong, it would halve the precision.
+    # The detection on the difficult ground truth scores best: counted as wrong, it would halve the precision.
     found = Detections(boxes, torch.tensor([0.5, 0.9]), torch.tensor([0, 0]))
     scores = one_image(target, found)
     assert (scores.coco["mAP"], scores.voc07, scores.voc12) == pytest.approx((1, 1, 1))
-    assert (scores.truths, scores.ignored, scores.detections) == (1, 1, 2)
+    assert (scores.targets, scores.ignored, scores.detections) == (1, 1, 2)
     # A small box inside the difficult object is wrong, where a crowd region would forgive it.
     inside = Detections(
         torch.cat([BOX, BOX[:, [0, 1, 0, 1]] + torch.tensor([100.0, 100, 110, 110])]), found.scores, CAT.repeat(2)
@@ -254,12 +254,12 @@ def test_difficult_truths_are_neither_right_nor_wrong() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_difficult_truths_as_pycocotools_with_their_flag_set(seed: int) -> None:
+def test_difficult_targets_as_pycocotools_with_their_flag_set(seed: int) -> None:
     class WithDifficult(COCOeval):
         def _prepare(self) -> None:
             super()._prepare()
-            for truths in self._gts.values():
-                for truth in truths:
+            for targets in self._gts.values():
+                for truth in targets:
                     truth["ignore"] = truth["iscrowd"] or truth["difficult"]
 
     case = random_case(seed + 50, difficult=0.3)
@@ -268,10 +268,10 @@ def test_difficult_truths_as_pycocotools_with_their_flag_set(seed: int) -> None:
     for annotation, flag in zip(content["annotations"], difficult):
         annotation["difficult"] = flag
     with contextlib.redirect_stdout(io.StringIO()):
-        truth_coco = COCO()
-        truth_coco.dataset = content
-        truth_coco.createIndex()
-        evaluation = WithDifficult(truth_coco, truth_coco.loadRes(all_results(case)), "bbox")
+        target_coco = COCO()
+        target_coco.dataset = content
+        target_coco.createIndex()
+        evaluation = WithDifficult(target_coco, target_coco.loadRes(all_results(case)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -286,15 +286,15 @@ def test_no_detections_score_zero_and_say_so() -> None:
     assert "nothing was detected" in scores.summary
 
 
-def test_no_truths_score_nan_and_say_so() -> None:
+def test_no_targets_score_nan_and_say_so() -> None:
     found = Detections(BOX, torch.tensor([0.9]), CAT)
     scores = one_image(Target.empty(), found)
     assert all(math.isnan(value) for value in [*scores.coco.values(), scores.voc07, scores.voc12])
     assert "no object" in scores.summary
-    assert (scores.images, scores.truths, scores.detections) == (1, 0, 1)
+    assert (scores.images, scores.targets, scores.detections) == (1, 0, 1)
 
 
-def test_neither_truths_nor_detections() -> None:
+def test_neither_targets_nor_detections() -> None:
     assert math.isnan(one_image(Target.empty(), Detections.empty()).coco["mAP"])
 
 
@@ -305,18 +305,18 @@ def test_no_image_at_all_is_an_error() -> None:
 
 def test_mistakes_are_named() -> None:
     evaluator = DetectionEvaluator(ClassList.from_names(["cat", "dog"]))
-    found, truth = Detections(BOX, torch.tensor([0.9]), CAT), Target(BOX, CAT)
-    evaluator.update([found], [truth], [meta_of(5)])
+    found, target = Detections(BOX, torch.tensor([0.9]), CAT), Target(BOX, CAT)
+    evaluator.update([found], [target], [meta_of(5)])
     with pytest.raises(DataError, match=r"image id 5 .* twice.*5\.jpg"):
-        evaluator.update([found], [truth], [meta_of(5)])
+        evaluator.update([found], [target], [meta_of(5)])
     with pytest.raises(ValueError, match="1 detections, 1 targets and 0 metas"):
-        evaluator.update([found], [truth], [])
+        evaluator.update([found], [target], [])
     with pytest.raises(ValueError, match=r"detection of image 6 .* label 2, .* 0 to 1: 0: cat"):
-        evaluator.update([Detections(BOX, torch.tensor([0.9]), CAT + 2)], [truth], [meta_of(6)])
-    with pytest.raises(DataError, match=r"truth of image 7 .* label -1"):
+        evaluator.update([Detections(BOX, torch.tensor([0.9]), CAT + 2)], [target], [meta_of(6)])
+    with pytest.raises(DataError, match=r"target of image 7 .* label -1"):
         evaluator.update([found], [Target(BOX, CAT - 1)], [meta_of(7)])
     with pytest.raises(ValueError, match=r"image 8 .* not finite"):
-        evaluator.update([Detections(BOX * math.nan, torch.tensor([0.9]), CAT)], [truth], [meta_of(8)])
+        evaluator.update([Detections(BOX * math.nan, torch.tensor([0.9]), CAT)], [target], [meta_of(8)])
     with pytest.raises(ValueError, match="above 10"):
         DetectionEvaluator(ClassList.from_names(["cat"]), max_detections=10)
     assert evaluator.compute().images == 1

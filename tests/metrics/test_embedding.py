@@ -23,11 +23,11 @@ def scored(vectors: torch.Tensor, labels: list[int]) -> EmbeddingScores:
     return evaluator.compute()
 
 
-def made_up(seed: int, pictures: int = 40, classes: int = 5, noise: float = 0.5) -> tuple[torch.Tensor, list[int]]:
+def made_up(seed: int, images: int = 40, classes: int = 5, noise: float = 0.5) -> tuple[torch.Tensor, list[int]]:
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 8, generator=generator)
-    labels = torch.randint(classes, (pictures,), generator=generator)
-    return F.normalize(centres[labels] + noise * torch.randn(pictures, 8, generator=generator)), labels.tolist()
+    labels = torch.randint(classes, (images,), generator=generator)
+    return F.normalize(centres[labels] + noise * torch.randn(images, 8, generator=generator)), labels.tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -60,7 +60,7 @@ def test_figures_are_those_of_rank_statistics_and_of_plain_loops(seed: int, nois
 
 @pytest.mark.parametrize("block", [1, 130])
 def test_blocks_of_any_size_give_the_same_figures(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, labels = made_up(0, pictures=17)
+    vectors, labels = made_up(0, images=17)
     whole = scored(vectors, labels)
     monkeypatch.setattr(module, "BLOCK", block)
     assert scored(vectors, labels) == whole
@@ -79,7 +79,7 @@ def test_equal_vectors_are_ties() -> None:
     assert found.accuracy == pytest.approx(0.5)
 
 
-def test_pictures_without_a_class_are_not_scored_and_nothing_to_compare_is_nan() -> None:
+def test_images_without_a_class_are_not_scored_and_nothing_to_compare_is_nan() -> None:
     vectors, labels = made_up(0)
     alone = scored(torch.cat((vectors, vectors[:3])), [*labels, -1, -1, -1])
     assert alone == scored(vectors, labels)

@@ -25,7 +25,7 @@ Case = tuple[list[Detections], list[Target], list[Meta], ClassList]
 
 
 def ellipses(rng: np.random.Generator, count: int, size: tuple[int, int]) -> np.ndarray:
-    """(count, H, W) bool of every size from a few pixels to beyond the picture."""
+    """(count, H, W) bool of every size from a few pixels to beyond the image."""
     rows, columns = np.mgrid[: size[0], : size[1]] + 0.5
     centre = rng.uniform(0, 1, (count, 2, 1, 1)) * np.array(size)[:, None, None]
     radius = np.exp(rng.uniform(0.7, 5, (count, 2, 1, 1)))
@@ -43,7 +43,7 @@ def boxes_of(masks: np.ndarray) -> torch.Tensor:
 
 
 def perturbed(rng: np.random.Generator, target: Target, num_classes: int, extra: int) -> Detections:
-    """Each truth found 0 to 2 times, shifted, with a part cut off; some labels wrong, ellipses added, scores tied."""
+    """Each target found 0 to 2 times, shifted, with a part cut off; some labels wrong, ellipses added, scores tied."""
     assert target.masks is not None
     masks = []
     chosen = np.repeat(np.arange(len(target)), rng.integers(0, 3, len(target)))
@@ -62,7 +62,7 @@ def perturbed(rng: np.random.Generator, target: Target, num_classes: int, extra:
 
 
 def random_case(seed: int, images: int = 12, num_classes: int = 3) -> Case:
-    """Images of different sizes, some without truths or detections, with crowds and areas that are not the masks'."""
+    """Images of different sizes, some without targets or detections, with crowds and areas that are not the masks'."""
     rng = np.random.default_rng(seed)
     detections, targets, metas = [], [], []
     for image_id in rng.permutation(100)[:images].tolist():
@@ -114,10 +114,10 @@ def reference(content: dict, case: Case, tmp_path: Path) -> COCOeval:
     records = [record for found, _, meta, _ in each(case) for record in coco_results(found, meta, case[3])]
     write_json(tmp_path / "results.json", [{k: v for k, v in r.items() if k != "bbox"} for r in records])
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = content
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
+        target = COCO()
+        target.dataset = content
+        target.createIndex()
+        evaluation = COCOeval(target, target.loadRes(str(tmp_path / "results.json")), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -125,7 +125,7 @@ def reference(content: dict, case: Case, tmp_path: Path) -> COCOeval:
 
 
 def each(case: Case) -> list[tuple[Detections, Target, Meta, ClassList]]:
-    return [(found, truth, meta, case[3]) for found, truth, meta in zip(*case[:3])]
+    return [(found, target, meta, case[3]) for found, target, meta in zip(*case[:3])]
 
 
 def assert_equal_figures(scores: DetectionScores, evaluation: COCOeval, classes: ClassList) -> None:
@@ -147,7 +147,7 @@ def test_equals_pycocotools(seed: int, tmp_path: Path) -> None:
     assert_equal_figures(scores, reference(annotation_file(case), case, tmp_path), case[3])
     assert scores.masks != scores.coco
     # Masks change nothing about the figures of the boxes.
-    without = [replace(found, masks=None) for found in case[0]], [replace(truth, masks=None) for truth in case[1]]
+    without = [replace(found, masks=None) for found in case[0]], [replace(target, masks=None) for target in case[1]]
     plain = evaluate((*without, *case[2:]))
     np.testing.assert_equal(plain.coco, scores.coco)
     assert plain.masks is None
@@ -194,9 +194,9 @@ LABEL = torch.tensor([0])
 BOX = torch.tensor([[0.0, 0.0, 40.0, 40.0]])
 
 
-def one_image(found: torch.Tensor | None, truth: torch.Tensor | None, **flags: torch.Tensor) -> DetectionScores:
+def one_image(found: torch.Tensor | None, target: torch.Tensor | None, **flags: torch.Tensor) -> DetectionScores:
     detections = Detections(BOX, torch.tensor([0.9]), LABEL, found)
-    return evaluate(([detections], [Target(BOX, LABEL, masks=truth, **flags)], [META], CLASSES))
+    return evaluate(([detections], [Target(BOX, LABEL, masks=target, **flags)], [META], CLASSES))
 
 
 def test_masks_and_boxes_are_scored_apart() -> None:
@@ -207,11 +207,11 @@ def test_masks_and_boxes_are_scored_apart() -> None:
     assert one_image(None, square()).decisive["mAP"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("found", "truth"), [(None, None), (None, square()), (square(), None)])
+@pytest.mark.parametrize(("found", "target"), [(None, None), (None, square()), (square(), None)])
 def test_without_masks_on_either_side_there_are_no_figures(
-    found: torch.Tensor | None, truth: torch.Tensor | None
+    found: torch.Tensor | None, target: torch.Tensor | None
 ) -> None:
-    scores = one_image(found, truth)
+    scores = one_image(found, target)
     assert scores.masks is None
     assert not any("mask" in name for name in scores.as_dict())
 
@@ -241,9 +241,11 @@ def test_masks_of_some_images_only_or_of_another_size_are_refused() -> None:
     metas = [META, replace(META, image_id=2)]
     with pytest.raises(ValueError, match="the detections of some images have masks"):
         evaluate(([with_mask, without], targets, metas, CLASSES))
-    with pytest.raises(ValueError, match="the truths of some images have masks"):
+    with pytest.raises(ValueError, match="the targets of some images have masks"):
         evaluate(([with_mask] * 2, [targets[0], Target(BOX, LABEL)], metas, CLASSES))
-    with pytest.raises(ValueError, match=r"image 1 \(1\.png\) have masks of \(90, 100\), the truths of \(100, 100\)"):
+    with pytest.raises(
+        ValueError, match=r"image 1 \(1\.png\) have masks of \(90, 100\), the ground truths of \(100, 100\)"
+    ):
         one_image(square()[:, :90], square())
 
 

@@ -17,17 +17,17 @@ CLASSES = ClassList(tuple("abcdef"), (0, 7, 3, 9, 90, 5))
 
 
 def maps(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Truths and predictions of three pictures; some classes in neither, some in one of them only."""
+    """Ground truths and predictions of three images; some classes in neither, some in one of them only."""
     random = np.random.default_rng(seed)
     allowed = random.choice(COUNT, int(random.integers(1, COUNT + 1)), replace=False)
     predicted = random.choice(COUNT, int(random.integers(1, COUNT + 1)), replace=False)
     pairs = []
     for _ in range(3):
         size = tuple(random.integers(1, 30, 2))
-        truth = random.choice(allowed, size).astype(np.uint8)
-        found = np.where(random.random(size) < 0.6, truth, random.choice(predicted, size)).astype(np.uint8)
-        truth[random.random(size) < 0.2] = IGNORED_PIXEL
-        pairs.append((torch.from_numpy(truth), torch.from_numpy(found)))
+        target = random.choice(allowed, size).astype(np.uint8)
+        found = np.where(random.random(size) < 0.6, target, random.choice(predicted, size)).astype(np.uint8)
+        target[random.random(size) < 0.2] = IGNORED_PIXEL
+        pairs.append((torch.from_numpy(target), torch.from_numpy(found)))
     return pairs
 
 
@@ -42,19 +42,19 @@ def scored(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> SegmentationEvalua
 @pytest.mark.parametrize("seed", range(40))
 def test_figures_equal_torchmetrics(seed: int) -> None:
     pairs = maps(seed)
-    truth = torch.cat([truth.flatten() for truth, _ in pairs]).long()
+    target = torch.cat([target.flatten() for target, _ in pairs]).long()
     found = torch.cat([found.flatten() for _, found in pairs]).long()
     scores = scored(pairs).compute()
     options = {"num_classes": COUNT, "ignore_index": IGNORED_PIXEL}
-    assert torch.equal(scores.confusion, MulticlassConfusionMatrix(**options)(found, truth))
+    assert torch.equal(scores.confusion, MulticlassConfusionMatrix(**options)(found, target))
     present = (scores.confusion.sum(0) + scores.confusion.sum(1)) > 0
-    theirs = MulticlassJaccardIndex(**options, average="none")(found, truth).double()
+    theirs = MulticlassJaccardIndex(**options, average="none")(found, target).double()
     torch.testing.assert_close(scores.iou[present], theirs[present], rtol=1e-6, atol=1e-7)
     figures = scores.as_dict()
     assert figures["mIoU"] == pytest.approx(theirs[present].mean().item(), rel=1e-5)
-    micro = MulticlassAccuracy(**options, average="micro")(found, truth)
+    micro = MulticlassAccuracy(**options, average="micro")(found, target)
     assert figures["pixel_accuracy"] == pytest.approx(micro.item(), rel=1e-5)
-    recall = MulticlassAccuracy(**options, average="none")(found, truth).double()
+    recall = MulticlassAccuracy(**options, average="none")(found, target).double()
     occurs = scores.confusion.sum(1) > 0
     assert figures["mean_accuracy"] == pytest.approx(recall[occurs].mean().item(), rel=1e-5)
 
@@ -65,8 +65,8 @@ def test_iou_is_that_of_plain_sets_of_pixels(seed: int) -> None:
     scores = scored(pairs).compute()
     for label in range(COUNT):
         intersection = union = 0
-        for truth, found in pairs:
-            for a, b in zip(truth.flatten().tolist(), found.flatten().tolist()):
+        for target, found in pairs:
+            for a, b in zip(target.flatten().tolist(), found.flatten().tolist()):
                 if a != IGNORED_PIXEL:
                     intersection += a == label and b == label
                     union += a == label or b == label
@@ -75,9 +75,9 @@ def test_iou_is_that_of_plain_sets_of_pixels(seed: int) -> None:
 
 
 def test_a_class_that_is_absent_has_no_figure_and_one_predicted_in_vain_counts_as_0() -> None:
-    truth = torch.tensor([[0, 0, 1, 1]], dtype=torch.uint8)
+    target = torch.tensor([[0, 0, 1, 1]], dtype=torch.uint8)
     found = torch.tensor([[0, 0, 1, 2]], dtype=torch.uint8)
-    figures = scored([(truth, found)]).compute().as_dict()
+    figures = scored([(target, found)]).compute().as_dict()
     assert figures["IoU/a"] == 1
     assert figures["IoU/b"] == 0.5
     assert figures["IoU/c"] == 0
@@ -88,16 +88,16 @@ def test_a_class_that_is_absent_has_no_figure_and_one_predicted_in_vain_counts_a
 
 
 def test_nothing_but_ignored_pixels_has_no_figures() -> None:
-    truth = torch.full((2, 2), IGNORED_PIXEL, dtype=torch.uint8)
-    figures = scored([(truth, torch.zeros(2, 2, dtype=torch.uint8))]).compute().as_dict()
+    target = torch.full((2, 2), IGNORED_PIXEL, dtype=torch.uint8)
+    figures = scored([(target, torch.zeros(2, 2, dtype=torch.uint8))]).compute().as_dict()
     assert all(math.isnan(figures[name]) for name in ("mIoU", "pixel_accuracy", "mean_accuracy", "IoU/a"))
     assert figures["pixels"] == 0
 
 
 def test_one_class_everywhere_is_remarked() -> None:
-    truth = torch.tensor([[0, 1]], dtype=torch.uint8)
-    assert scored([(truth, torch.zeros_like(truth))]).compute().remark == "every pixel was taken for a"
-    assert scored([(truth, truth)]).compute().remark == ""
+    target = torch.tensor([[0, 1]], dtype=torch.uint8)
+    assert scored([(target, torch.zeros_like(target))]).compute().remark == "every pixel was taken for a"
+    assert scored([(target, target)]).compute().remark == ""
 
 
 def test_results_are_run_lengths_of_the_classes_found() -> None:
@@ -111,9 +111,9 @@ def test_results_are_run_lengths_of_the_classes_found() -> None:
     assert (mask == (found == 4).numpy()).all()
 
 
-def test_truths_and_predictions_that_do_not_go_together_are_refused() -> None:
+def test_targets_and_predictions_that_do_not_go_together_are_refused() -> None:
     zeros = torch.zeros(2, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"0\.jpg: the truth is \(2, 2\), the prediction \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"0\.jpg: the target is \(2, 2\), the prediction \(3, 2\)"):
         scored([(zeros, torch.zeros(3, 2, dtype=torch.uint8))])
     with pytest.raises(ValueError, match="there are 2 classes, but a pixel is 3"):
         confusion_matrix(zeros + 3, zeros, 2)

@@ -18,7 +18,7 @@ def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
-def test_a_picture_is_computed_once(tmp_path: Path) -> None:
+def test_an_image_is_computed_once(tmp_path: Path) -> None:
     Grid.calls.clear()
     first = ProposalCache(Grid(), tmp_path)
     assert [first.get(picture(), name)[1] for name in ("a", "b", 3)] == ["computed", "cached", "cached"]
@@ -88,11 +88,11 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["source.txt"]
 
 
-def test_threads_may_ask_for_the_same_picture_at_once(tmp_path: Path) -> None:
+def test_threads_may_ask_for_the_same_image_at_once(tmp_path: Path) -> None:
     cache = ProposalCache(Grid(), tmp_path)
-    pictures = [picture(seed=number % 5) for number in range(100)]
+    images = [picture(seed=number % 5) for number in range(100)]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda image: cache.get(image, "a"), pictures))
+        results = list(pool.map(lambda image: cache.get(image, "a"), images))
     assert all(torch.equal(found, grid(20, 30)) for found, _ in results)
     outcomes = Counter(outcome for _, outcome in results)
     assert outcomes["broken"] == 0

@@ -65,7 +65,7 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     with_proposals(dataset(2), options, "val", "validation")
     capsys.readouterr()
     proposed = with_proposals(data, options, "val", "validation")
-    mean = f"mean {16 * (6 - without) / 6:.0f} proposals a picture, {without} pictures without"
+    mean = f"mean {16 * (6 - without) / 6:.0f} proposals an image, {without} images without"
     assert capsys.readouterr().out == f"proposals  validation: 4 computed, 2 from the cache, {mean}\n"
     files = sorted(tmp_path.rglob("*.boxes"))
     assert len(files) == 6
@@ -82,11 +82,11 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == ""
 
 
-def test_a_picture_that_cannot_be_read_stops_the_computation(toys: None, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_stops_the_computation(toys: None, tmp_path: Path) -> None:
     class Broken(Shapes):
         def __getitem__(self, index: int) -> Any:
             if index == 3:
-                raise DataError("The picture 'x' is cut off.")
+                raise DataError("The image 'x' is cut off.")
             return super().__getitem__(index)
 
     proposed = ProposalDataset(Broken("val", val_count=40, size=64), Grid(), tmp_path)
@@ -103,7 +103,7 @@ def test_training_with_workers_and_a_resumed_run(
 ) -> None:
     whole = train(regions("--train.epochs", "3"))
     output = capsys.readouterr().out
-    assert "training: 12 computed, 0 from the cache, mean 16 proposals a picture, 0 pictures without\n" in output
+    assert "training: 12 computed, 0 from the cache, mean 16 proposals an image, 0 images without\n" in output
     assert "validation: 6 computed" in output
     for inputs in RegionHead.seen:
         assert inputs.proposals is not None
@@ -157,9 +157,7 @@ def test_mixed_precision_keeps_proposals_exact_and_holds_in_the_loss(regions: Re
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "short_side"])
-def test_a_source_sees_the_picture_itself_and_its_boxes_go_with_it(
-    regions: Regions, resize: str, tmp_path: Path
-) -> None:
+def test_a_source_sees_the_image_itself_and_its_boxes_go_with_it(regions: Regions, resize: str, tmp_path: Path) -> None:
     model = build_model(regions("--input.resize", resize, "--input.size", "[96, 160]"), dataset().classes)
     predictor = Predictor(model, "cpu")
     picture = np.random.default_rng(0).integers(0, 255, (40, 100, 3), dtype=np.uint8)
@@ -240,16 +238,16 @@ def test_evaluation_and_prediction_take_another_source(
     regions: Regions, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(regions("--train.epochs", "1", "--proposals", f"{{name: file, path: '{files}'}}"))
-    picture = tmp_path / "picture.png"
-    Image.fromarray(dataset()[0].image).save(picture)
-    with pytest.raises(ConfigError, match=r"'file' knows the pictures of a data set only.*--proposals"):
+    image = tmp_path / "image.png"
+    Image.fromarray(dataset()[0].image).save(image)
+    with pytest.raises(ConfigError, match=r"'file' knows the images of a data set only.*--proposals"):
         detkit.load(folder.last, "cpu")
-    assert len(detkit.load(folder.last, "cpu", {"name": "grid"}).predict(picture, conf=0.0)) == 16
-    with pytest.raises(ConfigError, match="new pictures are not kept"):
+    assert len(detkit.load(folder.last, "cpu", {"name": "grid"}).predict(image, conf=0.0)) == 16
+    with pytest.raises(ConfigError, match="new images are not kept"):
         detkit.load(folder.last, "cpu", {"name": "grid", "cache": "there"})
-    infer = ["infer", str(folder.last), "--source", str(picture), "--output", str(tmp_path / "out"), "--conf", "0"]
+    infer = ["infer", str(folder.last), "--source", str(image), "--output", str(tmp_path / "out"), "--conf", "0"]
     assert main(infer) == 1
-    assert "knows the pictures of a data set only" in capsys.readouterr().err
+    assert "knows the images of a data set only" in capsys.readouterr().err
     assert main([*infer, "--proposals", "{name: grid, side: 32}"]) == 0
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 4
     assert main(["eval", str(folder.last), "--train.device", "cpu"]) == 0

@@ -14,29 +14,29 @@ from detkit.errors import ConfigError, DataError
 from detkit.structures import ClassList, Meta, Sample, Target
 
 
-class Pictures(Dataset):
-    """Black pictures with the ids and sizes that are given."""
+class Images(Dataset):
+    """Black images with the ids and sizes that are given."""
 
     def __init__(self, sizes: dict[int | str, tuple[int, int]]) -> None:
         self.classes, self.fields = ClassList.from_names(["a"]), frozenset({"boxes", "labels"})
-        self.problems = Problems("the pictures", "fail")
-        self.pictures = list(sizes.items())
+        self.problems = Problems("the images", "fail")
+        self.images = list(sizes.items())
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        image_id, size = self.pictures[index]
+        image_id, size = self.images[index]
         return Sample(np.zeros((*size, 3), np.uint8), Target.empty(), Meta(image_id, str(image_id), size))
 
     def target(self, index: int) -> Target:
         return Target.empty()
 
     def size(self, index: int) -> tuple[int, int]:
-        return self.pictures[index][1]
+        return self.images[index][1]
 
 
-DATA = Pictures({7: (40, 60), "b": (30, 30)})
+DATA = Images({7: (40, 60), "b": (30, 30)})
 
 
 def box(image_id: Any, values: list[Any], score: Any = 0.5) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_the_best_come_first_and_equal_ones_in_the_order_of_the_file(path: Path,
 
 def test_many_images_equal_a_plain_loop(path: Path) -> None:
     random = np.random.default_rng(0)
-    data = Pictures(dict.fromkeys(range(40), (50, 70)))
+    data = Images(dict.fromkeys(range(40), (50, 70)))
     entries = [
         box(int(number), [*random.uniform(0, 40, 2).tolist(), *random.uniform(1, 10, 2).tolist()], round(score, 1))
         for number, score in zip(random.integers(0, 40, 3000), random.uniform(0, 1, 3000))
@@ -98,7 +98,7 @@ def test_many_images_equal_a_plain_loop(path: Path) -> None:
         assert torch.equal(torch.tensor(proposals(source, index, data)), expected)
 
 
-def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
+def test_boxes_are_cut_to_their_image_and_counted(path: Path) -> None:
     entries = [
         box(7, [-5, -5, 20, 20], 0.9),
         box(7, [100, 0, 5, 5], 0.8),
@@ -120,7 +120,7 @@ def test_boxes_are_cut_to_their_picture_and_counted(path: Path) -> None:
     assert proposals(second, 0) == [[50, 30, 60, 40]]
 
 
-def test_a_listed_picture_may_have_none(path: Path) -> None:
+def test_a_listed_image_may_have_none(path: Path) -> None:
     source = FileProposals(write(path, {"images": IMAGES, "proposals": GOOD[:1]}), "val")
     assert "1 image without" in source.check(DATA)
     assert proposals(source, 1) == []
@@ -143,7 +143,7 @@ def test_a_listed_picture_may_have_none(path: Path) -> None:
         ),
     ],
 )
-def test_a_file_of_other_pictures_is_refused(path: Path, content: Any, message: str) -> None:
+def test_a_file_of_other_images_is_refused(path: Path, content: Any, message: str) -> None:
     source = FileProposals(write(path, content), "val")
     with pytest.raises(DataError, match=message) as caught:
         source.check(DATA)
@@ -213,7 +213,7 @@ def test_files_that_are_none_are_named(path: Path, tmp_path: Path) -> None:
         FileProposals(write(path, GOOD), "val", count=0)
 
 
-def test_a_picture_that_was_not_checked_is_refused(path: Path) -> None:
+def test_an_image_that_was_not_checked_is_refused(path: Path) -> None:
     source = FileProposals(write(path, GOOD), "val")
     with pytest.raises(DataError, match="has none for the image 99"):
         source(np.zeros((5, 5, 3), np.uint8), 99)

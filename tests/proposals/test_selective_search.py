@@ -1,4 +1,4 @@
-"""Selective search against plain references, on odd pictures, and on real ones."""
+"""Selective search against plain references, on odd images, and on real ones."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -274,23 +274,23 @@ def check_proposals(proposals, height, width):
 
 @pytest.mark.parametrize("mode", ["fast", "quality"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 40), (40, 1), (2, 2), (3, 50), (33, 47)])
-def test_pictures_of_any_size(mode, size):
+def test_images_of_any_size(mode, size):
     proposals = selective_search(noise(1, *size), mode, min_side=1)
     check_proposals(proposals, *size)
     assert [0, 0, size[1], size[0]] in proposals.tolist()
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_a_picture_of_one_colour_has_one_region(value):
+def test_an_image_of_one_colour_has_one_region(value):
     image = np.full((50, 60, 3), value, dtype=np.uint8)
     assert selective_search(image).tolist() == [[0, 0, 60, 50]]
 
 
-def test_a_picture_below_the_least_side_has_no_proposals():
+def test_an_image_below_the_least_side_has_no_proposals():
     assert selective_search(noise(0, 4, 50)).shape == (0, 4)
 
 
-def test_a_grey_picture():
+def test_a_grey_image():
     grey = noise(2, 80, 90, 1).repeat(3, axis=2)
     proposals = selective_search(grey)
     check_proposals(proposals, 80, 90)
@@ -314,7 +314,7 @@ def test_a_rectangle_is_found(mode, box, colours):
     assert pairwise_iou(torch.tensor([box], dtype=torch.float32), proposals[:10]).max() > 0.95
 
 
-def test_the_same_picture_gives_the_same_proposals_in_any_thread_and_memory():
+def test_the_same_image_gives_the_same_proposals_in_any_thread_and_memory():
     source = SelectiveSearch()
     images = [noise(seed, 90 + seed, 120) for seed in range(4)]
     expected = [source(image) for image in images]
@@ -325,7 +325,7 @@ def test_the_same_picture_gives_the_same_proposals_in_any_thread_and_memory():
     assert torch.equal(source(flipped[:, ::-1]), expected[0])
 
 
-def test_a_huge_picture_is_shrunk():
+def test_a_huge_image_is_shrunk():
     image = np.kron(noise(4, 300, 400), np.ones((10, 10, 1), dtype=np.uint8))
     assert image.shape == (3000, 4000, 3)
     proposals = SelectiveSearch(longest_side=320, min_side=1)(image)
@@ -412,8 +412,8 @@ def test_options_out_of_range(options, message):
 @pytest.mark.parametrize(
     "image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8), np.zeros((3, 5, 5))]
 )
-def test_pictures_of_another_kind(image):
-    with pytest.raises(DataError, match=r"picture 'x\.jpg' must be"):
+def test_images_of_another_kind(image):
+    with pytest.raises(DataError, match=r"image 'x\.jpg' must be"):
         SelectiveSearch()(image, "x.jpg")
 
 

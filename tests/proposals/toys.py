@@ -14,7 +14,7 @@ from detkit.structures import Detections, Inputs, Target
 
 
 class Grid(ProposalSource):
-    """Squares side by side, row by row; none at all for a picture whose first pixel is darker than `darkest`."""
+    """Squares side by side, row by row; none at all for an image whose first pixel is darker than `darkest`."""
 
     calls: ClassVar[list[tuple[int, int]]] = []
 

@@ -1,4 +1,4 @@
-"""What surrounds classifiers: refused data, lines for people, pictures, and whole runs by the command line."""
+"""What surrounds classifiers: refused data, lines for people, images, and whole runs by the command line."""
 
 import json
 from collections.abc import Callable
@@ -40,11 +40,11 @@ def test_the_best_guesses_are_described() -> None:
 
 
 @pytest.mark.parametrize("size", [(40, 30), (400, 600)])
-def test_guesses_stand_below_the_picture_whatever_its_size(size: tuple[int, int]) -> None:
+def test_guesses_stand_below_the_image_whatever_its_size(size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     before = image.copy()
     plain = draw_classification(image, prediction(0.6, 0.3, 0.1))
-    judged = draw_classification(image, prediction(0.6, 0.3, 0.1), [0], "truth: RBC")
+    judged = draw_classification(image, prediction(0.6, 0.3, 0.1), [0], "ground truth: RBC")
     assert np.array_equal(image, before)
     for drawn in (plain, judged, draw_classes(image, NAMES), draw_classes(image, [])):
         left = (drawn.shape[1] - size[1]) // 2
@@ -58,9 +58,9 @@ def test_guesses_stand_below_the_picture_whatever_its_size(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("count", [2, 15, 90])
-def test_a_confusion_matrix_is_a_picture_of_any_number_of_classes(count: int) -> None:
+def test_a_confusion_matrix_is_an_image_of_any_number_of_classes(count: int) -> None:
     confusion = np.random.default_rng(0).integers(0, 9, (count, count))
-    confusion[0] = 0  # no picture of this class
+    confusion[0] = 0  # no image of this class
     drawn = draw_confusion(confusion, [f"class {label}" for label in range(count)])
     assert drawn.dtype == np.uint8
     assert drawn.shape[2] == 3
@@ -81,12 +81,12 @@ def test_data_without_any_class_are_refused() -> None:
         def target(self, index: int) -> Target:
             return replace(Target.empty(), image_labels=torch.zeros(0, dtype=torch.int64))
 
-    with pytest.raises(DataError, match="No picture of the split 'val' has a class"):
+    with pytest.raises(DataError, match="No image of the split 'val' has a class"):
         task.check_data(Empty([1, 2]), "val")
 
 
-def test_mixed_pictures_have_no_class(tiny: Any) -> None:
-    with pytest.raises(ConfigError, match=r"mixes pictures .*random_resized_crop"):
+def test_mixed_images_have_no_class(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match=r"mixes images .*random_resized_crop"):
         train(tiny(*CROPS, "--head", "{name: classify}", "--augment", "[{name: mosaic}]"))
 
 
@@ -124,7 +124,7 @@ def test_train_then_eval_then_infer(run: Callable[..., str], tiny_config: Path, 
     output = run("train", tiny_config, "--data", data, *CLASSIFY, "--backbone", "{name: lenet}", "--train.epochs", "6")
     folder = tmp_path / "runs" / "classify" / "tiny"
     assert "top1 1.000" in output
-    assert (folder / "pictures" / "confusion_matrix.png").is_file()
+    assert (folder / "images" / "confusion_matrix.png").is_file()
     output = run("eval", folder, "--save-json", tmp_path / "found.json")
     assert "8 classifications" in output
     assert "true class (row)" in output
@@ -142,5 +142,5 @@ def test_classes_of_detection_data_are_learnt_without_boxes(tiny: Any) -> None:
     folder = train(tiny("--head", "{name: classify, multi_label: true}", "--augment", "[{name: flip}]"))
     header = folder.metrics.read_text().splitlines()[0]
     assert header.endswith("mAP,mean_F1")
-    assert not (folder.pictures / "confusion_matrix.png").exists()
-    assert len(list(folder.pictures.glob("val_*.jpg"))) == 6
+    assert not (folder.images / "confusion_matrix.png").exists()
+    assert len(list(folder.images.glob("val_*.jpg"))) == 6

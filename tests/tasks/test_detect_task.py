@@ -98,7 +98,7 @@ def test_data_without_an_object_that_counts_are_refused(monkeypatch: pytest.Monk
         Detect().check_data(dataset, "val")
 
 
-def test_a_target_keeps_what_is_of_the_picture_when_objects_are_chosen() -> None:
+def test_a_target_keeps_what_is_of_the_image_when_objects_are_chosen() -> None:
     target = replace(
         Target(torch.tensor([[0.0, 0, 9, 9], [0, 0, 5, 5]]), torch.tensor([0, 1])),
         points=torch.zeros(2, 3, 2),

@@ -41,7 +41,7 @@ def test_labels_of_another_size_are_those_of_the_interpolated_logits(seed: int, 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "short_side", "crop"])
 def test_a_map_returns_to_the_pixels_of_its_source(resize: Any) -> None:
-    """A step edge in the network's logits is found where it is in the picture."""
+    """A step edge in the network's logits is found where it is in the image."""
     size = (90, 120)
     fit = Fit((64, 96), resize)
     semantic = torch.zeros(size, dtype=torch.uint8)
@@ -115,28 +115,28 @@ def test_a_run_trains_evaluates_and_predicts_from_the_command_line(
     assert main(["train", str(config)]) == 0
     run = tmp_path / "runs" / "segment" / "tiny"
     assert "mIoU" in (run / "metrics.csv").read_text().splitlines()[0]
-    assert (run / "pictures" / "training_batch.jpg").is_file()
-    assert (run / "pictures" / "val_00000.jpg").is_file()
+    assert (run / "images" / "training_batch.jpg").is_file()
+    assert (run / "images" / "val_00000.jpg").is_file()
     records = tmp_path / "val.json"
     assert main(["eval", str(run), "--save-json", str(records)]) == 0
     assert "mean over classes" in capsys.readouterr().out
     assert {item["image_id"] for item in json.loads(records.read_text())} == {0, 1, 2, 3}
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name, size in (("7.png", (150, 90)), ("small.png", (20, 30))):
         noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(noise).save(pictures / name)
+        Image.fromarray(noise).save(images / name)
     output = tmp_path / "out"
-    assert main(["infer", str(run), "--source", str(pictures), "--output", str(output)]) == 0
+    assert main(["infer", str(run), "--source", str(images), "--output", str(output)]) == 0
     with Image.open(output / "labels" / "7.png") as labels:
         assert labels.mode == "P"
         assert labels.size == (150, 90)
         assert np.asarray(labels).max() < 5
-    assert (output / "pictures" / "small.jpg").is_file()
+    assert (output / "images" / "small.jpg").is_file()
     found = json.loads((output / "predictions.json").read_text())
     assert sum(item["fraction"] for item in found if item["image_id"] == 7) == pytest.approx(1, abs=1e-4)
     assert all(item["segmentation"]["size"] == [90, 150] for item in found if item["image_id"] == 7)
-    assert main(["infer", str(run), "--source", str(pictures), "--conf", "0.5"]) == 1
+    assert main(["infer", str(run), "--source", str(images), "--conf", "0.5"]) == 1
     assert "'conf' has no use for this model" in capsys.readouterr().err
 
 

@@ -55,32 +55,31 @@ def pairwise(boxes_a, boxes_b, iou):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def best_overlaps(anchors, truths, row, bits):  # type: ignore[no-untyped-def]
-    """The largest IoU of each anchor and of each truth, in one pass over tiles of anchors.
+def best_overlaps(anchors, targets, row, bits):  # type: ignore[no-untyped-def]
+    """The largest IoU of each anchor and of each ground truth, in one pass over tiles of anchors.
 
     Args:
         anchors: columns of A boxes.
-        truths: columns of N boxes.
+        targets: columns of N boxes.
         row: (T,) scratch of their dtype; a tile is T anchors.
         bits: the memory of `row` as integers of the same width.
 
-    Returns:
-        Largest IoU of each anchor (A,), and the first truth that has it (A,) integers; the bits of the largest IoU
-        of each truth (N,), the first anchor that has it (N,), and the end of the last tile with such an anchor (N,).
-        Where all IoUs are 0 the first is 0.
+    Returns: Largest IoU of each anchor (A,), and the first ground truth that has it (A,) integers; the bits of the
+        largest IoU of each ground truth (N,), the first anchor that has it (N,), and the end of the last tile with such
+        an anchor (N,). Where all IoUs are 0 the first is 0.
     """
     lefts, tops, rights, bottoms, areas = anchors
-    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
-    count, truth_count = len(lefts), len(lefts_t)
-    anchor_iou, anchor_truth = np.zeros(count, row.dtype), np.zeros(count, bits.dtype)
-    truth_bits = np.zeros(truth_count, bits.dtype)
-    truth_anchor, truth_end = np.zeros(truth_count, np.int64), np.zeros(truth_count, np.int64)
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
+    count, target_count = len(lefts), len(lefts_t)
+    anchor_iou, anchor_target = np.zeros(count, row.dtype), np.zeros(count, bits.dtype)
+    target_bits = np.zeros(target_count, bits.dtype)
+    target_anchor, target_end = np.zeros(target_count, np.int64), np.zeros(target_count, np.int64)
     for begin in range(0, count, len(row)):
         end = min(begin + len(row), count)
         size = end - begin
         left, top = _smallest(lefts[begin:end]), _smallest(tops[begin:end])
         right, bottom = _largest(rights[begin:end]), _largest(bottoms[begin:end])
-        for n in range(truth_count):
+        for n in range(target_count):
             if lefts_t[n] >= right or rights_t[n] <= left or tops_t[n] >= bottom or bottoms_t[n] <= top:
                 continue  # It touches no anchor of the tile: all IoUs are 0, which is where the results begin.
             _iou_row(
@@ -90,49 +89,49 @@ def best_overlaps(anchors, truths, row, bits):  # type: ignore[no-untyped-def]
             most = _largest_bits(bits[:size])
             if most == 0:
                 continue
-            _take_better(row[:size], bits.dtype.type(n), anchor_iou[begin:end], anchor_truth[begin:end])
-            if most > truth_bits[n]:
-                truth_bits[n] = most
-                truth_anchor[n] = begin + _first_equal(bits, most)
-            if most == truth_bits[n]:
-                truth_end[n] = end
-    return anchor_iou, anchor_truth, truth_bits, truth_anchor, truth_end
+            _take_better(row[:size], bits.dtype.type(n), anchor_iou[begin:end], anchor_target[begin:end])
+            if most > target_bits[n]:
+                target_bits[n] = most
+                target_anchor[n] = begin + _first_equal(bits, most)
+            if most == target_bits[n]:
+                target_end[n] = end
+    return anchor_iou, anchor_target, target_bits, target_anchor, target_end
 
 
 @compiled
-def attain_best(anchors, truths, truth_bits, truth_anchor, truth_end, row, bits):  # type: ignore[no-untyped-def]
-    """(A,) bool, which anchors have the largest IoU, above 0, of some truth; arguments as `best_overlaps` has them."""
+def attain_best(anchors, targets, target_bits, target_anchor, target_end, row, bits):  # type: ignore[no-untyped-def]
+    """(A,) bool, which anchors have the largest IoU, above 0, of some target; arguments as for `best_overlaps`."""
     lefts, tops, rights, bottoms, areas = anchors
-    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
     attains = np.zeros(len(lefts), np.bool_)
-    for n in range(len(truth_bits)):
-        if truth_bits[n] == 0:
+    for n in range(len(target_bits)):
+        if target_bits[n] == 0:
             continue
-        for begin in range(truth_anchor[n], truth_end[n], len(row)):
-            end = min(begin + len(row), truth_end[n])
+        for begin in range(target_anchor[n], target_end[n], len(row)):
+            end = min(begin + len(row), target_end[n])
             _iou_row(
                 lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
                 lefts_t[n], tops_t[n], rights_t[n], bottoms_t[n], areas_t[n], row[: end - begin],
             )  # fmt: skip
-            _mark_equal(bits[: end - begin], truth_bits[n], attains[begin:end])
+            _mark_equal(bits[: end - begin], target_bits[n], attains[begin:end])
     return attains
 
 
 @compiled
-def best_free(anchors, truths, truth, free, row, bits):  # type: ignore[no-untyped-def]
-    """The largest IoU of one truth with the anchors that are `free`, (A,) bool, and the first that has it.
+def best_free(anchors, targets, target, free, row, bits):  # type: ignore[no-untyped-def]
+    """The largest IoU of one ground truth with the anchors that are `free`, (A,) bool, and the first that has it.
 
     -1 and 0 where none is free. The other arguments are as `best_overlaps` has them.
     """
     lefts, tops, rights, bottoms, areas = anchors
-    lefts_t, tops_t, rights_t, bottoms_t, areas_t = truths
+    lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
     iou, index, record = row.dtype.type(-1), 0, bits.dtype.type(-1)
     for begin in range(0, len(lefts), len(row)):
         end = min(begin + len(row), len(lefts))
         size = end - begin
         _iou_row(
             lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
-            lefts_t[truth], tops_t[truth], rights_t[truth], bottoms_t[truth], areas_t[truth], row[:size],
+            lefts_t[target], tops_t[target], rights_t[target], bottoms_t[target], areas_t[target], row[:size],
         )  # fmt: skip
         _strike(bits[:size], free[begin:end])
         most = _largest_bits(bits[:size])
@@ -183,11 +182,11 @@ def _raise_cover(lefts, tops, rights, bottoms, areas, left, top, right, bottom, 
 
 
 @compiled
-def _take_better(row, truth, best_iou, best_truth):  # type: ignore[no-untyped-def]
+def _take_better(row, target, best_iou, best_target):  # type: ignore[no-untyped-def]
     for j in range(len(row)):
         better = row[j] > best_iou[j]
         best_iou[j] = row[j] if better else best_iou[j]
-        best_truth[j] = truth if better else best_truth[j]
+        best_target[j] = target if better else best_target[j]
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Augmentations that make one training picture of several: mosaic and mixup."""
+"""Augmentations that make one training image of several: mosaic and mixup."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +24,16 @@ from detkit.structures import Sample, Target
 
 @augmentations.register("mosaic")
 class Mosaic(Mix):
-    """Four pictures around a random point (Bochkovskiy et al. 2020, YOLOv4, section 3.3), cut out of a canvas of twice
+    """Four images around a random point (Bochkovskiy et al. 2020, YOLOv4, section 3.3), cut out of a canvas of twice
     the input by a random warp (YOLOv5, YOLOX).
 
-    Each picture is scaled to fit into the input, keeping its aspect ratio, and touches the point with a corner of its
+    Each image is scaled to fit into the input, keeping its aspect ratio, and touches the point with a corner of its
     own; the point lies in the middle half of the canvas along each axis. The result has the input's size.
 
     Args:
         scale, rotation, shear, translation, perspective: of the cut, as in `perspective`; scale 1 shows about half of
             the canvas along each axis. The defaults are YOLOv5's; YOLOX takes scale [0.1, 2], rotation 10, shear 2.
-        probability: of the mosaic; otherwise the picture stays alone.
+        probability: of the mosaic; otherwise the image stays alone.
     """
 
     partners = 3
@@ -69,24 +69,24 @@ class Mosaic(Mix):
         return _joined(warp_image(canvas, cut, size, PADDING_GREY), samples, placed)
 
     def largest_zoom(self, size: Size) -> float:
-        return 1.0  # each picture is brought to the input's size before anything else
+        return 1.0  # each image is brought to the input's size before anything else
 
 
 @augmentations.register("mixup")
 class Mixup(Mix):
-    """A second picture blended in, its objects added to the first one's (Zhang et al. 2018, "mixup"; for detection Ge
+    """A second image blended in, its objects added to the first one's (Zhang et al. 2018, "mixup"; for detection Ge
     et al. 2021, YOLOX, section 2.1).
 
-    The second picture is scaled to fit into the first, then by a random factor, and lies at random over it; parts
+    The second image is scaled to fit into the first, then by a random factor, and lies at random over it; parts
     outside are cut off, and where it has no pixels grey is blended in. All objects count alike, whatever the weight of
-    their picture.
+    their image.
 
     Args:
-        alpha: the weight of the first picture is drawn from Beta(alpha, alpha), as in Zhang et al.; at least 1 is wise,
-            since below it one of two pictures is often invisible, its objects not. Null for a half, as in YOLOX.
+        alpha: the weight of the first image is drawn from Beta(alpha, alpha), as in Zhang et al.; at least 1 is wise,
+            since below it one of two images is often invisible, its objects not. Null for a half, as in YOLOX.
         scale: smallest and largest factor.
-        flip: probability that the second picture is mirrored left to right.
-        probability: of the mixup; otherwise the picture stays alone.
+        flip: probability that the second image is mirrored left to right.
+        probability: of the mixup; otherwise the image stays alone.
     """
 
     partners = 1
@@ -128,10 +128,10 @@ class Mixup(Mix):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one picture lies on a canvas, scaled and maybe mirrored; it may reach beyond the canvas.
+    """Where one image lies on a canvas, scaled and maybe mirrored; it may reach beyond the canvas.
 
     Args:
-        source: (height, width) of the picture.
+        source: (height, width) of the image.
         inner: (height, width) that it is scaled to.
         top, left: of its corner on the canvas, in pixels.
         canvas: (height, width) of the canvas.
@@ -147,7 +147,7 @@ class _Place:
 
     @property
     def matrix(self) -> np.ndarray:
-        """(3, 3) float64 from pixels of the picture to pixels of the canvas."""
+        """(3, 3) float64 from pixels of the image to pixels of the canvas."""
         x_scale, y_scale = self.inner[1] / self.source[1], self.inner[0] / self.source[0]
         scaling = np.diag([x_scale, y_scale, 1.0])
         if self.mirrored:
@@ -156,17 +156,17 @@ class _Place:
 
     @property
     def visible(self) -> tuple[slice, slice]:
-        """The rows and columns of the canvas that the picture covers."""
+        """The rows and columns of the canvas that the image covers."""
         rows = slice(max(self.top, 0), min(self.top + self.inner[0], self.canvas[0]))
         columns = slice(max(self.left, 0), min(self.left + self.inner[1], self.canvas[1]))
         return rows, columns
 
-    def part(self, picture: np.ndarray, interpolation: int) -> np.ndarray:
-        """The pixels for `visible` of the picture or of a mask of its size."""
+    def part(self, image: np.ndarray, interpolation: int) -> np.ndarray:
+        """The pixels for `visible` of the image or of a mask of its size."""
         import cv2
 
         rows, columns = self.visible
-        scaled = cv2.resize(picture, self.inner[::-1], interpolation=interpolation)
+        scaled = cv2.resize(image, self.inner[::-1], interpolation=interpolation)
         if self.mirrored:
             scaled = scaled[:, ::-1]
         return scaled[
@@ -174,7 +174,7 @@ class _Place:
         ]
 
     def draw_on(self, canvas: np.ndarray, image: np.ndarray) -> None:
-        """Write the picture's pixels into the canvas."""
+        """Write the image's pixels into the canvas."""
         import cv2
 
         canvas[self.visible] = self.part(image, cv2.INTER_LINEAR)
@@ -182,14 +182,14 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Carried:
-    """What one picture brings into the mix, in pixels of the result."""
+    """What one image brings into the mix, in pixels of the result."""
 
     target: Target
     proposals: Tensor | None
 
 
 def _carried(sample: Sample, place: _Place, cut: np.ndarray, size: Size, min_visibility: float) -> _Carried:
-    """Objects and proposals of a picture that lies at `place` on a canvas, of which `cut` makes a picture of `size`."""
+    """Objects and proposals of an image that lies at `place` on a canvas, of which `cut` makes an image of `size`."""
     target = sample.target
     boxes, kept = _cut_boxes(target.boxes, place, cut, size, min_visibility)
     masks = None
@@ -228,7 +228,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def _cut_masks(masks: Tensor, place: _Place, cut: np.ndarray, size: Size) -> Tensor:
-    """(N, H, W) bool masks of a picture as (N, *size) bool."""
+    """(N, H, W) bool masks of an image as (N, *size) bool."""
     import cv2
 
     rows, columns = place.visible
@@ -240,7 +240,7 @@ def _cut_masks(masks: Tensor, place: _Place, cut: np.ndarray, size: Size) -> Ten
 
 
 def _joined(image: np.ndarray, samples: Sequence[Sample], carried: Sequence[_Carried]) -> Sample:
-    """One sample of the mixed picture and of what each picture brings."""
+    """One sample of the mixed image and of what each image brings."""
     targets = [part.target for part in carried]
     masks = None
     if targets[0].masks is not None:
@@ -258,7 +258,7 @@ def _joined(image: np.ndarray, samples: Sequence[Sample], carried: Sequence[_Car
 
 
 def _best_first(proposals: Sequence[Tensor]) -> Tensor | None:
-    """The proposals of several pictures in turn: the best of each, then the second of each, and so on."""
+    """The proposals of several images in turn: the best of each, then the second of each, and so on."""
     if not proposals:
         return None
     ranks = torch.cat([torch.arange(len(boxes)) for boxes in proposals])
@@ -266,6 +266,6 @@ def _best_first(proposals: Sequence[Tensor]) -> Tensor | None:
 
 
 def _fitted_size(source: Size, size: Size) -> Size:
-    """(height, width) of a picture scaled to fit into `size` with its aspect ratio kept."""
+    """(height, width) of an image scaled to fit into `size` with its aspect ratio kept."""
     scale = min(size[0] / source[0], size[1] / source[1])
     return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))

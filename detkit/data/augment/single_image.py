@@ -1,5 +1,5 @@
-"""Augmentations of single pictures by name, each an albumentations transform, so that any of albumentations' own can
-join them. Those that mix several pictures are in detkit.data.augment.mixing."""
+"""Augmentations of single images by name, each an albumentations transform, so that any of albumentations' own can
+join them. Those that mix several images are in detkit.data.augment.mixing."""
 
 import os
 import warnings
@@ -35,7 +35,7 @@ class _SameScale:
 
 
 class _HorizontalFlip(_SameScale, A.HorizontalFlip):
-    """With points where boxes are: albumentations mirrors boxes at the centre of the picture, points half a pixel off
+    """With points where boxes are: albumentations mirrors boxes at the centre of the image, points half a pixel off
     it."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
@@ -78,7 +78,7 @@ class VisibleBoxes(BboxProcessor):
 
 
 class ForgetPoints(A.NoOp):
-    """Puts the points outside of the picture far away; see detkit.data.points."""
+    """Puts the points outside of the image far away; see detkit.data.points."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
         return forget_outside(keypoints, params["shape"][:2])
@@ -135,7 +135,7 @@ def hsv(hue: float = 0.015, saturation: float = 0.7, value: float = 0.4, probabi
 
 
 class _Perspective(A.DualTransform):
-    """A random homography to a picture of the same size."""
+    """A random homography to an image of the same size."""
 
     def __init__(self, warp: RandomWarp, fill: float, p: float) -> None:
         super().__init__(p=p)
@@ -176,7 +176,7 @@ def perspective(
     fill: float = 114.0,
     probability: float = 1.0,
 ) -> Any:
-    """The picture turned, moved, scaled, sheared and seen at a slant, all at random and in one step (YOLOv5's
+    """The image turned, moved, scaled, sheared and seen at a slant, all at random and in one step (YOLOv5's
     random perspective). The new boxes enclose the turned ones: at large rotations they are too wide for most objects.
 
     Args:
@@ -186,7 +186,7 @@ def perspective(
         shear: degrees, along each axis.
         perspective: how much nearer or farther than the centre the edges may be along each axis, as a fraction of the
             distance; 0 for none.
-        fill: grey, 0..255, where the picture has no pixels.
+        fill: grey, 0..255, where the image has no pixels.
         probability: of doing it at all.
     """
     check_range("perspective", 0, 255, fill=fill)
@@ -195,7 +195,7 @@ def perspective(
 
 
 class _Expand(_SameScale, A.Pad):
-    """Place the picture on a larger canvas at random."""
+    """Place the image on a larger canvas at random."""
 
     def __init__(self, max_ratio: float, fill: tuple[float, float, float], p: float) -> None:
         super().__init__(fill=fill, p=p)
@@ -213,7 +213,7 @@ class _Expand(_SameScale, A.Pad):
 def expand(
     max_ratio: float = 4.0, fill: tuple[float, float, float] = (123.0, 117.0, 104.0), probability: float = 0.5
 ) -> Any:
-    """SSD's zoom out: the picture at random on a canvas up to `max_ratio` times as wide and high, of colour `fill`."""
+    """SSD's zoom out: the image at random on a canvas up to `max_ratio` times as wide and high, of colour `fill`."""
     if max_ratio < 1:
         raise ConfigError(f"'expand.max_ratio' must be at least 1, but is {max_ratio}.")
     return _Expand(max_ratio, fill, probability)
@@ -232,7 +232,7 @@ class _IoUCrop(BaseCrop):
         height, width = params["shape"][:2]
         boxes = np.array([box[:4] for box in data["bboxes"]], dtype=np.float64).reshape(-1, 4)
         boxes *= [width, height, width, height]
-        # 2 stands for "the whole picture", as in the paper's list of choices.
+        # 2 stands for "the whole image", as in the paper's list of choices.
         minimum = self.py_random.choice([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 2.0])
         if minimum < 2.0:
             for _ in range(self.trials):
@@ -277,19 +277,19 @@ def iou_crop(
 ) -> Any:
     """SSD's random crop (Liu et al. 2016, section 2.2): the window holds an object's centre and overlaps that object by
     at least a minimum IoU drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9; one time in seven, and where `trials` find none, the
-    whole picture stays. Scales are fractions of each side, ratios of width to height."""
+    whole image stays. Scales are fractions of each side, ratios of width to height."""
     return _IoUCrop(min_scale, max_scale, min_ratio, max_ratio, trials, probability)
 
 
 @augmentations.register("zoom_crop")
 def zoom_crop(min_scale: float = 0.5, max_ratio: float = 1.33, probability: float = 0.5) -> Any:
     """A random window of at least `min_scale` of each side, whatever is in it; objects keep their shape within
-    `max_ratio`. Milder than `iou_crop`: for few pictures with many objects each."""
+    `max_ratio`. Milder than `iou_crop`: for few images with many objects each."""
     return _ZoomCrop(min_scale, max_ratio, probability)
 
 
 class _ZoomCrop(BaseCrop):
-    """A random window of nearly the picture's own shape."""
+    """A random window of nearly the image's own shape."""
 
     def __init__(self, min_scale: float, max_ratio: float, p: float) -> None:
         super().__init__(p=p)
@@ -316,7 +316,7 @@ def random_resized_crop(
     classification, which asks little of where things are.
 
     Args:
-        area: least and largest part of the picture's area.
+        area: least and largest part of the image's area.
         ratio: least and largest ratio of the window's width to its height, drawn on a logarithmic scale.
         probability: of doing it at all.
     """
@@ -352,21 +352,21 @@ class _RandomResizedCrop(BaseCrop):
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
         shape = size[1] / size[0]
-        # Neither side of a window can be a smaller part of the picture's than its area is.
+        # Neither side of a window can be a smaller part of the image's than its area is.
         parts = self.area[0] * shape / self.ratio[1], self.area[0] * self.ratio[0] / shape
         return 1 / max(self.area[0], min(parts) ** 0.5)
 
 
 @augmentations.register("random_scale")
 def random_scale(smallest: float = 0.5, largest: float = 2.0, probability: float = 1.0) -> Any:
-    """The whole picture smaller or larger by a random factor, for `input.resize: crop`, which then cuts a part out of
+    """The whole image smaller or larger by a random factor, for `input.resize: crop`, which then cuts a part out of
     it; the factors are those that segmentation is commonly trained with (Chen et al. 2017, DeepLabv3, section 4.1)."""
     if not 0 < smallest <= largest:
         raise ConfigError(
             f"'random_scale' draws from smallest..largest, both greater than 0, but these are {smallest} and {largest}."
         )
     check_range("random_scale", 0, 1, probability=probability)
-    # Albumentations' own choice for masks, INTER_NEAREST, moves them by up to half a pixel against the picture.
+    # Albumentations' own choice for masks, INTER_NEAREST, moves them by up to half a pixel against the image.
     exact = cv2.INTER_NEAREST_EXACT
     return A.RandomScale((smallest - 1, largest - 1), mask_interpolation=exact, p=probability)
 

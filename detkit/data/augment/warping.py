@@ -1,4 +1,4 @@
-"""Random homographies, and what they do to pictures, masks and boxes.
+"""Random homographies, and what they do to images, masks and boxes.
 
 Coordinates are those of boxes: the first pixel reaches from 0 to 1, its centre is (0.5, 0.5).
 """
@@ -24,7 +24,7 @@ class RandomWarp:
         translation: of the centre, as a fraction of each side of the result, either way.
         scale: smallest and largest factor; 1 keeps the size of objects in pixels.
         shear: degrees, along each axis.
-        perspective: how much nearer or farther than its centre the edge of a picture may be along each axis, as a
+        perspective: how much nearer or farther than its centre the edge of an image may be along each axis, as a
             fraction of the distance; 0 for none, below 0.5.
     """
 
@@ -40,11 +40,11 @@ class RandomWarp:
         check_range(self.part, 0, 1, translation=self.translation)
         check_scale(self.part, self.scale)
         check_range(self.part, 0, 45, shear=self.shear)
-        # At 0.5 a corner of the picture would lie at infinity.
+        # At 0.5 a corner of the image would lie at infinity.
         check_range(self.part, 0, 0.49, perspective=self.perspective)
 
     def draw(self, random: np.random.Generator, source: Size, result: Size) -> np.ndarray:
-        """(3, 3) float64 from pixels of a picture of size `source` to pixels of one of size `result`, centre to centre
+        """(3, 3) float64 from pixels of an image of size `source` to pixels of one of size `result`, centre to centre
         but for the translation."""
         angle = np.deg2rad(random.uniform(-self.rotation, self.rotation))
         scale = random.uniform(*self.scale)
@@ -62,7 +62,7 @@ class RandomWarp:
         )
 
     def largest_zoom(self, size: Size) -> float:
-        """A bound on how many times larger a homography makes anything in a picture of (height, width) `size`."""
+        """A bound on how many times larger a homography makes anything in an image of (height, width) `size`."""
         nearest = 1 - 2 * self.perspective
         aspects = size[0] / size[1] + size[1] / size[0]
         slanted = (nearest + self.perspective * aspects) / nearest**2
@@ -99,7 +99,7 @@ def warp_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def warp_image(image: np.ndarray, matrix: np.ndarray, size: Size, fill: float) -> np.ndarray:
-    """The picture (H, W, 3) uint8 under `matrix`, as (*size, 3); `fill` where it has no pixels. Bilinear."""
+    """The image (H, W, 3) uint8 under `matrix`, as (*size, 3); `fill` where it has no pixels. Bilinear."""
     import cv2
 
     return _warp(image, matrix, size, cv2.INTER_LINEAR, fill)

@@ -14,7 +14,7 @@ from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
     Annotation,
     FileDataset,
-    Picture,
+    ImageFile,
     check_root,
     missing_split,
     rotation_of,
@@ -104,11 +104,11 @@ class Coco(FileDataset):
         if points:
             names = keypoint_names(content["categories"], str(self._json))
             self._points, self.flip_pairs = len(names), flip_pairs_of(names)
-        pictures = self._pictures(content["images"], image_folder)
-        usable = self.check_pictures(pictures)
-        by_image = self._by_image(content["annotations"], {picture.image_id for picture in pictures})
-        for picture, size in usable:
-            self.add(picture, size, self._annotations(by_image[picture.image_id], picture, size))
+        photos = self._image_files(content["images"], image_folder)
+        usable = self.check_images(photos)
+        by_image = self._by_image(content["annotations"], {image.image_id for image in photos})
+        for image, size in usable:
+            self.add(image, size, self._annotations(by_image[image.image_id], image, size))
         self.finish()
 
     def _declared(self, categories: list[Any]) -> list[tuple[int, str]]:
@@ -143,8 +143,8 @@ class Coco(FileDataset):
         self.problems.remarks[f"category '{name}' (id 0) that only groups the others, without objects: left out"] += 1
         return [pair for pair in declared if pair[0] != 0]
 
-    def _pictures(self, images: list[Any], folder: Path) -> list[Picture]:
-        pictures = []
+    def _image_files(self, images: list[Any], folder: Path) -> list[ImageFile]:
+        photos = []
         for position, image in enumerate(images):
             where = f"{self._json}, images[{position}]"
             try:
@@ -155,8 +155,8 @@ class Coco(FileDataset):
                 self.problems.add("malformed image entry", where, message, LEFT_OUT_IMAGE)
                 continue
             where = f"{where} (id {short(image_id)}, '{path.name}')"
-            pictures.append(Picture(image_id, path, where, None if 0 in size else size))
-        return pictures
+            photos.append(ImageFile(image_id, path, where, None if 0 in size else size))
+        return photos
 
     def _by_image(self, annotations: list[Any], image_ids: set[int | str]) -> dict[int | str, list[Any]]:
         """The annotations of each image, as (where, entry)."""
@@ -177,10 +177,10 @@ class Coco(FileDataset):
         return by_image
 
     def _annotations(
-        self, entries: list[tuple[str, dict[str, Any]]], picture: Picture, size: tuple[int, int]
+        self, entries: list[tuple[str, dict[str, Any]]], image: ImageFile, size: tuple[int, int]
     ) -> Iterator[Annotation]:
         for where, entry in entries:
-            where = f"{where} of '{picture.path.name}'"
+            where = f"{where} of '{image.path.name}'"
             try:
                 raw_id = whole(entry.get("category_id"), "'category_id'")
             except ValueError as error:

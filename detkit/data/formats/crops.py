@@ -1,4 +1,4 @@
-"""Pictures to classify, cut from the objects of a detection data set."""
+"""Images to classify, cut from the objects of a detection data set."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from detkit.structures import Meta, Sample, Target
 
 
 class _Crop(NamedTuple):
-    """Object `number` of picture `picture`, and the window to cut, xyxy whole pixels."""
+    """Object `number` of image `image`, and the window to cut, xyxy whole pixels."""
 
-    picture: int
+    image: int
     number: int
     label: int
     window: tuple[int, int, int, int]
@@ -26,9 +26,9 @@ class _Crop(NamedTuple):
 
 @datasets.register("crops")
 class Crops(Dataset):
-    """One picture for each object of another data set, cut when it is asked for; its class is the object's.
+    """One image for each object of another data set, cut when it is asked for; its class is the object's.
 
-    Crowds and difficult objects are left out, and counted in the report. meta.image_id is the id of the picture, "#",
+    Crowds and difficult objects are left out, and counted in the report. meta.image_id is the id of the image, "#",
     and the number of the object in it, from 0.
 
     Args:
@@ -36,7 +36,7 @@ class Crops(Dataset):
         data: `name` of its format, and its options.
         points: cut the points of the object, too, where that data set has them.
         margin: how much further than the object's box the cut goes on each side, as a fraction of the box's side, as
-            far as the picture goes.
+            far as the image goes.
 
     Raises:
         DataError: that data set is broken or has no boxes, or no object is left.
@@ -55,7 +55,7 @@ class Crops(Dataset):
                 f"'data.data' is of the format '{data['name']}', which has no boxes to cut out. Use it as 'data'."
             )
         self.classes, self.flip_pairs = self.dataset.classes, self.dataset.flip_pairs
-        # With the object's box, as the head that reads points takes it for the one object of the picture.
+        # With the object's box, as the head that reads points takes it for the one object of the image.
         self.fields = frozenset({"image_labels"})
         if asked:
             self.fields |= {"boxes", "labels", "points"} & self.dataset.fields
@@ -63,7 +63,7 @@ class Crops(Dataset):
         self.problems = replace(
             inner, source=f"The crops of {inner.source}", found=list(inner.found), remarks=inner.remarks.copy()
         )
-        self._crops = [crop for picture in range(len(self.dataset)) for crop in self._cut(picture, margin)]
+        self._crops = [crop for image in range(len(self.dataset)) for crop in self._cut(image, margin)]
         if not self._crops:
             raise DataError(f"{self.problems.source} are none: it has no object that counts. Check its annotations.")
         self._last: Sample | None = None
@@ -74,9 +74,9 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         crop = self._crops[index]
-        # Neighbours are mostly of one picture, which is decoded once then.
-        if self._last is None or self._last_index != crop.picture:
-            self._last, self._last_index = self.dataset[crop.picture], crop.picture
+        # Neighbours are mostly of one image, which is decoded once then.
+        if self._last is None or self._last_index != crop.image:
+            self._last, self._last_index = self.dataset[crop.image], crop.image
         left, top, right, bottom = crop.window
         whole = self._last.meta
         meta = Meta(self._id(crop, whole.image_id), self._source(crop, whole.source), self.size(index))
@@ -88,7 +88,7 @@ class Crops(Dataset):
         if "points" not in self.fields:
             return replace(Target.empty(), image_labels=label)
         left, top, _, _ = crop.window
-        inner = self.dataset.target(crop.picture)[torch.tensor([crop.number])]
+        inner = self.dataset.target(crop.image)[torch.tensor([crop.number])]
         assert inner.points is not None
         shift = torch.tensor([left, top], dtype=torch.float32)
         boxes, points = inner.boxes - shift.repeat(2), inner.points - shift
@@ -99,7 +99,7 @@ class Crops(Dataset):
 
     def source(self, index: int) -> str:
         crop = self._crops[index]
-        return self._source(crop, self.dataset.source(crop.picture))
+        return self._source(crop, self.dataset.source(crop.image))
 
     def size(self, index: int) -> tuple[int, int]:
         left, top, right, bottom = self._crops[index].window
@@ -107,13 +107,13 @@ class Crops(Dataset):
 
     def image_id(self, index: int) -> str:
         crop = self._crops[index]
-        return self._id(crop, self.dataset.image_id(crop.picture))
+        return self._id(crop, self.dataset.image_id(crop.image))
 
     def fingerprint(self) -> dict[str, Any]:
         return self.dataset.fingerprint() | {"images": len(self), "objects": len(self)}
 
     def __getstate__(self) -> Mapping[str, Any]:
-        # A worker process needs no picture to start with.
+        # A worker process needs no image to start with.
         return {**self.__dict__, "_last": None, "_last_index": -1}
 
     def _id(self, crop: _Crop, image_id: int | str) -> str:
@@ -122,17 +122,17 @@ class Crops(Dataset):
     def _source(self, crop: _Crop, source: str) -> str:
         return f"{source} (object {crop.number})"
 
-    def _cut(self, picture: int, margin: float) -> Iterator[_Crop]:
-        target, size = self.dataset.target(picture), self.dataset.size(picture)
+    def _cut(self, image: int, margin: float) -> Iterator[_Crop]:
+        target, size = self.dataset.target(image), self.dataset.size(image)
         for number, (box, label, crowd, difficult) in enumerate(
             zip(target.boxes.tolist(), target.labels.tolist(), target.crowd.tolist(), target.difficult.tolist())
         ):
             if crowd or difficult:
-                where = f"image {self.dataset.image_id(picture)}, object {number}"
+                where = f"image {self.dataset.image_id(image)}, object {number}"
                 kind = "crowd" if crowd else "difficult object"
                 self.problems.add_harmless(kind, where, "it is no example of its class", "not cut out")
             else:
-                yield _Crop(picture, number, label, _window(box, size, margin))
+                yield _Crop(image, number, label, _window(box, size, margin))
 
 
 def _window(box: list[float], size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ import torch
 from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
     FileDataset,
-    Picture,
+    ImageFile,
     check_root,
     checked_classes,
     missing_split,
@@ -23,19 +23,19 @@ from detkit.errors import DataError
 from detkit.registry import datasets
 from detkit.structures import ClassList, Target
 
-_LAYOUT = "a folder for each split, and in it a folder of pictures for each class: train/cat/1.jpg"
+_LAYOUT = "a folder for each split, and in it a folder of images for each class: train/cat/1.jpg"
 
 
 @datasets.register("folder")
 class Folder(FileDataset):
-    """Pictures in SPLIT/CLASS/, or in folders below that. meta.image_id is the path from SPLIT on, with slashes.
+    """Images in SPLIT/CLASS/, or in folders below that. meta.image_id is the path from SPLIT on, with slashes.
 
-    Other files are counted in the report, and so are classes without pictures in this split.
+    Other files are counted in the report, and so are classes without images in this split.
 
     Args:
         root: the folder with the splits.
         split: the folder with the classes.
-        broken: what to do with pictures that cannot be read.
+        broken: what to do with images that cannot be read.
         class_names: the classes in the order of their labels; by default all folders within any split, sorted, so
             that every split has the same list.
 
@@ -50,7 +50,7 @@ class Folder(FileDataset):
         broken: Literal["fail", "skip", "repair"] = "fail",
         class_names: tuple[str, ...] | None = None,
     ) -> None:
-        super().__init__(f"The pictures in '{root}' (split '{split}')", broken)
+        super().__init__(f"The images in '{root}' (split '{split}')", broken)
         self.fields = frozenset({"image_labels"})
         splits = {folder.name: folder for folder in _folders(check_root(root, _LAYOUT))}
         if split not in splits:
@@ -63,18 +63,18 @@ class Folder(FileDataset):
             raise DataError(f"The split '{splits[split]}' has no folders. Set data.root to a folder with {_LAYOUT}.")
         self.classes = checked_classes(lambda: ClassList.from_names(names), root)
         self._labels: list[int] = []
-        pictures, labels = self._find()
-        for picture, size in self.check_pictures(pictures):
-            self.add(picture, size, ())
-            self._labels.append(labels[picture.image_id])
+        images, labels = self._find()
+        for image, size in self.check_images(images):
+            self.add(image, size, ())
+            self._labels.append(labels[image.image_id])
         self.finish()
 
     def target(self, index: int) -> Target:
         return replace(super().target(index), image_labels=torch.tensor([self._labels[index]]))
 
-    def _find(self) -> tuple[list[Picture], dict[int | str, int]]:
-        """The pictures of the split in the order of their paths, and the label of each by its id."""
-        found: list[Picture] = []
+    def _find(self) -> tuple[list[ImageFile], dict[int | str, int]]:
+        """The images of the split in the order of their paths, and the label of each by its id."""
+        found: list[ImageFile] = []
         labels: dict[int | str, int] = {}
         for path in sorted(self._split.iterdir()):
             if not path.is_dir():
@@ -85,30 +85,30 @@ class Folder(FileDataset):
                         "unknown class", str(path), unknown_class(path.name, self.classes), f"{LEFT_OUT_IMAGE}s"
                     )
             else:
-                pictures = self._pictures(path)
-                found += pictures
-                labels |= {picture.image_id: self.classes.names.index(path.name) for picture in pictures}
+                images = self._image_files(path)
+                found += images
+                labels |= {image.image_id: self.classes.names.index(path.name) for image in images}
         self._name_empty_classes(set(labels.values()))
         return found, labels
 
-    def _pictures(self, folder: Path) -> list[Picture]:
-        pictures = []
+    def _image_files(self, folder: Path) -> list[ImageFile]:
+        images = []
         for path in sorted(folder.rglob("*")):
             if is_image(path):
-                pictures.append(Picture(path.relative_to(self._split).as_posix(), path, str(path)))
+                images.append(ImageFile(path.relative_to(self._split).as_posix(), path, str(path)))
             elif path.is_dir() and path.is_symlink():
                 self.problems.add_harmless(
                     "link to a folder", str(path), "links within a class are not followed", "skipped"
                 )
             elif not path.is_dir():
-                self.problems.add_harmless("file that is no picture", str(path), "by the ending of its name", "skipped")
-        return pictures
+                self.problems.add_harmless("file that is no image", str(path), "by the ending of its name", "skipped")
+        return images
 
     def _name_empty_classes(self, labels: set[int]) -> None:
         for label, name in enumerate(self.classes.names):
             if label not in labels:
-                message = "there is no picture of this class"
-                self.problems.add_harmless("class without pictures", str(self._split / name), message, "none to learn")
+                message = "there is no image of this class"
+                self.problems.add_harmless("class without images", str(self._split / name), message, "none to learn")
 
 
 def _folders(path: Path) -> Sequence[Path]:

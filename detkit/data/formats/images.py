@@ -1,4 +1,4 @@
-"""Pictures alone, without any truth: for heads that need none, such as style transfer."""
+"""Images alone, without any ground truth: for heads that need none, such as style transfer."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from pathlib import Path
 
 import numpy as np
 
-from detkit.data.dataset import Broken, FileDataset, Picture, check_root, missing_split
+from detkit.data.dataset import Broken, FileDataset, ImageFile, check_root, missing_split
 from detkit.errors import ConfigError, DataError, nearest
 from detkit.registry import datasets
 from detkit.structures import ClassList
 
 SPLITS = ("train", "val")
-_LAYOUT = "a folder of pictures for each split, or set data.val_fraction to split one folder"
+_LAYOUT = "a folder of images for each split, or set data.val_fraction to split one folder"
 
 
-@datasets.register("pictures")
-class Pictures(FileDataset):
-    """The pictures of a folder and its subfolders. meta.image_id is the path from the root on, with slashes.
+@datasets.register("images")
+class Images(FileDataset):
+    """The images of a folder and its subfolders. meta.image_id is the path from the root on, with slashes.
 
     Args:
         root: a folder, or with `val_fraction` also a pattern such as "photos/**/*.jpg".
-        split: the folder in `root` that holds the pictures; with `val_fraction` train or val.
-        val_fraction: the share of the pictures that are for validation, chosen at random but always the same ones, at
+        split: the folder in `root` that holds the images; with `val_fraction` train or val.
+        val_fraction: the share of the images that are for validation, chosen at random but always the same ones, at
             least one on either side. Null where `root` has a folder for each split.
-        broken: what to do with pictures that cannot be read; there is nothing to repair in them.
+        broken: what to do with images that cannot be read; there is nothing to repair in them.
 
     Raises:
         ConfigError: `val_fraction` or the split makes no sense.
-        DataError: there is no picture, or no split of this name; or some are broken and `broken` is "fail".
+        DataError: there is no image, or no split of this name; or some are broken and `broken` is "fail".
     """
 
     def __init__(self, root: str, split: str, val_fraction: float | None = None, broken: Broken = "fail") -> None:
-        super().__init__(f"The pictures in '{root}' (split '{split}')", broken)
+        super().__init__(f"The images in '{root}' (split '{split}')", broken)
         self.fields = frozenset()
         self.classes = ClassList((), ())
         if val_fraction is None:
@@ -41,12 +41,12 @@ class Pictures(FileDataset):
             _check_fraction(split, val_fraction)
             files = _part(self.images_of(Path(root).expanduser()), root, split, val_fraction)
         base = Path(root).expanduser()
-        pictures = [
-            Picture(path.relative_to(base).as_posix() if base in path.parents else path.as_posix(), path, str(path))
+        images = [
+            ImageFile(path.relative_to(base).as_posix() if base in path.parents else path.as_posix(), path, str(path))
             for path in files
         ]
-        for picture, size in self.check_pictures(pictures):
-            self.add(picture, size, ())
+        for image, size in self.check_images(images):
+            self.add(image, size, ())
         self.finish()
 
 
@@ -68,7 +68,7 @@ def _check_fraction(split: str, fraction: float) -> None:
 
 def _part(files: list[Path], root: str, split: str, fraction: float) -> list[Path]:
     if len(files) < 2:
-        raise DataError(f"There is one picture in '{root}', which cannot be split into training and validation.")
+        raise DataError(f"There is one image in '{root}', which cannot be split into training and validation.")
     count = min(max(round(fraction * len(files)), 1), len(files) - 1)
     val = set(np.random.default_rng(0).permutation(len(files))[:count].tolist())
     return [path for index, path in enumerate(files) if (index in val) == (split == "val")]

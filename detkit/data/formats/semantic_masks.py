@@ -1,4 +1,4 @@
-"""Semantic maps as pictures, one beside each photograph, whose pixels are the numbers of classes: of Pascal VOC
+"""Semantic maps as images, one beside each photograph, whose pixels are the numbers of classes: of Pascal VOC
 (SegmentationClass), and in plain folders."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
     FileDataset,
-    Picture,
+    ImageFile,
     check_root,
     checked_classes,
     missing_split,
@@ -60,28 +60,28 @@ class SemanticMasks(FileDataset):
             raise DataError(f"The mask '{self._masks[index]}' was changed during the run. Start again.")
         return replace(Target.empty(), semantic=torch.from_numpy(labels))
 
-    def add_all(self, pairs: Sequence[tuple[Picture, Path]]) -> None:
-        """Take in pictures with their masks, and apply the policy."""
-        masks = {picture.image_id: mask for picture, mask in pairs}
-        usable = self.check_pictures([picture for picture, _ in pairs])
+    def add_all(self, pairs: Sequence[tuple[ImageFile, Path]]) -> None:
+        """Take in images with their masks, and apply the policy."""
+        masks = {image.image_id: mask for image, mask in pairs}
+        usable = self.check_images([image for image, _ in pairs])
         with ThreadPoolExecutor(max_workers=8) as pool:
             faults = pool.map(lambda item: self._fault(masks[item[0].image_id], item[1]), usable)
-            for (picture, size), fault in zip(usable, faults):
-                mask = masks[picture.image_id]
+            for (image, size), fault in zip(usable, faults):
+                mask = masks[image.image_id]
                 if fault:
                     kind = "broken mask" if mask.is_file() else "missing mask"
                     self.problems.add(kind, str(mask), fault, LEFT_OUT_IMAGE)
                 else:
                     self._masks.append(mask)
-                    self.add(picture, size, ())
+                    self.add(image, size, ())
         self.finish()
 
     def _fault(self, mask: Path, size: tuple[int, int]) -> str:
-        """What is wrong with a mask for a picture of (height, width) `size`; empty for nothing."""
+        """What is wrong with a mask for an image of (height, width) `size`; empty for nothing."""
         try:
             found = check_image(mask, decode=False)
             if found != size:
-                return f"the mask is {found[1]} x {found[0]} pixels, but its picture {size[1]} x {size[0]}" + (
+                return f"the mask is {found[1]} x {found[0]} pixels, but its image {size[1]} x {size[0]}" + (
                     " (before its Exif rotation?)" if found == size[::-1] else ""
                 )
             if self.problems.policy != "fail":
@@ -96,13 +96,13 @@ class MaskFolders(SemanticMasks):
     """Photographs in one folder and their masks in another, under the same names: `images/train/a.jpg` goes with
     `masks/train/a.png`.
 
-    meta.image_id is the picture's path below its folder, without its ending.
+    meta.image_id is the image's path below its folder, without its ending.
 
     Args:
         root: the folder that `images` and `annotations` start from.
         split: put in place of {split} in these two.
         class_names: the classes in the order of the numbers in the masks, the first for 0.
-        broken: what to do with broken pictures and masks.
+        broken: what to do with broken images and masks.
         images: the folder of photographs; subfolders are searched, too.
         annotations: the folder of masks, with the same subfolders.
 
@@ -133,7 +133,7 @@ class MaskFolders(SemanticMasks):
         for file in self.images_of(folders[0]):
             name = file.relative_to(folders[0]).with_suffix("")
             mask = folders[1] / f"{name}.png"
-            pairs.append((Picture(name.as_posix(), file, str(file)), mask))
+            pairs.append((ImageFile(name.as_posix(), file, str(file)), mask))
         self.add_all(pairs)
 
 
@@ -147,7 +147,7 @@ class VocSegmentation(SemanticMasks):
     Args:
         root: the folder with these three, VOCdevkit/VOC2012 for example.
         split: a list of ImageSets/Segmentation, without ".txt".
-        broken: what to do with broken pictures and masks.
+        broken: what to do with broken images and masks.
         class_names: the classes in the order of the numbers in the masks, "background" for 0 first or left out; by
             default VOC's 20 and background.
 
@@ -179,8 +179,8 @@ class VocSegmentation(SemanticMasks):
         for line, text in read_lines(path):
             image_id = text[: -len(Path(text).suffix)] if Path(text).suffix.lower() in IMAGE_SUFFIXES else text
             file = files.get(image_id, top / "JPEGImages" / f"{image_id}.jpg")
-            picture = Picture(image_id, file, f"{path}:{line}")
-            pairs.append((picture, top / "SegmentationClass" / f"{image_id}.png"))
+            image = ImageFile(image_id, file, f"{path}:{line}")
+            pairs.append((image, top / "SegmentationClass" / f"{image_id}.png"))
         self.add_all(pairs)
 
 

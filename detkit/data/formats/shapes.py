@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes, made on the fly: for a first run, for tests, and to check that training works."""
+"""Images of coloured shapes, made on the fly: for a first run, for tests, and to check that training works."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detkit.registry import datasets
 from detkit.structures import ClassList, Meta, Sample, Target
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
-_SMALLEST, _LARGEST = 0.12, 0.5  # extent of an object, as a part of the picture's side
+_SMALLEST, _LARGEST = 0.12, 0.5  # extent of an object, as a part of the image's side
 _LEAST_VISIBLE = 0.5
 _EMPTY_SHARE = 0.02
 _PLACES_TRIED = 12
@@ -29,17 +29,17 @@ _LEAST_CONTRAST = 90.0  # distance in RGB between the colour of an object and al
 class Shapes(Dataset):
     """Circles, squares, triangles and stars of many sizes, colours and textures on textured grounds.
 
-    A picture depends on (seed, split, index) alone, and no two splits share one. Later objects hide earlier ones, but
+    An image depends on (seed, split, index) alone, and no two splits share one. Later objects hide earlier ones, but
     none more than half; boxes and masks are exact, tight around the pixels that can be seen. About 2 % of the
-    pictures have no object. meta.image_id is the index.
+    images have no object. meta.image_id is the index.
 
     Args:
         split: train, val or test.
-        train_count: the number of training pictures.
-        val_count: the number of pictures of val, and of test.
+        train_count: the number of training images.
+        val_count: the number of images of val, and of test.
         size: height and width in pixels, 32 at least.
-        max_objects: at most so many in a picture; as many as find a place.
-        seed: another seed gives other pictures.
+        max_objects: at most so many in an image; as many as find a place.
+        seed: another seed gives other images.
         masks: targets carry masks.
         semantic: targets carry semantic maps; the first class is then "background".
 
@@ -103,7 +103,7 @@ class Shapes(Dataset):
 
     def _random(self, index: int) -> np.random.Generator:
         if not 0 <= index < self._count:
-            raise IndexError(f"there are {self._count} pictures, but the index is {index}")
+            raise IndexError(f"there are {self._count} images, but the index is {index}")
         return np.random.default_rng([self._seed, _SPLITS[self._split], index])
 
     def _target(self, scene: _Scene) -> Target:
@@ -127,7 +127,7 @@ class Shapes(Dataset):
 
 @dataclass(frozen=True)
 class _Shape:
-    """An object: its pixels on a patch of the picture, `rows` and `columns`."""
+    """An object: its pixels on a patch of the image, `rows` and `columns`."""
 
     label: int
     rows: slice

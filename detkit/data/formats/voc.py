@@ -14,7 +14,7 @@ from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
     Annotation,
     FileDataset,
-    Picture,
+    ImageFile,
     as_box,
     check_root,
     checked_classes,
@@ -45,7 +45,7 @@ class Voc(FileDataset):
     Args:
         root: the folder with these three.
         split: a file of ImageSets/Main, without ".txt".
-        broken: what to do with broken boxes and pictures.
+        broken: what to do with broken boxes and images.
         class_names: the classes in the order of their labels; by default all names in Annotations, sorted, so that
             every split has the same list.
         other_classes: what to do with objects of classes that `class_names` does not list: "problem", as `broken` says,
@@ -84,9 +84,9 @@ class Voc(FileDataset):
             found |= {item.name for other in others if other for item in other.objects if item.name}
         names = sorted(found) if class_names is None else class_names
         self.classes = checked_classes(lambda: ClassList.from_names(names), f"{root}/Annotations")
-        pictures = list(self._pictures(documents))
-        for picture, size in self.check_pictures(pictures):
-            self.add(picture, size, self._annotations(documents[str(picture.image_id)]))
+        images = list(self._described_images(documents))
+        for image, size in self.check_images(images):
+            self.add(image, size, self._annotations(documents[str(image.image_id)]))
         self.finish()
 
     def _ids(self, split: str) -> list[str]:
@@ -157,7 +157,7 @@ class Voc(FileDataset):
             return document
         return None
 
-    def _pictures(self, documents: dict[str, Document]) -> Iterator[Picture]:
+    def _described_images(self, documents: dict[str, Document]) -> Iterator[ImageFile]:
         for image_id, document in documents.items():
             files = self._image_files(image_id, document.filename)
             if len(files) > 1:
@@ -165,7 +165,7 @@ class Voc(FileDataset):
                 self.problems.add("ambiguous image", str(document.path), message, LEFT_OUT_IMAGE)
             else:
                 file = files[0] if files else self._root / "JPEGImages" / f"{image_id}.jpg"
-                yield Picture(image_id, file, str(document.path), document.size)
+                yield ImageFile(image_id, file, str(document.path), document.size)
 
     def _image_files(self, image_id: str, filename: str) -> list[Path]:
         """The files that may be the image of an id."""

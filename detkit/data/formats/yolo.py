@@ -15,7 +15,7 @@ from detkit.data.dataset import (
     LEFT_OUT_IMAGE,
     Annotation,
     FileDataset,
-    Picture,
+    ImageFile,
     missing_split,
     read_lines,
 )
@@ -104,8 +104,8 @@ class Yolo(FileDataset):
         for found in searched.values():
             for reason in (UNREAD, DEAD_LINK, KNOWN_FOLDER, CLOSED):
                 self.problems.remarks[f"{reason}: passed over"] += len(found.passed_over.get(reason, ()))
-        images = [Picture(self._yaml.image_id(file), file, where) for file, where in files]
-        usable = self.check_pictures(images)
+        images = [ImageFile(self._yaml.image_id(file), file, where) for file, where in files]
+        usable = self.check_images(images)
         label_files = {image.path: file for image in images if os.path.isfile(file := label_file(image.path))}
         if not usable:
             self.problems.raise_if_fatal()
@@ -129,7 +129,7 @@ class Yolo(FileDataset):
             self._evidence.check(self._yaml.path)
         self.finish()
 
-    def _check_labelled(self, images: list[Picture], label_files: dict[Path, Path]) -> None:
+    def _check_labelled(self, images: list[ImageFile], label_files: dict[Path, Path]) -> None:
         """Count images without a label file; if none has one, the layout is wrong rather than all images empty."""
         self.problems.unlabelled = sum(image.path not in label_files for image in images)
         if not label_files:

@@ -27,10 +27,10 @@ def build_source(options: Mapping[str, Any], split: str | None = None) -> Propos
 
     Args:
         options: `name` of a source, its options, and optionally `cache`, the folder of the cache.
-        split: of the data set that the source is for; None for pictures of no data set.
+        split: of the data set that the source is for; None for images of no data set.
 
     Raises:
-        ConfigError: the name or an option is unknown, the source is for pictures of a data set only, or `cache` is
+        ConfigError: the name or an option is unknown, the source is for images of a data set only, or `cache` is
             given where nothing is cached.
     """
     given = {key: value for key, value in options.items() if key != CACHE_KEY}
@@ -39,13 +39,13 @@ def build_source(options: Mapping[str, Any], split: str | None = None) -> Propos
     part: type[ProposalSource] = proposal_sources.get(str(given["name"]))  # type: ignore[assignment]
     if split is None and not part.from_pixels:
         raise ConfigError(
-            f"The source of proposals '{given['name']}' knows the pictures of a data set only, and has none for new "
-            "pictures. Give another: detkit infer RUN --proposals '{name: selective_search}', or "
+            f"The source of proposals '{given['name']}' knows the images of a data set only, and has none for new "
+            "images. Give another: detkit infer RUN --proposals '{name: selective_search}', or "
             "detkit.load(RUN, proposals={'name': 'selective_search'})."
         )
     folder = options.get(CACHE_KEY)
     if folder is not None and (split is None or not part.from_pixels):
-        reason = "new pictures are not kept" if split is None else f"the source '{given['name']}' computes nothing"
+        reason = "new images are not kept" if split is None else f"the source '{given['name']}' computes nothing"
         raise ConfigError(f"'proposals.cache' is '{folder}', but {reason}. Remove it.")
     if not isinstance(folder, str | None):
         raise ConfigError(f"'proposals.cache' must be the path of a folder, but is {folder!r}.")
@@ -101,7 +101,7 @@ def with_proposals(
 
     Raises:
         ConfigError: an option is unknown, or the cache cannot be written.
-        DataError: the source does not fit the data set, or a picture cannot be read.
+        DataError: the source does not fit the data set, or an image cannot be read.
     """
     if options is None:
         return dataset
@@ -133,9 +133,9 @@ class ProposalDataset(DatasetWrapper):
         return Sample(sample.image, sample.target, sample.meta, self._proposals(sample)[0])
 
     def prepare(self, console: Console) -> str:
-        """Have the proposals of all pictures in the cache, or checked.
+        """Have the proposals of all images in the cache, or checked.
 
-        In threads: a source's kernels, the decoders of pictures and the hash run without Python's lock, and threads
+        In threads: a source's kernels, the decoders of images and the hash run without Python's lock, and threads
         share one compiled kernel, where each process would load torch and compile or load it again.
 
         Returns:
@@ -164,7 +164,7 @@ class ProposalDataset(DatasetWrapper):
                 raise
         line = (
             f"{counts['computed'] + counts['broken']:,} computed, {counts['cached']:,} from the cache, mean "
-            f"{total / max(1, len(self)):,.0f} proposals a picture, {counts['without']:,} pictures without"
+            f"{total / max(1, len(self)):,.0f} proposals an image, {counts['without']:,} images without"
         )
         if counts["broken"]:
             line += f"; {counts['broken']:,} of the computed had a damaged file in the cache"

@@ -1,4 +1,4 @@
-"""What every source of proposals promises: regions of a picture that may hold an object, whatever it is."""
+"""What every source of proposals promises: regions of an image that may hold an object, whatever it is."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -10,12 +10,12 @@ from detkit.data.dataset import Dataset
 
 
 class ProposalSource(ABC):
-    """Proposes regions of pictures. Its constructor's arguments are its options; see detkit.registry.proposal_sources.
+    """Proposes regions of images. Its constructor's arguments are its options; see detkit.registry.proposal_sources.
 
     Attributes:
-        from_pixels: whether the proposals are computed from the picture alone. Then they can be had for any picture,
-            and are kept in a cache; otherwise the source knows the pictures of one data set.
-        key: text of everything that the proposals depend on besides the picture: the options, and a version that
+        from_pixels: whether the proposals are computed from the image alone. Then they can be had for any image,
+            and are kept in a cache; otherwise the source knows the images of one data set.
+        key: text of everything that the proposals depend on besides the image: the options, and a version that
             changes with the algorithm. Proposals in the cache are found by it.
     """
 
@@ -24,7 +24,7 @@ class ProposalSource(ABC):
 
     @abstractmethod
     def __call__(self, image: np.ndarray, image_id: int | str) -> Tensor:
-        """Proposals of one picture; may be called from several threads at once.
+        """Proposals of one image; may be called from several threads at once.
 
         Args:
             image: (H, W, 3) uint8 RGB, upright, in its own size.
@@ -35,7 +35,7 @@ class ProposalSource(ABC):
         """
 
     def check(self, dataset: Dataset) -> str:
-        """Look at all pictures of a data set that proposals will be asked for, before the first.
+        """Look at all images of a data set that proposals will be asked for, before the first.
 
         Returns:
             A line about it for people.
@@ -43,4 +43,4 @@ class ProposalSource(ABC):
         Raises:
             DataError: the source does not fit the data set.
         """
-        return f"proposals for {len(dataset)} pictures"
+        return f"proposals for {len(dataset)} images"

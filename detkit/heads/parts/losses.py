@@ -26,7 +26,7 @@ def box_loss(
     Args:
         offsets: (N, 4) predicted, as detkit.boxes.coding.encode defines them.
         anchors: (N, 4) xyxy pixels.
-        true_offsets: (N, 4) of the truths.
+        true_offsets: (N, 4) of the ground truths.
         kind: l1 and smooth_l1 compare offsets; the others are 1 - GIoU (Rezatofighi et al. 2019),
             1 - DIoU or 1 - CIoU (Zheng et al. 2020) of the decoded boxes.
         deviations: those that the offsets were encoded with.
@@ -39,21 +39,21 @@ def box_loss(
         return F.l1_loss(offsets, true_offsets, reduction="sum")
     if kind == "smooth_l1":
         return F.smooth_l1_loss(offsets, true_offsets, reduction="sum", beta=beta)
-    boxes, truths = (decode(values, anchors, deviations=deviations) for values in (offsets, true_offsets))
-    overlap = elementwise_iou(boxes, truths, kind=kind)
+    boxes, targets = (decode(values, anchors, deviations=deviations) for values in (offsets, true_offsets))
+    overlap = elementwise_iou(boxes, targets, kind=kind)
     return (1 - overlap).sum()
 
 
-def sigmoid_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal_loss(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Binary cross-entropy in which what is easy counts little (Lin et al. 2017, "Focal Loss", equation 5).
 
-    With p the probability of the true answer it is -alpha (1 - p)^gamma log(p) where the truth is true, and with
+    With p the probability of the true answer it is -alpha (1 - p)^gamma log(p) where the ground truth is true, and with
     1 - alpha in place of alpha where it is false. For example gamma 2 makes an answer of p = 0.9 count a hundredth
     of what it does in cross-entropy, one of 0.5 a quarter.
 
     Args:
         logits: of any shape, float.
-        truth: of the same shape, bool.
+        target: of the same shape, bool.
         alpha: weight of what is true, in 0..1.
         gamma: 0 or more; 0 is cross-entropy weighted by alpha.
 
@@ -61,12 +61,14 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.25, gamma
         the loss of each element, of the same shape. It and its gradient are finite for every finite logit.
 
     Raises:
-        ValueError: the shapes differ, or the truth is not bool.
+        ValueError: the shapes differ, or the ground truth is not bool.
     """
-    if truth.shape != logits.shape or truth.dtype != torch.bool:
-        raise ValueError(f"truth must be {tuple(logits.shape)} bool, but got {tuple(truth.shape)} {truth.dtype}")
-    right = torch.where(truth, logits, -logits)
-    weight = (1 - alpha) + (2 * alpha - 1) * truth.to(logits.dtype)
+    if target.shape != logits.shape or target.dtype != torch.bool:
+        raise ValueError(
+            f"ground truth must be {tuple(logits.shape)} bool, but got {tuple(target.shape)} {target.dtype}"
+        )
+    right = torch.where(target, logits, -logits)
+    weight = (1 - alpha) + (2 * alpha - 1) * target.to(logits.dtype)
     # (1 - p)^gamma as an exponential, whose gradient is finite where 1 - p is 0.
     return -weight * torch.exp(gamma * F.logsigmoid(-right)) * F.logsigmoid(right)
 
@@ -118,7 +120,7 @@ def gram_matrix(features: Tensor) -> Tensor:
     """How strongly the channels of a map occur together: its style, without where anything is.
 
     Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks", equation 3, divided by c·h·w as in
-    "Dive into Deep Learning", so that neither the size of the picture nor the number of channels matters.
+    "Dive into Deep Learning", so that neither the size of the image nor the number of channels matters.
 
     Args:
         features: (B, c, h, w).
@@ -128,7 +130,7 @@ def gram_matrix(features: Tensor) -> Tensor:
     """
     channels, pixels = features.shape[1], features.shape[2] * features.shape[3]
     flat = features.reshape(len(features), channels, pixels)
-    # Divided first: of half-precision maps the sum over a large picture would overflow.
+    # Divided first: of half-precision maps the sum over a large image would overflow.
     return flat @ (flat / (channels * pixels)).transpose(1, 2)
 
 
@@ -137,10 +139,10 @@ def style_loss(features: Tensor, gram: Tensor) -> Tensor:
     return (gram_matrix(features) - gram).square().mean()
 
 
-def total_variation(pictures: Tensor) -> Tensor:
+def total_variation(images: Tensor) -> Tensor:
     """How much neighbours in (B, C, H, W) differ: (mean |x_ij - x_i+1,j| + mean |x_ij - x_i,j+1|) / 2.
 
-    Means and not the sum over a picture, so that a weight means the same at every size; 0 along a side of one pixel.
+    Means and not the sum over an image, so that a weight means the same at every size; 0 along a side of one pixel.
     """
-    down, right = pictures.diff(dim=2).abs(), pictures.diff(dim=3).abs()
+    down, right = images.diff(dim=2).abs(), images.diff(dim=3).abs()
     return 0.5 * (down.sum() / max(down.numel(), 1) + right.sum() / max(right.numel(), 1))

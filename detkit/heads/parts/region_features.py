@@ -210,7 +210,7 @@ def cut_to_map(rows: Tensor, feature: Tensor, scale: float) -> Tensor:
 class Warp(RegionFeatures):
     """The pixels of each region, stretched to one size and sent through a network of their own.
 
-    It reads the picture itself, so it goes with `backbone: {name: pixels}`, and costs one pass of the network for each
+    It reads the image itself, so it goes with `backbone: {name: pixels}`, and costs one pass of the network for each
     region.
 
     Attributes:
@@ -238,7 +238,7 @@ class Warp(RegionFeatures):
         super().__init__()
         if tuple(strides) != (1,):
             raise ConfigError(
-                f"The region features 'warp' read the picture's own pixels, but get feature maps of strides "
+                f"The region features 'warp' read the image's own pixels, but get feature maps of strides "
                 f"{list(strides)}. Use backbone: {{name: pixels}} and no neck with it."
             )
         if not 0 <= 2 * context < size:
@@ -259,7 +259,7 @@ class Warp(RegionFeatures):
         rows = with_image_index(regions)
         around = (rows[:, 3:] - rows[:, 1:3]) * (self.context / (self.size - 2 * self.context))
         rows = torch.cat((rows[:, :1], rows[:, 1:3] - around, rows[:, 3:] + around), dim=1)
-        # Outside the picture the samples are 0, which is the mean colour, as in the paper.
+        # Outside the image the samples are 0, which is the mean colour, as in the paper.
         images = (maps[0] - self.mean) / self.std
         pixels = roi_align(images, rows, self.size, 1.0, sampling_ratio=-1, aligned=True)
         return self.backbone(pixels.to(memory_format=torch.channels_last))[-1]

@@ -30,12 +30,12 @@ class SampledRegions(NamedTuple):
 
     Args:
         boxes: (S, 4) xyxy pixels.
-        truth_index: (S,) the truth each answers for; to be read only where `positive`.
+        truth_index: (S,) the ground truth each answers for; to be read only where `positive`.
         positive: (S,) bool.
     """
 
     boxes: Tensor
-    truth_index: Tensor
+    target_index: Tensor
     positive: Tensor
 
 
@@ -49,10 +49,10 @@ class RegionStage(nn.Module):
         trunk: `name` of the layers behind them (mlp, conv_fc, resnet_layer4, mean) and their options.
         classifier: softmax over the classes and background; or hinge, a linear support vector machine for each class
             against all others, as in R-CNN, but trained together with the features (Tang 2013), not after them.
-        foreground_from: a region that overlaps a truth this much shows it.
-        background_below: one that overlaps every truth less shows background; between them it does not count.
-        background_from: one that overlaps every truth less than this does not count either, in pictures with objects
-            (0.1 in Fast R-CNN, which so looks for hard background).
+        foreground_from: a region that overlaps a ground truth this much shows it.
+        background_below: one that overlaps every ground truth less shows background; between them it does not count.
+        background_from: one that overlaps every ground truth less than this does not count either, in images with
+            objects (0.1 in Fast R-CNN, which so looks for hard background).
         samples: regions of an image that take part in the loss.
         positive_fraction: largest part of objects among them.
         box_loss: l1, smooth_l1, giou, diou or ciou.
@@ -116,14 +116,14 @@ class RegionStage(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> list[SampledRegions]:
-        """For each image the regions that take part in the loss, out of its proposals and the truths themselves."""
+        """The regions of each image that take part in the loss, out of its proposals and the target boxes."""
         sampled = []
         for boxes, target in zip(proposals, targets):
             boxes = torch.cat((boxes, target.boxes[~target.ignored]))
             match = self._match(boxes, target)
             positive, negative = sample_balanced(match, self.samples, self.positive_fraction)
             chosen = torch.cat((positive, negative))
-            sampled.append(SampledRegions(boxes[chosen], match.truth_index[chosen], match.positive[chosen]))
+            sampled.append(SampledRegions(boxes[chosen], match.target_index[chosen], match.positive[chosen]))
         return sampled
 
     def loss(
@@ -131,21 +131,21 @@ class RegionStage(nn.Module):
     ) -> dict[str, Tensor]:
         """`class` and `box`, both divided by the regions that were sampled."""
         logits, offsets = self(maps, [regions.boxes for regions in sampled])
-        labels, boxes, truths = [], [], []
+        labels, boxes, ground_truths = [], [], []
         for regions, target in zip(sampled, targets):
-            truth = regions.truth_index[regions.positive]
-            label = torch.zeros_like(regions.truth_index)
-            label[regions.positive] = target.labels[truth] + 1
+            ground_truth = regions.target_index[regions.positive]
+            label = torch.zeros_like(regions.target_index)
+            label[regions.positive] = target.labels[ground_truth] + 1
             labels.append(label)
             boxes.append(regions.boxes[regions.positive])
-            truths.append(target.boxes[truth])
+            ground_truths.append(target.boxes[ground_truth])
         label = torch.cat(labels)
         anchors = torch.cat(boxes)
         rows = label.nonzero().flatten()
         boxes_loss = box_loss(
             offsets[rows, label[rows] - 1],
             anchors,
-            encode(torch.cat(truths), anchors, deviations=DEVIATIONS),
+            encode(torch.cat(ground_truths), anchors, deviations=DEVIATIONS),
             self.box_loss,
             DEVIATIONS,
             BETA,
@@ -192,7 +192,7 @@ class RegionStage(nn.Module):
         if self.background_from == 0 or not len(objects):
             return match
         far = match_two_thresholds(boxes, objects, low=self.background_from, high=1.0, force_best=False).negative
-        return Match(match.truth_index, match.positive, match.ignored | far)
+        return Match(match.target_index, match.positive, match.ignored | far)
 
     def _class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         if self.classifier == "softmax":

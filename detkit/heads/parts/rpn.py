@@ -45,7 +45,7 @@ class ProposalOutputs(NamedTuple):
 class RegionProposalNetwork(nn.Module):
     """Convolutions shared by all levels, then an objectness and four offsets for each anchor.
 
-    Anchors that reach over the border of the picture take part in training, as in torchvision and Detectron2; the
+    Anchors that reach over the border of the image take part in training, as in torchvision and Detectron2; the
     paper left them out.
 
     Args:
@@ -53,8 +53,9 @@ class RegionProposalNetwork(nn.Module):
         anchors: `name` of an anchor layout and its options; default the paper's nine, of 128, 256 and 512 pixels and
             ratios 1:2, 1:1 and 2:1, on one level, and one size a level, 8 times the stride, on several.
         depth: 3x3 convolutions before the predictors.
-        foreground_from: an anchor that overlaps a truth this much is an object; so is a truth's best anchor.
-        background_below: one that overlaps every truth less is background; between them it does not count.
+        foreground_from: an anchor that overlaps a ground truth this much is an object; so is a ground truth's best
+            anchor.
+        background_below: one that overlaps every ground truth less is background; between them it does not count.
         samples: anchors of an image that take part in the loss.
         positive_fraction: largest part of objects among them.
         candidates: of each level and image that enter suppression for `decode`.
@@ -152,14 +153,14 @@ class RegionProposalNetwork(nn.Module):
             logits.append(outputs.objectness[image, chosen])
             labels.append(torch.arange(len(chosen), device=chosen.device) < len(positive))
             anchors = outputs.anchors[positive]
-            true_offsets = encode(target.boxes[match.truth_index[positive]], anchors, deviations=DEVIATIONS)
+            true_offsets = encode(target.boxes[match.target_index[positive]], anchors, deviations=DEVIATIONS)
             boxes_loss = boxes_loss + box_loss(
                 outputs.offsets[image, positive], anchors, true_offsets, self.box_loss, DEVIATIONS, BETA
             )
-        flat, truth = torch.cat(logits), torch.cat(labels).float()
+        flat, ground_truth = torch.cat(logits), torch.cat(labels).float()
         normaliser = max(len(flat), 1)
         return {
-            "objectness": F.binary_cross_entropy_with_logits(flat, truth, reduction="sum") / normaliser,
+            "objectness": F.binary_cross_entropy_with_logits(flat, ground_truth, reduction="sum") / normaliser,
             "proposal_box": self.box_weight * boxes_loss / normaliser,
         }
 
@@ -186,7 +187,7 @@ def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
     """The nine anchors of Ren et al. on one level; on several those of Lin et al. (FPN), one size for each."""
     if min(strides) < 1:
         raise ConfigError(
-            f"The region-proposal network has no default anchors for a map pooled from the whole picture (strides "
+            f"The region-proposal network has no default anchors for a map pooled from the whole image (strides "
             f"{list(strides)}). Give 'head.rpn.anchors', or leave that map out."
         )
     sizes = [[128.0, 256.0, 512.0]] if len(strides) == 1 else [[8.0 * stride] for stride in strides]

@@ -63,8 +63,8 @@ class SemanticHead(Head):
 
         Pixels that are IGNORED_PIXEL or outside of their image do not count; where none counts it is 0.
         """
-        truth = stacked_truth(targets, outputs.sizes, outputs.logits)
-        return {"pixel": pixel_loss(outputs.logits, truth, self.class_weights)}
+        target = stacked_target(targets, outputs.sizes, outputs.logits)
+        return {"pixel": pixel_loss(outputs.logits, target, self.class_weights)}
 
     def decode(self, outputs: SemanticOutputs) -> list[SemanticMap]:
         """The most probable class of each pixel; the first of several that are equal."""
@@ -90,29 +90,29 @@ def labels_of(logits: Tensor) -> Tensor:
     return labels.to(torch.uint8)
 
 
-def stacked_truth(targets: Sequence[Target], sizes: tuple[tuple[int, int], ...], logits: Tensor) -> Tensor:
+def stacked_target(targets: Sequence[Target], sizes: tuple[tuple[int, int], ...], logits: Tensor) -> Tensor:
     """(B, H, W) int64 of the size of `logits` (B, C, H, W): the semantic maps, IGNORED_PIXEL outside of the images."""
     check_count(tuple(targets), sizes)
-    truth = torch.full((len(sizes), *logits.shape[2:]), IGNORED_PIXEL, dtype=torch.int64, device=logits.device)
-    for row, target, (height, width) in zip(truth, targets, sizes):
+    ground_truth = torch.full((len(sizes), *logits.shape[2:]), IGNORED_PIXEL, dtype=torch.int64, device=logits.device)
+    for row, target, (height, width) in zip(ground_truth, targets, sizes):
         assert target.semantic is not None, "open_split checks that the data has what the head needs"
         row[:height, :width] = target.semantic[:height, :width]
-    return truth
+    return ground_truth
 
 
-def pixel_loss(logits: Tensor, truth: Tensor, class_weights: Tensor | None = None) -> Tensor:
+def pixel_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Cross-entropy of (B, C, H, W) logits, in the weighted mean over all pixels that are not IGNORED_PIXEL.
 
     Args:
-        truth: (B, H, W) int64 classes.
+        target: (B, H, W) int64 classes.
         class_weights: (C,), or None for 1 each.
 
     Returns:
         A scalar; 0 where no pixel counts.
     """
-    total = F.cross_entropy(logits.float(), truth, class_weights, ignore_index=IGNORED_PIXEL, reduction="sum")
-    counted = truth != IGNORED_PIXEL
+    total = F.cross_entropy(logits.float(), target, class_weights, ignore_index=IGNORED_PIXEL, reduction="sum")
+    counted = target != IGNORED_PIXEL
     if class_weights is None:
         return total / counted.sum().clamp(min=1)
-    weight = class_weights[truth[counted]].sum()
+    weight = class_weights[target[counted]].sum()
     return total / torch.where(weight > 0, weight, 1.0)

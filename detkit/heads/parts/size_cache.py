@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 KEPT = 8
-"""Sizes of which the results are kept: a network that takes pictures of any shape meets few again and again."""
+"""Sizes of which the results are kept: a network that takes images of any shape meets few again and again."""
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 

@@ -1,4 +1,4 @@
-"""Pictures of classifications: the best guesses below the picture, and what was taken for what in a whole data set."""
+"""Images of classifications: the best guesses below the image, and what was taken for what in a whole data set."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Row = tuple[str, float, tuple[int, int, int]]
 
 
 def draw_classification(
-    image: np.ndarray, prediction: Classification, truth: Collection[int] | None = None, title: str = ""
+    image: np.ndarray, prediction: Classification, target: Collection[int] | None = None, title: str = ""
 ) -> np.ndarray:
-    """The picture with the best guesses below it, each with a bar as long as its score.
+    """The image with the best guesses below it, each with a bar as long as its score.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         prediction: without class names, the label's number is shown.
-        truth: the labels of the classes that it has; guesses are then green or red.
+        target: the labels of the classes that it has; guesses are then green or red.
         title: a line above the guesses.
 
     Returns:
-        A new uint8 RGB image, higher than the picture, and wider where that is narrow.
+        A new uint8 RGB image, higher than the image, and wider where that is narrow.
 
     Raises:
         ValueError: `image` has another shape or type.
     """
     rows: list[Row] = [(title, 0.0, PLAIN)] if title else []
     for label, name, score in best_guesses(prediction):
-        color = PLAIN if truth is None else RIGHT if label in truth else WRONG
+        color = PLAIN if target is None else RIGHT if label in target else WRONG
         rows.append((f"{name} {score:.2f}", score, color))
     return _with_rows(image, rows)
 
 
 def draw_classes(image: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The picture with the names of its classes below it; the arguments and the result as in `draw_classification`."""
+    """The image with the names of its classes below it; the arguments and the result as in `draw_classification`."""
     return _with_rows(image, [(", ".join(names) or "none", 0.0, PLAIN)])
 
 
@@ -64,7 +64,7 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndar
     """A confusion matrix, each row coloured by its parts; with the counts, where there are not too many classes.
 
     Args:
-        confusion: (C, C) pictures by true class (row) and guess (column).
+        confusion: (C, C) images by true class (row) and guess (column).
         class_names: C names.
 
     Returns:

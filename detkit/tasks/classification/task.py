@@ -1,4 +1,4 @@
-"""Classification: accuracy, precision and recall by class, pictures with their best guesses."""
+"""Classification: accuracy, precision and recall by class, images with their best guesses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from detkit.tasks.drawing import write_image
 
 @tasks.register("classify")
 class Classify(Task[Classification]):
-    """The classes of whole pictures: one each, or any number with the head's `multi_label`."""
+    """The classes of whole images: one each, or any number with the head's `multi_label`."""
 
     noun: ClassVar[str] = "classifications"
 
@@ -52,14 +52,14 @@ class Classify(Task[Classification]):
         return draw_classification(image, prediction)
 
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        return draw_classes(image, [class_names[label] for label in _truth(target)])
+        return draw_classes(image, [class_names[label] for label in _ground_truth(target)])
 
     def compare(
         self, image: np.ndarray, prediction: Classification, target: Target, class_names: Sequence[str]
     ) -> np.ndarray:
-        truth = _truth(target)
-        names = ", ".join(class_names[label] for label in truth) or "none"
-        return draw_classification(image, prediction, truth, f"truth: {names}")
+        ground_truth = _ground_truth(target)
+        names = ", ".join(class_names[label] for label in ground_truth) or "none"
+        return draw_classification(image, prediction, ground_truth, f"ground truth: {names}")
 
     def plot(self, scores: Scores, folder: Path) -> None:
         assert isinstance(scores, ClassificationScores)
@@ -67,9 +67,9 @@ class Classify(Task[Classification]):
             write_image(folder / "confusion_matrix.png", draw_confusion(scores.confusion, scores.classes.names))
 
     def check_data(self, dataset: Dataset, split: str) -> None:
-        if not any(_truth(dataset.target(index)) for index in range(len(dataset))):
+        if not any(_ground_truth(dataset.target(index)) for index in range(len(dataset))):
             raise DataError(
-                f"No picture of the split '{split}' has a class, so there is nothing to learn or to score. Check what "
+                f"No image of the split '{split}' has a class, so there is nothing to learn or to score. Check what "
                 f"the data call this split.{dataset.problems.reasons()}"
             )
 
@@ -77,7 +77,7 @@ class Classify(Task[Classification]):
         if not _multi_label(head):
             for index in range(len(dataset)):
                 target = dataset.target(index)
-                if len(_truth(target)) > 1:
+                if len(_ground_truth(target)) > 1:
                     check_single(target, str(dataset.image_id(index)))
 
 
@@ -85,6 +85,6 @@ def _multi_label(head: Head) -> bool:
     return bool(getattr(head, "multi_label", False))
 
 
-def _truth(target: Target) -> list[int]:
-    """The labels of a picture's classes."""
+def _ground_truth(target: Target) -> list[int]:
+    """The labels of an image's classes."""
     return [] if target.image_labels is None else target.image_labels.tolist()

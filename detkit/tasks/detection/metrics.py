@@ -1,9 +1,9 @@
 """How good detections are: the twelve COCO figures of boxes and of masks, the same per class, and VOC's precision.
 
 The COCO arithmetic is faster-coco-eval's, equal to pycocotools in all twelve figures; VOC's is voc_metrics.py's.
-What no truth supports is nan, never 0 and never COCO's -1, and takes no part in any mean.
+What no ground truth supports is nan, never 0 and never COCO's -1, and takes no part in any mean.
 
-Three kinds of truth do not count as objects to find:
+Three kinds of ground truth do not count as objects to find:
 
     crowd       COCO's iscrowd: any number of detections inside the region are neither right nor wrong.
     difficult   VOC's flag. In the VOC figures as in VOC's kit. In the COCO figures as COCO treats an object outside
@@ -37,11 +37,11 @@ AREA_BEYOND_ALL_RANGES = 1e11
 
 @dataclass(frozen=True)
 class ClassScores:
-    """The figures of one class; each in 0..1, nan where the data has no truth of the class.
+    """The figures of one class; each in 0..1, nan where the data has no ground truth of the class.
 
     Args:
         name: the class.
-        truths: objects to find; crowd and difficult ones are not counted.
+        targets: objects to find; crowd and difficult ones are not counted.
         detections: how many detections carry the class.
         AP: mean over IoU 0.50, 0.55 ... 0.95 of COCO's 101-point average precision.
         AP50: the same at IoU 0.50 only.
@@ -52,7 +52,7 @@ class ClassScores:
     """
 
     name: str
-    truths: int
+    targets: int
     detections: int
     AP: float
     AP50: float
@@ -64,7 +64,7 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """The figures of a whole data set, each in 0..1, nan where no truth supports it.
+    """The figures of a whole data set, each in 0..1, nan where no ground truth supports it.
 
     Args:
         coco: the twelve COCO figures: mAP, mAP50, mAP75, mAP_small, mAP_medium, mAP_large, AR_1, AR_10, AR_100,
@@ -73,11 +73,11 @@ class DetectionScores:
         voc12: the same of the area form.
         per_class: one row for each class, in the order of the labels.
         images: how many images were scored.
-        truths: objects to find in them.
-        ignored: crowd regions and difficult objects, which are not counted in `truths`.
+        targets: objects to find in them.
+        ignored: crowd regions and difficult objects, which are not counted in `ground truths`.
         detections: how many detections were scored.
-        masks: the twelve COCO figures by the IoU and area of masks, under the names of `coco`; None where truths or
-            detections have no masks.
+        masks: the twelve COCO figures by the IoU and area of masks, under the names of `coco`; None where ground truths
+            or detections have no masks.
         limits: a sentence for the report where the limits on detections keep the figures low; else empty.
     """
 
@@ -86,7 +86,7 @@ class DetectionScores:
     voc12: float
     per_class: tuple[ClassScores, ...]
     images: int
-    truths: int
+    targets: int
     ignored: int
     detections: int
     masks: dict[str, float] | None = None
@@ -100,10 +100,10 @@ class DetectionScores:
     @property
     def summary(self) -> str:
         """What was scored, in one line; says why where there are no figures."""
-        counts = f"{self.images} images, {self.truths} objects to find, {self.detections} detections"
+        counts = f"{self.images} images, {self.targets} objects to find, {self.detections} detections"
         if self.ignored:
             counts += f", {self.ignored} crowd or difficult objects not counted"
-        if not self.truths:
+        if not self.targets:
             return f"{counts}. Nothing can be scored: the annotations hold no object to find."
         if not self.detections:
             return f"{counts}. Every figure is 0: nothing was detected; is the score threshold too high?"
@@ -121,10 +121,10 @@ class DetectionScores:
         """
         figures: dict[str, float | int] = {**self.coco, "voc07": self.voc07, "voc12": self.voc12}
         figures |= {f"mask_{name}": value for name, value in (self.masks or {}).items()}
-        for name in ("images", "truths", "ignored", "detections"):
+        for name in ("images", "targets", "ignored", "detections"):
             figures[name] = getattr(self, name)
         for row in self.per_class:
-            names = ["AP", "AP50", "voc07", "voc12", "truths", "detections"]
+            names = ["AP", "AP50", "voc07", "voc12", "targets", "detections"]
             if self.masks is not None:
                 names += ["mask_AP", "mask_AP50"]
             for name in names:
@@ -143,7 +143,7 @@ class DetectionScores:
             columns |= {"mask\nAP": self.masks["mAP"], "mask\nAP50": self.masks["mAP50"]}
         table = Table(caption=caption, show_footer=True, caption_justify="left")
         table.add_column("class", "mean, or all")
-        table.add_column("objects", str(self.truths), justify="right")
+        table.add_column("objects", str(self.targets), justify="right")
         table.add_column("found", str(self.detections), justify="right")
         for header, mean in columns.items():
             table.add_column(header, _percent(mean), justify="right")
@@ -151,25 +151,25 @@ class DetectionScores:
             figures = [row.AP, row.AP50, row.voc07, row.voc12]
             if row.mask_AP is not None and row.mask_AP50 is not None:
                 figures += [row.mask_AP, row.mask_AP50]
-            table.add_row(escape(row.name), str(row.truths), str(row.detections), *map(_percent, figures))
+            table.add_row(escape(row.name), str(row.targets), str(row.detections), *map(_percent, figures))
         return table
 
 
 @dataclass(frozen=True)
 class _Image:
-    """One image's detections and truths without their masks, which stand beside as run lengths."""
+    """One image's detections and ground truths without their masks, which stand beside as run lengths."""
 
     found: Detections
-    truth: Target
+    target: Target
     found_masks: list[mask_coding.Rle] | None
-    truth_masks: list[mask_coding.Rle] | None
+    target_masks: list[mask_coding.Rle] | None
 
 
 class DetectionEvaluator:
-    """Collects the detections and truths of a data set, batch by batch, and scores them.
+    """Collects the detections and ground truths of a data set, batch by batch, and scores them.
 
-    The scores do not depend on the order in which the images come. Masks are scored too where truths and detections
-    have them; they are kept as run lengths, since those of a whole data set would fill the memory.
+    The scores do not depend on the order in which the images come. Masks are scored too where ground truths and
+    detections have them; they are kept as run lengths, since those of a whole data set would fill the memory.
 
     Args:
         classes: the classes of the data set; labels index it.
@@ -200,20 +200,20 @@ class DetectionEvaluator:
 
         Raises:
             ValueError: the three differ in length, or a detection has a label out of range, a box or score that is
-                not finite, or a mask of another size than the truth's.
-            DataError: an image came twice, or a truth has a label out of range.
+                not finite, or a mask of another size than the ground truth's.
+            DataError: an image came twice, or a ground truth has a label out of range.
         """
         if not len(detections) == len(targets) == len(metas):
             raise ValueError(
                 f"a batch needs equally many of each, but has {len(detections)} detections, {len(targets)} targets "
                 f"and {len(metas)} metas"
             )
-        for found, truth, meta in zip(detections, targets, metas):
-            found, truth = found.to("cpu"), truth.to("cpu")
-            self._check(found, truth, meta)
-            found_masks, truth_masks = _run_lengths(found), _run_lengths(truth)
+        for found, target, meta in zip(detections, targets, metas):
+            found, target = found.to("cpu"), target.to("cpu")
+            self._check(found, target, meta)
+            found_masks, target_masks = _run_lengths(found), _run_lengths(target)
             found = replace(found, masks=None, mask_patches=None)
-            self._images[meta.image_id] = _Image(found, replace(truth, masks=None), found_masks, truth_masks)
+            self._images[meta.image_id] = _Image(found, replace(target, masks=None), found_masks, target_masks)
             self._metas.append(meta)
 
     def results(self) -> list[dict[str, Any]]:
@@ -230,14 +230,14 @@ class DetectionEvaluator:
 
         Raises:
             DataError: no image was added.
-            ValueError: detections have masks in some images, but not in others, or truths have.
+            ValueError: detections have masks in some images, but not in others, or ground truths have.
         """
         if not self._images:
             raise DataError("There is nothing to score: not one image was evaluated. Does the data set hold any?")
         # The order breaks ties between scores. Sorted ids are pycocotools' order, and no loader's accident.
         ids = sorted(self._images, key=lambda image_id: (isinstance(image_id, str), image_id))
         images = [self._images[image_id] for image_id in ids]
-        detections, targets = [image.found for image in images], [image.truth for image in images]
+        detections, targets = [image.found for image in images], [image.target for image in images]
         precision, recall = _coco_precision_and_recall(images, len(self.classes), self.max_detections)
         eleven, area = voc_average_precisions(detections, targets, len(self.classes))
         rows = self._per_class(detections, targets, precision, eleven, area)
@@ -257,8 +257,8 @@ class DetectionEvaluator:
             voc12=_mean_of(area),
             per_class=rows,
             images=len(ids),
-            truths=sum(row.truths for row in rows),
-            ignored=sum(int(truth.ignored.sum()) for truth in targets),
+            targets=sum(row.targets for row in rows),
+            ignored=sum(int(target.ignored.sum()) for target in targets),
             detections=sum(row.detections for row in rows),
             masks=masks,
             limits=self._limits(images),
@@ -269,7 +269,7 @@ class DetectionEvaluator:
         count, limit, kept = len(self.classes), self.max_detections, self.max_kept
         crowded = cut = 0
         for image in images:
-            objects = torch.bincount(image.truth.labels[~image.truth.ignored], minlength=count)
+            objects = torch.bincount(image.target.labels[~image.target.ignored], minlength=count)
             found = torch.bincount(image.found.labels, minlength=count)
             crowded += int(objects.max()) > limit or (kept is not None and int(objects.sum()) > kept)
             cut += int((found - limit).clamp(min=0).sum())
@@ -282,7 +282,7 @@ class DetectionEvaluator:
             f"both limits."
         )
 
-    def _check(self, found: Detections, truth: Target, meta: Meta) -> None:
+    def _check(self, found: Detections, target: Target, meta: Meta) -> None:
         """Refuse what would score wrongly without a sign of it."""
         if meta.image_id in self._images:
             raise DataError(
@@ -290,7 +290,7 @@ class DetectionEvaluator:
                 f"unique over the data set, and each image evaluated once."
             )
         count = len(self.classes)
-        for what, labels, error in (("detection", found.labels, ValueError), ("truth", truth.labels, DataError)):
+        for what, labels, error in (("detection", found.labels, ValueError), ("target", target.labels, DataError)):
             wrong = labels[(labels < 0) | (labels >= count)]
             if len(wrong):
                 raise error(
@@ -302,10 +302,10 @@ class DetectionEvaluator:
                 f"A detection of image {meta.image_id!r} ({meta.source}) has a box or score that is not finite: the "
                 f"network's outputs are broken, as after a diverged training or an overflow in half precision."
             )
-        if found.masks is not None and truth.masks is not None and found.masks.shape[1:] != truth.masks.shape[1:]:
+        if found.masks is not None and target.masks is not None and found.masks.shape[1:] != target.masks.shape[1:]:
             raise ValueError(
                 f"The detections of image {meta.image_id!r} ({meta.source}) have masks of "
-                f"{tuple(found.masks.shape[1:])}, the truths of {tuple(truth.masks.shape[1:])}: both must have the "
+                f"{tuple(found.masks.shape[1:])}, the targets of {tuple(target.masks.shape[1:])}: both must have the "
                 f"size of the source."
             )
 
@@ -318,12 +318,14 @@ class DetectionEvaluator:
         area: np.ndarray,
     ) -> tuple[ClassScores, ...]:
         count = len(self.classes)
-        truths = torch.bincount(torch.cat([truth.labels[~truth.ignored] for truth in targets]), minlength=count)
+        ground_truths = torch.bincount(
+            torch.cat([target.labels[~target.ignored] for target in targets]), minlength=count
+        )
         found = torch.bincount(torch.cat([found.labels for found in detections]), minlength=count)
         return tuple(
             ClassScores(
                 name=name,
-                truths=int(truths[label]),
+                targets=int(ground_truths[label]),
                 detections=int(found[label]),
                 AP=_class_ap(precision, label),
                 AP50=_class_ap(precision[:1], label),
@@ -387,18 +389,18 @@ def _run_lengths(objects: Detections | Target) -> list[mask_coding.Rle] | None:
 
 
 def _masks_everywhere(images: list[_Image]) -> bool:
-    """Whether truths and detections have masks; images without any object tell nothing.
+    """Whether ground truths and detections have masks; images without any object tell nothing.
 
     Raises:
         ValueError: some have, and others have not.
     """
-    truths = {image.truth_masks is not None for image in images if len(image.truth)}
+    targets = {image.target_masks is not None for image in images if len(image.target)}
     found = {image.found_masks is not None for image in images if len(image.found)}
-    for what, have in (("truths", truths), ("detections", found)):
+    for what, have in (("targets", targets), ("detections", found)):
         if len(have) > 1:
             raise ValueError(f"the {what} of some images have masks, those of others do not; nothing can be scored")
     # Where nothing was detected at all, or there is no object to find, the other side decides.
-    return truths | found == {True}
+    return targets | found == {True}
 
 
 def _coco_precision_and_recall(
@@ -407,17 +409,17 @@ def _coco_precision_and_recall(
     """COCOeval's precision (10 IoUs, 101 recalls, C, 4 areas, 3 counts) and recall (10, C, 4, 3); -1 is undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truths = [record for number, image in enumerate(images, 1) for record in _truth_records(image, number, masks)]
+    targets = [record for number, image in enumerate(images, 1) for record in _target_records(image, number, masks)]
     found = [record for number, image in enumerate(images, 1) for record in _found_records(image, number, masks)]
     # COCO reads id 0 as "not matched", so annotations count from 1.
-    for records in (truths, found):
+    for records in (targets, found):
         for number, record in enumerate(records, 1):
             record["id"] = number
     sizes = [_size(image) if masks else {} for image in images]
     entries = [{"id": number, **size} for number, size in enumerate(sizes, 1)]
     categories = [{"id": label} for label in range(num_classes)]
     evaluation = COCOeval_faster(
-        COCO({"images": entries, "categories": categories, "annotations": truths}),
+        COCO({"images": entries, "categories": categories, "annotations": targets}),
         COCO({"images": entries, "categories": categories, "annotations": found}),
         iouType="segm" if masks else "bbox",
     )
@@ -429,16 +431,16 @@ def _coco_precision_and_recall(
 
 def _size(image: _Image) -> dict[str, int]:
     """Height and width by COCO's names, of an image that holds masks."""
-    masks = image.truth_masks or image.found_masks
+    masks = image.target_masks or image.found_masks
     return {"height": masks[0]["size"][0], "width": masks[0]["size"][1]} if masks else {}
 
 
-def _truth_records(image: _Image, number: int, masks: bool) -> list[dict[str, Any]]:
-    """The truths of one image; by a mask instead of a box for scoring masks."""
-    target = image.truth
+def _target_records(image: _Image, number: int, masks: bool) -> list[dict[str, Any]]:
+    """The ground truths of one image; by a mask instead of a box for scoring masks."""
+    target = image.target
     difficult = target.difficult & ~target.crowd
     area = torch.where(difficult, AREA_BEYOND_ALL_RANGES, target.area.double())
-    shapes = [{"segmentation": mask} for mask in image.truth_masks or []] if masks else _boxes_of(target)
+    shapes = [{"segmentation": mask} for mask in image.target_masks or []] if masks else _boxes_of(target)
     fields = (target.labels.tolist(), area.tolist(), target.crowd.int().tolist(), shapes)
     return [
         {"image_id": number, "category_id": label, "area": size, "iscrowd": crowd, **shape}

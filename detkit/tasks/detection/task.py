@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: COCO's and VOC's figures, pictures with boxes, YOLO text, crops."""
+"""Object detection and instance segmentation: COCO's and VOC's figures, images with boxes, YOLO text, crops."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,7 +133,7 @@ class Detect(Task[Detections]):
     def check_data(self, dataset: Dataset, split: str) -> None:
         if not any((~dataset.target(index).ignored).any() for index in range(len(dataset))):
             raise DataError(
-                f"No picture of the split '{split}' has an object that counts, so there is nothing to learn or to "
+                f"No image of the split '{split}' has an object that counts, so there is nothing to learn or to "
                 f"score. Check what the data call this split, and its annotations.{dataset.problems.reasons()}"
             )
 

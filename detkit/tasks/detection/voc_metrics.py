@@ -1,12 +1,12 @@
 """Average precision as the PASCAL VOC challenge computes it, at one IoU threshold.
 
 Source: Everingham et al. 2010, "The PASCAL Visual Object Classes (VOC) Challenge", section 4.2, and VOCevaldet.m of
-its development kit. A detection looks only at the truth of its class that it overlaps most:
+its development kit. A detection looks only at the ground truth of its class that it overlaps most:
 
     overlap < threshold                         a false positive
-    that truth is difficult                     neither, and no matter how many detections fall on it
-    that truth is free                          a true positive, which takes the truth
-    a better-scored detection has taken it      a false positive, even where another truth is free
+    that ground truth is difficult                     neither, and no matter how many detections fall on it
+    that ground truth is free                          a true positive, which takes the ground truth
+    a better-scored detection has taken it      a false positive, even where another ground truth is free
 
 The kit's boxes are inclusive pixel indices, so it adds 1 to every width and height; detkit's have exclusive edges as
 floats, so there is nothing to add. With boxes read from VOC XML (1 subtracted from xmin and ymin only) both agree.
@@ -24,8 +24,8 @@ def match(detections: Detections, target: Target, iou_threshold: float = 0.5) ->
 
     Args:
         detections: N detections in any order; those of equal score rank in the order given.
-        target: the truth, in the same pixels. Its difficult objects and crowd regions do not count.
-        iou_threshold: a detection that overlaps a truth by this much, or more, is on it.
+        target: the ground truth, in the same pixels. Its difficult objects and crowd regions do not count.
+        iou_threshold: a detection that overlaps a ground truth by this much, or more, is on it.
 
     Returns:
         Two (N,) bool arrays in the order of `detections`: true positive, and ignored. The rest are false positives.
@@ -39,33 +39,33 @@ def match(detections: Detections, target: Target, iou_threshold: float = 0.5) ->
     overlap[detections.labels[:, None] != target.labels[None]] = -1
     overlaps = overlap.numpy()
     best = overlaps.argmax(1)
-    on_truth = overlaps.max(1) >= iou_threshold
-    ignored = on_truth & target.ignored.numpy()[best]
+    on_target = overlaps.max(1) >= iou_threshold
+    ignored = on_target & target.ignored.numpy()[best]
 
     by_score = np.argsort(-detections.scores.numpy(), kind="stable")
-    candidates = by_score[(on_truth & ~ignored)[by_score]]
+    candidates = by_score[(on_target & ~ignored)[by_score]]
     _, first = np.unique(best[candidates], return_index=True)
     true_positive[candidates[first]] = True
     return true_positive, ignored
 
 
-def average_precision(scores: np.ndarray, true_positive: np.ndarray, truths: int) -> tuple[float, float]:
+def average_precision(scores: np.ndarray, true_positive: np.ndarray, targets: int) -> tuple[float, float]:
     """Average precision of one class over a whole data set.
 
     Args:
         scores: (N,) of every detection that counts; equal scores rank in the order given, as in the kit.
         true_positive: (N,) bool.
-        truths: how many objects there are to find; difficult ones do not count.
+        targets: how many objects there are to find; difficult ones do not count.
 
     Returns:
         (eleven, area): the mean of the best precision at recall >= 0, 0.1 ... 1 (VOC 2007), and the area under
         precision made monotone (VOC 2010 on). Both nan where there is nothing to find.
     """
-    if truths == 0:
+    if targets == 0:
         return float("nan"), float("nan")
     order = np.argsort(-scores, kind="stable")
     found = np.cumsum(true_positive[order])
-    recall = found / truths
+    recall = found / targets
     precision = found / np.arange(1, len(order) + 1)
     # best[i]: the highest precision at recall[i] or beyond; the 0 at the end stands for recalls never reached.
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
@@ -86,20 +86,20 @@ def voc_average_precisions(
         num_classes: C; every label is below it.
         iou_threshold: see `match`.
 
-    Returns:
-        Two (C,) float64 arrays, the 11-point and the area form of `average_precision`; nan for a class without truths.
+    Returns: Two (C,) float64 arrays, the 11-point and the area form of `average_precision`; nan for a class without
+        ground truths.
     """
-    matches = [match(found, truth, iou_threshold) for found, truth in zip(detections, targets)]
+    matches = [match(found, target, iou_threshold) for found, target in zip(detections, targets)]
     true_positive = np.concatenate([right for right, _ in matches] or [np.zeros(0, dtype=bool)])
     counts = ~np.concatenate([ignored for _, ignored in matches] or [np.zeros(0, dtype=bool)])
     scores = torch.cat([torch.zeros(0), *(found.scores for found in detections)]).numpy()
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(found.labels for found in detections)]).numpy()
-    truths = np.zeros(num_classes, dtype=np.int64)
-    for truth in targets:
-        truths += np.bincount(truth.labels[~truth.ignored].numpy(), minlength=num_classes)
+    ground_truths = np.zeros(num_classes, dtype=np.int64)
+    for target in targets:
+        ground_truths += np.bincount(target.labels[~target.ignored].numpy(), minlength=num_classes)
     rows = []
     for label in range(num_classes):
         of_class = (labels == label) & counts
-        rows.append(average_precision(scores[of_class], true_positive[of_class], int(truths[label])))
+        rows.append(average_precision(scores[of_class], true_positive[of_class], int(ground_truths[label])))
     eleven, area = np.array(rows, dtype=np.float64).reshape(num_classes, 2).T
     return eleven, area

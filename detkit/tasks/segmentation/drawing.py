@@ -1,4 +1,4 @@
-"""Semantic maps over pictures, with a legend of their classes; and palette PNGs as Pascal VOC has them."""
+"""Semantic maps over images, with a legend of their classes; and palette PNGs as Pascal VOC has them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from detkit.structures import IGNORED_PIXEL
 from detkit.tasks.drawing import BACKGROUND, MASK_OPACITY, check_image, font, label_colors, text_size
 
 BACKGROUND_NAME = "background"
-"""A class of this name is not coloured: the picture shows through."""
+"""A class of this name is not coloured: the image shows through."""
 IGNORED_COLOR = (255, 255, 255)
 IGNORED_NAME = "not counted"
 MOST_IN_LEGEND = 12
 
 
 def draw_semantic(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Paint the classes of pixels over a picture, with a legend of those that occur, the largest first.
+    """Paint the classes of pixels over an image, with a legend of those that occur, the largest first.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -57,11 +57,11 @@ def write_palette_png(path: Path, labels: np.ndarray) -> None:
     """
     from PIL import Image
 
-    picture = Image.fromarray(labels)
-    picture.putpalette(voc_palette().ravel().tolist())
+    image = Image.fromarray(labels)
+    image.putpalette(voc_palette().ravel().tolist())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
     except OSError as error:
         raise DetkitError(f"The labels can't be written to {path}: {error.strerror or error}.") from error
 
@@ -96,7 +96,7 @@ def _edges(labels: np.ndarray) -> np.ndarray:
 
 
 def _with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...], float]]) -> np.ndarray:
-    """The picture with a coloured square, a name and a share for each class, at the bottom left."""
+    """The image with a coloured square, a name and a share for each class, at the bottom left."""
     from PIL import Image, ImageDraw
 
     if not entries:
@@ -109,14 +109,14 @@ def _with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]
     line = round(size * 1.5)
     width = round(max(face.getlength(text) for text in lines)) + 3 * size
     top = max(0, image.shape[0] - line * len(lines) - size)
-    picture = Image.fromarray(image)
+    photo = Image.fromarray(image)
     panel = Image.new("RGB", (width, image.shape[0] - top), (BACKGROUND,) * 3)
-    picture.paste(Image.blend(picture.crop((0, top, width, image.shape[0])), panel, 0.75), (0, top))
-    pen = ImageDraw.Draw(picture)
+    photo.paste(Image.blend(photo.crop((0, top, width, image.shape[0])), panel, 0.75), (0, top))
+    pen = ImageDraw.Draw(photo)
     for number, text in enumerate(lines):
         middle = top + size // 2 + number * line + line // 2
         if number < len(entries) and number < MOST_IN_LEGEND:
             box = (size // 2, middle - size // 2, size // 2 + size, middle - size // 2 + size)
             pen.rectangle(box, fill=entries[number][1])
         pen.text((2 * size, middle), text, fill="white", font=face, anchor="lm")
-    return np.asarray(picture).copy()
+    return np.asarray(photo).copy()

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SegmentationScores:
-    """The figures of a whole data set, each in 0..1; of pixels with a truth only.
+    """The figures of a whole data set, each in 0..1; of pixels with a ground truth only.
 
-    A class that neither truth nor predictions have has no IoU (nan), and one that no truth has no accuracy; neither
-    takes part in a mean. A class that was predicted but does not occur has an IoU of 0, which counts.
+    A class that neither ground truth nor predictions have has no IoU (nan), and one that no ground truth has no
+    accuracy; neither takes part in a mean. A class that was predicted but does not occur has an IoU of 0, which counts.
 
     Args:
         class_names: C names by label.
@@ -36,7 +36,7 @@ class SegmentationScores:
 
     @property
     def iou(self) -> Tensor:
-        """(C,) float64: pixels of the class in truth and prediction, of those in either."""
+        """(C,) float64: pixels of the class in ground truth and prediction, of those in either."""
         right = self.confusion.diag()
         return right.double() / (self.confusion.sum(0) + self.confusion.sum(1) - right)
 
@@ -92,10 +92,10 @@ class SegmentationScores:
 
 
 class SegmentationEvaluator:
-    """Counts the pixels of pictures one by one; its memory does not grow with their number, but for `results`.
+    """Counts the pixels of images one by one; its memory does not grow with their number, but for `results`.
 
     Args:
-        classes: of truths and predictions.
+        classes: of ground truths and predictions.
     """
 
     def __init__(self, classes: ClassList) -> None:
@@ -105,16 +105,16 @@ class SegmentationEvaluator:
         self._results: list[dict[str, Any]] = []
 
     def update(self, predictions: Sequence[SemanticMap], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
-        """Add images, predictions and truths in the same pixels.
+        """Add images, predictions and ground truths in the same pixels.
 
         Raises:
-            ValueError: a truth has no semantic map, or the sizes differ.
+            ValueError: a ground truth has no semantic map, or the sizes differ.
         """
         for prediction, target, meta in zip(predictions, targets, metas, strict=True):
             if target.semantic is None or target.semantic.shape != prediction.labels.shape:
-                truth = None if target.semantic is None else tuple(target.semantic.shape)
+                ground_truth = None if target.semantic is None else tuple(target.semantic.shape)
                 raise ValueError(
-                    f"{meta.source}: the truth is {truth}, the prediction {tuple(prediction.labels.shape)}"
+                    f"{meta.source}: the target is {ground_truth}, the prediction {tuple(prediction.labels.shape)}"
                 )
             self._confusion += confusion_matrix(target.semantic, prediction.labels, len(self._classes))
             self._images += 1
@@ -129,17 +129,17 @@ class SegmentationEvaluator:
         return self._results
 
 
-def confusion_matrix(truth: Tensor, predicted: Tensor, count: int) -> Tensor:
+def confusion_matrix(target: Tensor, predicted: Tensor, count: int) -> Tensor:
     """(count, count) int64: pixels by true class (rows) and predicted class (columns), IGNORED_PIXEL left out.
 
     Args:
-        truth, predicted: of one shape, uint8.
+        ground truth, predicted: of one shape, uint8.
 
     Raises:
         ValueError: a class is not below `count`.
     """
-    counted = truth != IGNORED_PIXEL
-    rows, columns = truth[counted].long(), predicted[counted].long()
+    counted = target != IGNORED_PIXEL
+    rows, columns = target[counted].long(), predicted[counted].long()
     if len(rows) and max(int(rows.max()), int(columns.max())) >= count:
         raise ValueError(f"there are {count} classes, but a pixel is {max(int(rows.max()), int(columns.max()))}")
     return torch.bincount(rows * count + columns, minlength=count * count).view(count, count).cpu()
@@ -147,7 +147,7 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, count: int) -> Tensor:
 
 def semantic_results(prediction: SemanticMap, meta: Meta, classes: ClassList) -> list[dict[str, Any]]:
     """One record for each class in the map, as COCO-Stuff has them: image_id, category_id (raw), segmentation (RLE),
-    and `fraction`, the part of the picture's pixels."""
+    and `fraction`, the part of the image's pixels."""
     labels = prediction.labels.cpu().numpy()
     return [
         {

@@ -1,4 +1,4 @@
-"""Semantic segmentation: mean IoU, coloured maps over pictures, palette PNGs as Pascal VOC has them."""
+"""Semantic segmentation: mean IoU, coloured maps over images, palette PNGs as Pascal VOC has them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,10 +36,10 @@ class Segment(Task[SemanticMap]):
         return SegmentationEvaluator(classes)
 
     def undo(self, prediction: SemanticMap, meta: Meta, class_names: tuple[str, ...]) -> SemanticMap:
-        """Where the network saw the picture at another size, its logits are brought to the picture's, not its labels.
+        """Where the network saw the image at another size, its logits are brought to the image's, not its labels.
 
         Raises:
-            ValueError: the picture went through an augmentation that has no inverse.
+            ValueError: the image went through an augmentation that has no inverse.
         """
         if meta.matrix is None:
             raise ValueError(f"{meta.source} was augmented at random; its map cannot be taken back")
@@ -77,8 +77,8 @@ class Segment(Task[SemanticMap]):
         self, image: np.ndarray, prediction: SemanticMap, target: Target, class_names: Sequence[str]
     ) -> np.ndarray:
         # What is found stands in the legends.
-        truth, found = self.draw_target(image, target, class_names), self.draw(image, prediction)
-        return side_by_side(truth, found, "truth", "predicted")
+        ground_truth, found = self.draw_target(image, target, class_names), self.draw(image, prediction)
+        return side_by_side(ground_truth, found, "target", "predicted")
 
     def enlarged(self, prediction: SemanticMap, factor: int) -> SemanticMap:
         labels = prediction.labels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
@@ -106,7 +106,7 @@ class Segment(Task[SemanticMap]):
                 return
         names = " and ".join(f"'{dataset.classes.names[label]}'" for label in found) or "none"
         raise DataError(
-            f"In all pictures of the split '{split}' the pixels that count are of {names}, so there is nothing to "
+            f"In all images of the split '{split}' the pixels that count are of {names}, so there is nothing to "
             f"learn or to score. {IGNORED_PIXEL} in a mask stands for what does not count: masks of 0 and "
             f"{IGNORED_PIXEL} must become such of 0 and 1. Check the masks, data.class_names, and what the data call "
             f"this split."
@@ -116,7 +116,7 @@ class Segment(Task[SemanticMap]):
 def enlarged_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) uint8: the class of the largest logit (C, h, w) at each pixel of (height, width) `size`, bilinearly.
 
-    Class by class, since all logits at the size of a large picture would not fit into memory.
+    Class by class, since all logits at the size of a large image would not fit into memory.
     """
     best = labels = None
     for label, scores in enumerate(logits):

@@ -33,7 +33,7 @@ class AlexNet(Backbone):
 
     Raises:
         ConfigError: `levels` are not ascending or not in 2..5.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
 
     def __init__(

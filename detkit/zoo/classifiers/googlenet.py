@@ -46,7 +46,7 @@ class GoogLeNet(Backbone):
 
     Raises:
         ConfigError: `levels` are none of these, or in another order.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
 
     weights_set_mean: ClassVar[bool] = True  # so that it is told their name where they are not loaded, too

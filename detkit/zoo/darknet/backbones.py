@@ -1,6 +1,6 @@
 """Redmon's networks: Darknet-19 (YOLOv2), Darknet-53 (YOLOv3), and the small trunk of yolov2-tiny and yolov3-tiny.
 
-Pictures are RGB in 0..1 with no mean taken off. `weights` takes files that Darknet wrote.
+Images are RGB in 0..1 with no mean taken off. `weights` takes files that Darknet wrote.
 """
 
 from __future__ import annotations

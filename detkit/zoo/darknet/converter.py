@@ -126,7 +126,7 @@ class DarknetFile:
 def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
     """Tensors, experiment and classes of a file of Darknet's weights, one of NETWORKS.
 
-    Pictures are fitted as detkit's letterbox does it, at the top left with grey 114; Darknet puts them in the middle of
+    Images are fitted as detkit's letterbox does it, at the top left with grey 114; Darknet puts them in the middle of
     grey 127.
 
     Raises:

@@ -1,6 +1,6 @@
 """Files of weights of Darknet, Redmon's framework: a header, then the floats of all convolutions in order.
 
-The header is three little-endian int32 (major, minor, revision) and the number of pictures seen in training: 64 bit
+The header is three little-endian int32 (major, minor, revision) and the number of images seen in training: 64 bit
 from version 0.2 on, 32 bit before. There are no names and no shapes, so that only the order and the number of floats
 tell what they belong to. For each convolution with batch norm: biases, scales, means, variances of the norm, then the
 weights (out, in, height, width); for one without: biases, weights.

@@ -1,4 +1,4 @@
-"""What YOLOv2 and YOLOv3 share: boxes predicted from the cells of a grid and anchors, and who answers for a truth.
+"""The shared parts of YOLOv2 and YOLOv3: boxes predicted from grid cells and anchors, and their assignment to targets.
 
 A *place* is one anchor in one cell of one level. Places are numbered level by level, row by row, the anchors of a cell
 beside each other.
@@ -47,18 +47,18 @@ class GridOutputs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Which places answer for the truths of one image, and which are background.
+    """Which places answer for the ground truths of one image, and which are background.
 
     Args:
-        places: (M,) int64, the places that answer for a truth, ascending.
-        truths: (M,) int64, the truth of each; of several at one place the last.
-        members: (K,) int64, all truths that count.
+        places: (M,) int64, the places that answer for a ground truth, ascending.
+        targets: (M,) int64, the ground truth of each; of several at one place the last.
+        members: (K,) int64, all ground truths that count.
         rows: (K,) int64, for each of `members` the index of its place in `places`.
         negative: (P,) bool, background; a place that is neither is ignored.
     """
 
     places: Tensor
-    truths: Tensor
+    targets: Tensor
     members: Tensor
     rows: Tensor
     negative: Tensor
@@ -128,7 +128,7 @@ def true_coordinates(boxes: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
     """(M, 4) what the places should predict for their boxes: sigmoid(t_x), sigmoid(t_y), t_w and t_h.
 
     Args:
-        boxes: (M, 4) xyxy, the truth of each place.
+        boxes: (M, 4) xyxy, the ground truth of each place.
         cells: (M, 4) xyxy.
         anchors: (M, 2).
     """
@@ -146,12 +146,12 @@ def size_weights(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def assign(
     outputs: GridOutputs, image: int, target: Target, anchors: Sequence[Tensor], ignore_above: float
 ) -> Assignment:
-    """One place for each truth over all levels, and background where no truth is near.
+    """One place for each ground truth over all levels, and background where no ground truth is near.
 
-    A truth belongs to the cell that its centre lies in and to the anchor whose shape is nearest (IoU on one common
-    centre; of equal ones the first). Every other place is background, but for those whose predicted box overlaps a
-    truth by more than `ignore_above`; an ignored truth (crowd, difficult) gives no positive, and its place and the
-    predicted boxes that lie half in it are no background either.
+    A ground truth belongs to the cell that its centre lies in and to the anchor whose shape is nearest (IoU on one
+    common centre; of equal ones the first). Every other place is background, but for those whose predicted box overlaps
+    a ground truth by more than `ignore_above`; an ignored ground truth (crowd, difficult) gives no positive, and its
+    place and the predicted boxes that lie half in it are no background either.
 
     Args:
         outputs: of the head.

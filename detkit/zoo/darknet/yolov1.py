@@ -39,19 +39,19 @@ class YOLOv1Outputs(NamedTuple):
 
 
 class Responsible(NamedTuple):
-    """Which predictions of one image answer for its truths.
+    """Which predictions of one image answer for its ground truths.
 
     Args:
         cells: (M,) int64, each once.
         boxes: (M,) int64 in 0..K-1, the responsible box of each cell.
-        truths: (M,) int64.
-        overlaps: (M,) IoU of that box and its truth.
+        targets: (M,) int64.
+        overlaps: (M,) IoU of that box and its ground truth.
         ignored: (S * S,) bool, cells in which no box is background.
     """
 
     cells: Tensor
     boxes: Tensor
-    truths: Tensor
+    targets: Tensor
     overlaps: Tensor
     ignored: Tensor
 
@@ -63,14 +63,14 @@ class YOLOv1(Head):
     The cell that holds an object's centre answers for it, and in it the box of the highest IoU with it (where all are
     0 the one nearest by its coordinates, as in Darknet). A cell has one class and thus one object: of several with
     their centres in it the first one counts, the others train nothing, which is the method's known limit. The loss is
-    equation 3 of the paper, all squared errors, summed over each picture and averaged over the pictures.
+    equation 3 of the paper, all squared errors, summed over each image and averaged over the images.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C.
         grid: S, the cells on a side.
         boxes: K, boxes of each cell.
-        layers: linear is the paper's two fully connected layers, which see the whole picture; convolution two 1x1
+        layers: linear is the paper's two fully connected layers, which see the whole image; convolution two 1x1
             convolutions, which see their own cell.
         hidden: width of the first of them.
         dropout: part of its values that is left out in training.
@@ -107,7 +107,7 @@ class YOLOv1(Head):
         with_places = [level for level, stride in enumerate(strides) if stride > 0]
         if not with_places:
             raise ConfigError(
-                "The head 'yolov1' needs a feature map with places, but all are pooled from the whole picture (stride "
+                "The head 'yolov1' needs a feature map with places, but all are pooled from the whole image (stride "
                 "0). Choose others by the backbone's 'levels'."
             )
         self.level = with_places[-1]
@@ -131,7 +131,7 @@ class YOLOv1(Head):
         return YOLOv1Outputs(boxes[..., :4], boxes[..., 4], values[..., self.boxes * 5 :], inputs.size, inputs.sizes)
 
     def loss(self, outputs: YOLOv1Outputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over a picture and averaged over the batch.
+        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: there is not one target for each image.
@@ -142,14 +142,14 @@ class YOLOv1(Head):
         for image, target in enumerate(targets):
             found = self._responsible(outputs, image, target)
             cells, chosen = found.cells, found.boxes
-            wanted = self._coordinates(target.boxes[found.truths], cells, outputs.size)
+            wanted = self._coordinates(target.boxes[found.targets], cells, outputs.size)
             box = box + (outputs.coordinates[image, cells, chosen] - wanted).square().sum()
             confidences = outputs.confidences[image]
             background = ~found.ignored[:, None].expand_as(confidences).clone()
             background[cells, chosen] = False
             objectness = objectness + (confidences[cells, chosen] - found.overlaps).square().sum()
             objectness = objectness + self.background_weight * confidences[background].square().sum()
-            is_class = F.one_hot(target.labels[found.truths], self.num_classes).float()
+            is_class = F.one_hot(target.labels[found.targets], self.num_classes).float()
             classes = classes + (outputs.classes[image, cells] - is_class).square().sum()
         return {
             "box": self.coordinate_weight * box / len(targets),
@@ -188,17 +188,17 @@ class YOLOv1(Head):
         first = torch.full_like(cells, len(members)).scatter_reduce_(
             0, rows, torch.arange(len(members), device=rows.device), reduce="amin"
         )
-        truths = members[first]
-        boxes, overlaps = self._best_boxes(outputs, image, cells, target.boxes[truths])
-        return Responsible(cells, boxes, truths, overlaps, ignored)
+        targets = members[first]
+        boxes, overlaps = self._best_boxes(outputs, image, cells, target.boxes[targets])
+        return Responsible(cells, boxes, targets, overlaps, ignored)
 
-    def _best_boxes(self, outputs: YOLOv1Outputs, image: int, cells: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
-        """(M,) the responsible box of each cell, and (M,) its IoU with the cell's truth."""
+    def _best_boxes(self, outputs: YOLOv1Outputs, image: int, cells: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(M,) the responsible box of each cell, and (M,) its IoU with the cell's ground truth."""
         predicted = self._predicted(outputs.coordinates[image], outputs.size)[cells]
-        repeated = truths.repeat_interleave(self.boxes, dim=0)
+        repeated = targets.repeat_interleave(self.boxes, dim=0)
         overlap = elementwise_iou(predicted.flatten(0, 1), repeated).view(-1, self.boxes)
-        side = truths.new_tensor((outputs.size[1], outputs.size[0]) * 2)
-        difference = (xyxy_to_cxcywh(predicted) - xyxy_to_cxcywh(truths)[:, None]) / side
+        side = targets.new_tensor((outputs.size[1], outputs.size[0]) * 2)
+        difference = (xyxy_to_cxcywh(predicted) - xyxy_to_cxcywh(targets)[:, None]) / side
         nearness = torch.where(overlap.amax(1, keepdim=True) > 0, overlap, -difference.square().sum(-1))
         chosen = nearness.argmax(1)
         return chosen, overlap.gather(1, chosen[:, None])[:, 0]

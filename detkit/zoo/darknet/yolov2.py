@@ -47,8 +47,8 @@ class YOLOv2(Head):
 
     The loss has the gradients of Darknet's region layer: half the squared errors of the centres (after the sigmoid),
     of the logarithms of the sides and of the objectness (after the sigmoid), cross-entropy of the classes, summed over
-    each picture and averaged over the pictures. It differs in that objectness starts at 0.01, not at 0.5, and that
-    boxes are not pulled to their anchors during the first 12,800 pictures.
+    each image and averaged over the images. It differs in that objectness starts at 0.01, not at 0.5, and that
+    boxes are not pulled to their anchors during the first 12,800 images.
 
     Args:
         channels, strides: of the feature maps.
@@ -60,7 +60,7 @@ class YOLOv2(Head):
         passthrough: channels of the finer map before its neighbours become channels.
         reorg: how they do: space_to_depth as the paper says it; darknet as its code does it (it mixes channels and
             places, which its weights have learned to live with).
-        ignore_above: a place whose predicted box overlaps a truth by more is no background.
+        ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
         rescore: the objectness to learn is the IoU of the predicted box, not 1.
         object_weight, background_weight, box_weight, class_weight: factors of the parts of the loss.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
@@ -139,7 +139,7 @@ class YOLOv2(Head):
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
     def loss(self, outputs: GridOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over a picture and averaged over the batch.
+        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: there is not one target for each image.
@@ -148,18 +148,18 @@ class YOLOv2(Head):
         box = objectness = classes = outputs.values.sum() * 0.0
         for image, target in enumerate(targets):
             assigned = assign(outputs, image, target, self.anchors, self.ignore_above)
-            places, truths = assigned.places, target.boxes[assigned.truths]
+            places, ground_truths = assigned.places, target.boxes[assigned.targets]
             values, cells, anchors = outputs.values[image, places], outputs.cells[places], outputs.anchors[places]
-            wanted = true_coordinates(truths, cells, anchors)
+            wanted = true_coordinates(ground_truths, cells, anchors)
             found = torch.cat((values[:, :2].sigmoid(), values[:, 2:4]), dim=1)
-            box = box + 0.5 * (size_weights(truths, outputs.size)[:, None] * (found - wanted).square()).sum()
+            box = box + 0.5 * (size_weights(ground_truths, outputs.size)[:, None] * (found - wanted).square()).sum()
             confidence = torch.ones_like(values[:, 4])
             if self.rescore:
-                confidence = elementwise_iou(predicted_boxes(values, cells, anchors), truths).detach()
+                confidence = elementwise_iou(predicted_boxes(values, cells, anchors), ground_truths).detach()
             background = outputs.values[image, assigned.negative, 4].sigmoid()
             objectness = objectness + 0.5 * self.background_weight * background.square().sum()
             objectness = objectness + 0.5 * self.object_weight * (values[:, 4].sigmoid() - confidence).square().sum()
-            classes = classes + F.cross_entropy(values[:, 5:], target.labels[assigned.truths], reduction="sum")
+            classes = classes + F.cross_entropy(values[:, 5:], target.labels[assigned.targets], reduction="sum")
         return {
             "box": self.box_weight * box / len(targets),
             "objectness": objectness / len(targets),

@@ -42,11 +42,11 @@ class YOLOv3(Head):
     """On every feature map a 3x3 convolution, then A * (5 + C) values for every cell; with the neck yolov3_neck.
 
     A class's score is a probability of its own (a box may have two), and one place over all levels answers for each
-    truth. The loss has the gradients of Darknet's yolo layer: cross-entropy of the centres (after the sigmoid), the
-    objectness and the classes, half the squared errors of the logarithms of the sides, summed over each picture and
-    averaged over the pictures. As in Darknet, and other than in the paper's words, it is the predicted box, not the
-    anchor, whose overlap with a truth keeps a place from being background. Objectness starts at 0.01, in Darknet at
-    0.5.
+    ground truth. The loss has the gradients of Darknet's yolo layer: cross-entropy of the centres (after the sigmoid),
+    the objectness and the classes, half the squared errors of the logarithms of the sides, summed over each image and
+    averaged over the images. As in Darknet, and other than in the paper's words, it is the predicted box, not the
+    anchor, whose overlap with a ground truth keeps a place from being background. Objectness starts at 0.01, in Darknet
+    at 0.5.
 
     Args:
         channels, strides: of the feature maps.
@@ -55,7 +55,7 @@ class YOLOv3(Head):
             first; null for those of COCO, which there are for two and three maps. `detkit check CONFIG --anchors 9`
             proposes them.
         widths: channels of the 3x3 convolutions, finest map first; null for twice `channels`.
-        ignore_above: a place whose predicted box overlaps a truth by more is no background.
+        ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
         box_weight: factor of the box loss.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
 
@@ -117,7 +117,7 @@ class YOLOv3(Head):
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
     def loss(self, outputs: GridOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over a picture and averaged over the batch.
+        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: there is not one target for each image.
@@ -126,12 +126,12 @@ class YOLOv3(Head):
         box = objectness = classes = outputs.values.sum() * 0.0
         for image, target in enumerate(targets):
             assigned = assign(outputs, image, target, self.anchors, self.ignore_above)
-            places, truths = assigned.places, target.boxes[assigned.truths]
+            places, ground_truths = assigned.places, target.boxes[assigned.targets]
             values = outputs.values[image, places]
-            wanted = true_coordinates(truths, outputs.cells[places], outputs.anchors[places])
+            wanted = true_coordinates(ground_truths, outputs.cells[places], outputs.anchors[places])
             centres = F.binary_cross_entropy_with_logits(values[:, :2], wanted[:, :2], reduction="none")
             sides = 0.5 * (values[:, 2:4] - wanted[:, 2:]).square()
-            box = box + (size_weights(truths, outputs.size)[:, None] * (centres + sides)).sum()
+            box = box + (size_weights(ground_truths, outputs.size)[:, None] * (centres + sides)).sum()
             counted = torch.cat((values[:, 4], outputs.values[image, assigned.negative, 4]))
             is_object = (torch.arange(len(counted), device=counted.device) < len(values)).float()
             objectness = objectness + F.binary_cross_entropy_with_logits(counted, is_object, reduction="sum")

@@ -1,4 +1,4 @@
-"""Pictures of embeddings: the vector as a strip of colours below the picture, and what a gallery says it shows."""
+"""Images of embeddings: the vector as a strip of colours below the image, and what a gallery says it shows."""
 
 import numpy as np
 
@@ -8,9 +8,9 @@ from detkit.zoo.embedding.structures import Embedding
 
 
 def draw_embedding(image: np.ndarray, prediction: Embedding, title: str = "") -> np.ndarray:
-    """The picture, below it its vector, and below that a line of text.
+    """The image, below it its vector, and below that a line of text.
 
-    In the strip blue stands for negative numbers, red for positive ones, and the deeper the larger: pictures of the
+    In the strip blue stands for negative numbers, red for positive ones, and the deeper the larger: images of the
     same thing have strips that look alike.
 
     Args:
@@ -19,15 +19,15 @@ def draw_embedding(image: np.ndarray, prediction: Embedding, title: str = "") ->
         title: the text; default what the gallery says.
 
     Returns:
-        A new uint8 RGB image, higher than the picture.
+        A new uint8 RGB image, higher than the image.
 
     Raises:
         ValueError: `image` has another shape or type.
     """
     check_image(image)
     text = title or caption(prediction)
-    picture = np.concatenate([image, _strip(prediction, image.shape[1], max(8, image.shape[0] // 16))])
-    return draw_classes(picture, [text]) if text else picture
+    photo = np.concatenate([image, _strip(prediction, image.shape[1], max(8, image.shape[0] // 16))])
+    return draw_classes(photo, [text]) if text else photo
 
 
 def caption(prediction: Embedding) -> str:

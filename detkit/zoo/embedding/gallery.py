@@ -1,4 +1,4 @@
-"""One-shot recognition: what a picture shows is the name of the nearest picture in a gallery, if it is near enough."""
+"""One-shot recognition: what an image shows is the name of the nearest image in a gallery, if it is near enough."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from detkit.zoo.embedding.structures import Embedding
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Pictures of known things.
+    """Images of known things.
 
     Args:
-        names: of what each picture shows.
+        names: of what each image shows.
         vectors: (N, D) of length 1.
-        threshold: pictures as far as this from all of these, or farther, show something unknown.
+        threshold: images as far as this from all of these, or farther, show something unknown.
     """
 
     names: tuple[str, ...]
@@ -32,7 +32,7 @@ class Gallery:
     def read(
         cls, predictor: Predictor, folder: str | Path, threshold: float | None = None, batch_size: int = 8
     ) -> "Gallery":
-        """The gallery in a folder: one folder of pictures for each name, or pictures named by their files, or both.
+        """The gallery in a folder: one folder of images for each name, or images named by their files, or both.
 
         Args:
             predictor: of a model with the head `embed`.
@@ -41,7 +41,7 @@ class Gallery:
 
         Raises:
             ConfigError: the model gives no embeddings, or the threshold makes no sense or is missing.
-            DataError: there is no picture, or one cannot be read.
+            DataError: there is no image, or one cannot be read.
         """
         head = predictor.model.head
         if head.task != "embed":
@@ -54,20 +54,20 @@ class Gallery:
         if math.isnan(chosen):
             raise ConfigError(
                 "This model was never evaluated, so it has no threshold of its own. Give --threshold, the distance "
-                "from which on a picture is unknown: detkit eval prints the best."
+                "from which on an image is unknown: detkit eval prints the best."
             )
         if not 0 <= chosen <= 2:
             raise ConfigError(f"'threshold' is a distance in 0..2, but is {chosen}.")
         folder = Path(folder)
         if not folder.is_dir():
-            raise DataError(f"The gallery '{folder}' is no folder. Give one with a folder of pictures for each name.")
+            raise DataError(f"The gallery '{folder}' is no folder. Give one with a folder of images for each name.")
         files = find_images(folder)
         names = tuple(file.stem if file.parent == folder else file.relative_to(folder).parts[0] for file in files)
         found: Sequence[Embedding] = list(predictor.predict_all(files, batch_size=batch_size))
         return cls(names, torch.stack([embedding.vector for embedding in found]), chosen)
 
     def recognise(self, embedding: Embedding) -> Embedding:
-        """The embedding with the name and the distance of the nearest picture of the gallery; without a name where that
+        """The embedding with the name and the distance of the nearest image of the gallery; without a name where that
         is not below the threshold."""
         distances = torch.linalg.vector_norm(self.vectors - embedding.vector, dim=1)
         nearest = int(distances.argmin())

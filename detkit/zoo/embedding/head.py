@@ -1,4 +1,4 @@
-"""Embedding: each picture as a point, near those of the same class, be it one that was never trained on."""
+"""Embedding: each image as a point, near those of the same class, be it one that was never trained on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detkit.errors import check_range
 from detkit.heads.base import Head, check_count
-from detkit.heads.parts.pooling import pooled_pictures
+from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
 from detkit.zoo.embedding.losses import build_embed_loss
@@ -31,12 +31,12 @@ class EmbedOutputs(NamedTuple):
 class Embed(Head):
     """Average pooling of the coarsest map, one linear layer, and length 1.
 
-    What is learned is to tell classes apart, but what comes out compares any two pictures: validation may have other
+    What is learned is to tell classes apart, but what comes out compares any two images: validation may have other
     classes than training.
 
     Args:
         channels, strides: of the feature maps, of which the last is read.
-        num_classes: C, of the training pictures.
+        num_classes: C, of the training images.
         dimensions: D, of the vectors.
         loss: `name` of the loss (triplet, large_margin, cosface, arcface) and its options; see
             detkit.zoo.embedding.losses.
@@ -47,7 +47,7 @@ class Embed(Head):
     reads_sizes: ClassVar[bool] = True
     open_set: ClassVar[bool] = True
     threshold: Tensor
-    """Scalar: two pictures at a smaller distance show the same; NaN before the first evaluation."""
+    """Scalar: two images at a smaller distance show the same; NaN before the first evaluation."""
 
     def __init__(
         self,
@@ -64,26 +64,26 @@ class Embed(Head):
         self.register_buffer("threshold", torch.tensor(math.nan))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> EmbedOutputs:
-        """Vectors of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
-        return EmbedOutputs(self.projection(pooled_pictures(features[-1], inputs)).float())
+        """Vectors of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        return EmbedOutputs(self.projection(pooled_images(features[-1], inputs)).float())
 
     def loss(self, outputs: EmbedOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`embed`, over the pictures that have a class.
+        """`embed`, over the images that have a class.
 
         Raises:
-            ValueError: there is not one target for each image, or a picture has several classes.
+            ValueError: there is not one target for each image, or an image has several classes.
         """
         if len(targets) != len(outputs.vectors):
             check_count(targets, ((0, 0),) * len(outputs.vectors))
         labels = []
         for target in targets:
             if target.image_labels is None or len(target.image_labels) > 1:
-                raise ValueError("each picture needs image_labels, of one class at most")
+                raise ValueError("each image needs image_labels, of one class at most")
             labels.append(target.image_labels)
         counted = [image for image, present in enumerate(labels) if len(present)]
         return {"embed": self.criterion(outputs.vectors[counted], torch.cat(labels))}
 
     @torch.no_grad()
     def decode(self, outputs: EmbedOutputs) -> list[Embedding]:
-        """The vector of each picture, of length 1."""
+        """The vector of each image, of length 1."""
         return [Embedding(vector) for vector in F.normalize(outputs.vectors)]

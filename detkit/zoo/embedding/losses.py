@@ -1,4 +1,4 @@
-"""What pulls pictures of one class together and pushes the others apart: losses of embeddings.
+"""What pulls images of one class together and pushes the others apart: losses of embeddings.
 
 The functions are pure; the modules below them, chosen by `head.loss`, hold the options and the vectors of the classes.
 """
@@ -20,10 +20,10 @@ CLOSE = 1e-7
 
 
 def batch_hard_triplet(vectors: Tensor, labels: Tensor, margin: float | None) -> Tensor:
-    """Triplet loss with the hardest positive and negative of each picture (Hermans et al. 2017, equation 5).
+    """Triplet loss with the hardest positive and negative of each image (Hermans et al. 2017, equation 5).
 
-    With p the distance to the farthest picture of the same class and n that to the nearest of another, the loss of a
-    picture is max(0, margin + p - n), or, without a margin, log(1 + exp(p - n)).
+    With p the distance to the farthest image of the same class and n that to the nearest of another, the loss of a
+    image is max(0, margin + p - n), or, without a margin, log(1 + exp(p - n)).
 
     Args:
         vectors: (B, D).
@@ -31,7 +31,7 @@ def batch_hard_triplet(vectors: Tensor, labels: Tensor, margin: float | None) ->
         margin: in units of distance; None for the soft margin.
 
     Returns:
-        The mean over pictures that have both a positive and a negative; 0 where there is none.
+        The mean over images that have both a positive and a negative; 0 where there is none.
     """
     distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
     same = labels[:, None] == labels
@@ -106,7 +106,7 @@ class Triplet(EmbedLoss):
     """Batch-hard triplet loss of the vectors at length 1; see `batch_hard_triplet`. Set train.per_class.
 
     Args:
-        margin: by which the nearest picture of another class must be farther away than the farthest of the same, in
+        margin: by which the nearest image of another class must be farther away than the farthest of the same, in
             0..2; null for a soft margin, which is never satisfied.
     """
 

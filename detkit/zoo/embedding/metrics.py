@@ -1,4 +1,4 @@
-"""How well distances tell whether two pictures show the same: over all pairs of a data set, in blocks."""
+"""How well distances tell whether two images show the same: over all pairs of a data set, in blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ class EmbeddingScores:
         accuracy: the best mean of two rates, of pairs of one class that are recognised as such and of pairs of two that
             are kept apart, over all thresholds. Both kinds count alike, as in data with as many of each (LFW).
         threshold: the distance, 0..2, at which that is reached: the same where the distance is smaller.
-        recall_at_1: part of the pictures whose nearest other picture is of their class, of those that have one.
-        pictures: how many were scored.
+        recall_at_1: part of the images whose nearest other image is of their class, of those that have one.
+        images: how many were scored.
         classes: how many classes they have.
     """
 
@@ -37,7 +37,7 @@ class EmbeddingScores:
     accuracy: float
     threshold: float
     recall_at_1: float
-    pictures: int
+    images: int
     classes: int
 
     @property
@@ -51,7 +51,7 @@ class EmbeddingScores:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(title=f"{self.pictures} pictures of {self.classes} classes, all pairs")
+        table = Table(title=f"{self.images} images of {self.classes} classes, all pairs")
         for title in ("AUC", "accuracy", "at threshold", "recall@1"):
             table.add_column(title, justify="right")
         table.add_row(*(f"{value:.3f}" for value in (self.auc, self.accuracy, self.threshold, self.recall_at_1)))
@@ -59,7 +59,7 @@ class EmbeddingScores:
 
 
 class EmbeddingEvaluator:
-    """Collects vectors and classes. Memory grows with the number of pictures, not with that of pairs."""
+    """Collects vectors and classes. Memory grows with the number of images, not with that of pairs."""
 
     def __init__(self) -> None:
         self._vectors: list[Tensor] = []
@@ -67,7 +67,7 @@ class EmbeddingEvaluator:
         self._all: list[tuple[Embedding, Meta]] = []
 
     def update(self, predictions: Sequence[Embedding], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
-        """Add pictures; those without a class are not scored."""
+        """Add images; those without a class are not scored."""
         for prediction, target, meta in zip(predictions, targets, metas):
             self._all.append((prediction, meta))
             if target.image_labels is not None and len(target.image_labels) == 1:
@@ -75,7 +75,7 @@ class EmbeddingEvaluator:
                 self._labels.append(int(target.image_labels))
 
     def compute(self) -> EmbeddingScores:
-        """Score all pairs of pictures that were added."""
+        """Score all pairs of images that were added."""
         if not self._vectors:
             return EmbeddingScores(math.nan, math.nan, math.nan, math.nan, 0, 0)
         vectors, labels = torch.stack(self._vectors), torch.tensor(self._labels)
@@ -92,7 +92,7 @@ class EmbeddingEvaluator:
 
 
 def record(prediction: Embedding, meta: Meta) -> dict[str, Any]:
-    """What predictions.json says of one picture."""
+    """What predictions.json says of one image."""
     entry: dict[str, Any] = {"image_id": meta.image_id, "vector": [round(x, 6) for x in prediction.vector.tolist()]}
     if prediction.distance is not None:
         entry |= {"identity": prediction.identity, "distance": round(prediction.distance, 6)}
@@ -143,7 +143,7 @@ def best_accuracy(same: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def recall_at_1(vectors: Tensor, labels: Tensor) -> float:
-    """Part of the pictures whose nearest other one is of their class, of those whose class has another picture."""
+    """Part of the images whose nearest other one is of their class, of those whose class has another image."""
     counts = labels.unique(return_inverse=True, return_counts=True)
     has_other = counts[2][counts[1]] > 1
     right = torch.zeros(len(labels), dtype=torch.bool)

@@ -13,12 +13,12 @@ from detkit.structures import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A picture as a point; pictures of the same thing lie near one another.
+    """An image as a point; images of the same thing lie near one another.
 
     Args:
         vector: (D,) float32, of length 1.
-        identity: the name of what the picture shows, by a gallery; None for what is not in it, and without one.
-        distance: to the nearest picture of the gallery, in 0..2; None without one.
+        identity: the name of what the image shows, by a gallery; None for what is not in it, and without one.
+        distance: to the nearest image of the gallery, in 0..2; None without one.
     """
 
     vector: Tensor
@@ -26,7 +26,7 @@ class Embedding:
     distance: float | None = None
 
     def distance_to(self, other: Embedding) -> float:
-        """0 (the same point) to 2 (opposite): two pictures show the same where it is below a threshold, such as the one
+        """0 (the same point) to 2 (opposite): two images show the same where it is below a threshold, such as the one
         that `detkit eval` finds the best."""
         return float(torch.linalg.vector_norm(self.vector - other.vector))
 
@@ -39,7 +39,7 @@ class Embedding:
 
 
 class Recogniser(Protocol):
-    """What names the things in pictures by their embeddings, such as a gallery."""
+    """What names the things in images by their embeddings, such as a gallery."""
 
     def recognise(self, embedding: Embedding) -> Embedding:
         """The embedding with what it shows."""

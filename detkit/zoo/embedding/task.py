@@ -1,4 +1,4 @@
-"""Embeddings: how well distances tell pictures apart, pictures with their vectors, recognition by a gallery."""
+"""Embeddings: how well distances tell images apart, images with their vectors, recognition by a gallery."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from detkit.zoo.embedding.structures import Embedding, Recogniser
 
 @tasks.register("embed")
 class Embed(Task[Embedding]):
-    """Pictures as points, compared by their distances."""
+    """Images as points, compared by their distances."""
 
     noun: ClassVar[str] = "embeddings"
     options: ClassVar[Mapping[str, Any]] = {"gallery": None, "threshold": None}
@@ -74,7 +74,7 @@ class Embed(Task[Embedding]):
         return draw_embedding(image, prediction, ", ".join(class_names[label] for label in labels) or "no class")
 
     def check_data(self, dataset: Dataset, split: str) -> None:
-        """Refuse data with pictures of several classes, and those without two pictures of one class and one of another:
+        """Refuse data with images of several classes, and those without two images of one class and one of another:
         there every distance would be as good as any."""
         counts: dict[int, int] = {}
         for index in range(len(dataset)):
@@ -82,14 +82,14 @@ class Embed(Task[Embedding]):
             labels = [] if target.image_labels is None else target.image_labels.tolist()
             if len(labels) > 1:
                 raise DataError(
-                    f"The picture {dataset.image_id(index)!r} of the split '{split}' has several classes, but an "
-                    "embedding compares pictures of one each. Use data of format folder, or crops of the objects."
+                    f"The image {dataset.image_id(index)!r} of the split '{split}' has several classes, but an "
+                    "embedding compares images of one each. Use data of format folder, or crops of the objects."
                 )
             for label in labels:
                 counts[label] = counts.get(label, 0) + 1
         if len(counts) < 2 or max(counts.values()) < 2:
             raise DataError(
-                f"The split '{split}' has pictures of {len(counts)} classes, at most {max(counts.values(), default=0)} "
-                "of one. To learn or to score distances it takes two classes, and two pictures of one of "
+                f"The split '{split}' has images of {len(counts)} classes, at most {max(counts.values(), default=0)} "
+                "of one. To learn or to score distances it takes two classes, and two images of one of "
                 f"them.{dataset.problems.reasons()}"
             )

@@ -16,7 +16,7 @@ from detkit.registry import datasets
 from detkit.structures import ClassList, Meta, Sample, Target
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
-_DETAIL = 3  # pictures are drawn so many times as large, and shrunk
+_DETAIL = 3  # images are drawn so many times as large, and shrunk
 _PLACES_TRIED = 20
 _EMPTY_SHARE = 0.05
 POINT_NAMES = ("left_eye", "right_eye", "nose", "left_mouth_corner", "right_mouth_corner")
@@ -26,20 +26,20 @@ POINT_NAMES = ("left_eye", "right_eye", "nose", "left_mouth_corner", "right_mout
 class Faces(Dataset):
     """Drawn faces, turned by up to 30 degrees, on cloudy grounds with shapes that are none.
 
-    A picture depends on (seed, split, index) alone. Boxes are those of the head without its hair; the points are the
+    An image depends on (seed, split, index) alone. Boxes are those of the head without its hair; the points are the
     eyes, the tip of the nose and the corners of the mouth, left and right as the viewer has them. meta.image_id is the
     index.
 
     Args:
         split: train, val or test.
-        train_count: the number of training pictures.
-        val_count: the number of pictures of val, and of test.
+        train_count: the number of training images.
+        val_count: the number of images of val, and of test.
         size: height and width in pixels, 32 at least.
-        max_faces: 1 for a portrait, whose face has 0.45 to 0.8 of the picture's height; else up to so many of 0.12 to
-            0.4, and none in some pictures.
+        max_faces: 1 for a portrait, whose face has 0.45 to 0.8 of the image's height; else up to so many of 0.12 to
+            0.4, and none in some images.
         persons: so many persons, each a class, in each split others, for embeddings; null for a new face every time and
             one class, "face".
-        seed: another seed gives other pictures.
+        seed: another seed gives other images.
         points: targets carry points.
 
     Raises:
@@ -72,7 +72,7 @@ class Faces(Dataset):
             if value < least:
                 raise DataError(f"data.{name} of the faces is {value}. Set it to {least} or more.")
         if persons is not None and max_faces > 1:
-            raise DataError("data.persons of the faces needs pictures of one person each. Set data.max_faces to 1.")
+            raise DataError("data.persons of the faces needs images of one person each. Set data.max_faces to 1.")
         first = _SPLITS[split] * (persons or 0)
         names = ["face"] if persons is None else [f"person {number}" for number in range(first, first + persons)]
         self.classes = ClassList.from_names(names, first)
@@ -104,9 +104,9 @@ class Faces(Dataset):
         return f"faces {self._split} {index} (seed {self._seed})"
 
     def _faces(self, index: int) -> tuple[list[tuple[_Face, int]], np.random.Generator]:
-        """The faces of a picture with their labels, and what is left of its randomness."""
+        """The faces of an image with their labels, and what is left of its randomness."""
         if not 0 <= index < self._count:
-            raise IndexError(f"there are {self._count} pictures, but the index is {index}")
+            raise IndexError(f"there are {self._count} images, but the index is {index}")
         random = np.random.default_rng([self._seed, _SPLITS[self._split], index])
         if self._max_faces == 1:
             label = 0 if self._persons is None else int(random.integers(self._persons))
@@ -177,7 +177,7 @@ class _Person:
 
 @dataclass(frozen=True)
 class _Face:
-    """A person in a picture: `centre` and `height` in pixels, `angle` in radians, and how the mouth is bent."""
+    """A person in an image: `centre` and `height` in pixels, `angle` in radians, and how the mouth is bent."""
 
     person: _Person
     centre: np.ndarray
@@ -205,7 +205,7 @@ class _Face:
         return self.to_pixels(np.array([*eyes, [0.0, person.nose], *corners]))
 
     def box(self, side: int) -> np.ndarray:
-        """(4,) xyxy pixels around the head, inside a picture of `side`."""
+        """(4,) xyxy pixels around the head, inside an image of `side`."""
         outline = self.to_pixels(_ellipse((0, 0), self.person.width, 1.0))
         return np.concatenate([outline.min(0), outline.max(0)]).clip(0, side)
 

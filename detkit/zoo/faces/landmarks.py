@@ -1,4 +1,4 @@
-"""Landmarks: K points of the one object that a picture shows."""
+"""Landmarks: K points of the one object that an image shows."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detkit.boxes.convert import area
 from detkit.errors import ConfigError, check_range
 from detkit.heads.base import Head, check_count
-from detkit.heads.parts.pooling import pooled_pictures
+from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
 from detkit.zoo.faces.structures import Landmarks as Prediction
@@ -21,7 +21,7 @@ class LandmarksOutputs(NamedTuple):
     """Raw outputs of the landmarks head.
 
     Args:
-        places: (B, K, 2) x and y, as parts of the picture's own sides, without bounds.
+        places: (B, K, 2) x and y, as parts of the image's own sides, without bounds.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -33,8 +33,8 @@ class LandmarksOutputs(NamedTuple):
 class Landmarks(Head):
     """K points regressed from the coarsest map: means over a grid of its parts, a hidden layer, a linear layer.
 
-    The truth of a picture is the points of its object with the largest box, of those that are not ignored; points that
-    are not visible say nothing.
+    The ground truth of an image is the points of its object with the largest box, of those that are not ignored; points
+    that are not visible say nothing.
 
     Args:
         channels, strides: of the feature maps, of which the last is read.
@@ -43,7 +43,7 @@ class Landmarks(Head):
         grid: rows and columns of the parts; 1 leaves where things are to the channels.
         width: of the hidden layer; 0 for none.
         loss: smooth_l1, or wing (Feng et al. 2018, equation 5), which small errors cost more.
-        normalise: what the errors are divided by in the figures: the diagonal of the object's box, or of the picture,
+        normalise: what the errors are divided by in the figures: the diagonal of the object's box, or of the image,
             or the distance of the two points `normalise_points` (the eyes, in most papers on faces).
         normalise_points: their numbers, from 0.
     """
@@ -61,7 +61,7 @@ class Landmarks(Head):
         grid: int = 4,
         width: int = 256,
         loss: Literal["smooth_l1", "wing"] = "smooth_l1",
-        normalise: Literal["box", "picture", "points"] = "box",
+        normalise: Literal["box", "image", "points"] = "box",
         normalise_points: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class Landmarks(Head):
         self.predictor = nn.Sequential(*hidden, nn.Linear(width or incoming, 2 * points))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> LandmarksOutputs:
-        """The points of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
-        values = self.predictor(pooled_pictures(features[-1], inputs, self.grid)).float()
-        # The middle of the picture where the layer says nothing.
+        """The points of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        values = self.predictor(pooled_images(features[-1], inputs, self.grid)).float()
+        # The middle of the image where the layer says nothing.
         return LandmarksOutputs(values.unflatten(1, (self.points, 2)) + 0.5, inputs.sizes)
 
     def loss(self, outputs: LandmarksOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
@@ -102,12 +102,12 @@ class Landmarks(Head):
 
     @torch.no_grad()
     def decode(self, outputs: LandmarksOutputs) -> list[Prediction]:
-        """The points of each picture, in pixels of the network's input."""
+        """The points of each image, in pixels of the network's input."""
         return [Prediction(places * _sides(places, size)) for places, size in zip(outputs.places, outputs.sizes)]
 
 
 def object_of(target: Target) -> Target:
-    """The one object that a picture is about, or none: the largest that is not ignored."""
+    """The one object that an image is about, or none: the largest that is not ignored."""
     candidates = target[~target.ignored]
     return candidates[area(candidates.boxes).argsort(descending=True, stable=True)[:1]]
 
@@ -116,8 +116,8 @@ def wing(differences: Tensor, width: float = 0.15, curvature: float = 0.03) -> T
     """width · ln(1 + |x| / curvature) for |x| below `width`, beyond it a line (Feng et al. 2018, equation 5).
 
     Args:
-        differences: of any shape, as parts of the picture's sides.
-        width, curvature: the paper's w = 10 and epsilon = 2, of pictures of 64 pixels.
+        differences: of any shape, as parts of the image's sides.
+        width, curvature: the paper's w = 10 and epsilon = 2, of images of 64 pixels.
     """
     distance = differences.abs()
     line = distance - (width - width * math.log(1 + width / curvature))
@@ -128,18 +128,18 @@ def _smooth_l1(differences: Tensor, beta: float = 0.05) -> Tensor:
     return F.smooth_l1_loss(differences, torch.zeros_like(differences), reduction="none", beta=beta)
 
 
-def _differences(places: Tensor, truth: Target, size: tuple[int, int], points: int) -> Tensor:
-    """(V, 2) predicted less true place of the visible points of one picture."""
-    if truth.points is None or truth.visible is None:
+def _differences(places: Tensor, target: Target, size: tuple[int, int], points: int) -> Tensor:
+    """(V, 2) predicted less true place of the visible points of one image."""
+    if target.points is None or target.visible is None:
         raise ValueError("the target has no points")
-    if not len(truth):
+    if not len(target):
         return places[:0]
-    if truth.points.shape[1] != points:
+    if target.points.shape[1] != points:
         raise ConfigError(
-            f"'head.points' is {points}, but the data have {truth.points.shape[1]} points. Set it to that."
+            f"'head.points' is {points}, but the data have {target.points.shape[1]} points. Set it to that."
         )
-    visible = truth.visible[0]
-    return (places - truth.points[0] / _sides(places, size))[visible]
+    visible = target.visible[0]
+    return (places - target.points[0] / _sides(places, size))[visible]
 
 
 def _sides(places: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,19 +13,19 @@ from detkit.structures import Meta, Target
 from detkit.zoo.faces.structures import Landmarks
 
 FAILURE = 0.1
-"""The normalised error from which on a picture counts as failed, as is the custom with faces."""
+"""The normalised error from which on an image counts as failed, as is the custom with faces."""
 
 
 @dataclass(frozen=True)
 class LandmarksScores:
-    """The figures of a data set; nan where no picture has visible points.
+    """The figures of a data set; nan where no image has visible points.
 
     Args:
-        nme: normalised mean error: the mean over pictures of the mean distance of their visible points, divided by a
+        nme: normalised mean error: the mean over images of the mean distance of their visible points, divided by a
             length of the object.
-        failure_rate: part of the pictures whose error is FAILURE or more.
-        by_point: mean error of each point, over the pictures in which it is visible.
-        pictures: how many were scored.
+        failure_rate: part of the images whose error is FAILURE or more.
+        by_point: mean error of each point, over the images in which it is visible.
+        images: how many were scored.
         left_out: how many have no visible point, or no length to divide by.
         measure: what that length is, for people.
     """
@@ -33,7 +33,7 @@ class LandmarksScores:
     nme: float
     failure_rate: float
     by_point: tuple[float, ...]
-    pictures: int
+    images: int
     left_out: int
     measure: str
 
@@ -45,12 +45,12 @@ class LandmarksScores:
     def as_dict(self) -> dict[str, float | int]:
         """Every figure under one flat name."""
         points = {f"nme_{number}": value for number, value in enumerate(self.by_point)}
-        return {"nme": self.nme, "failure_rate": self.failure_rate, **points, "pictures": self.pictures}
+        return {"nme": self.nme, "failure_rate": self.failure_rate, **points, "images": self.images}
 
     def table(self) -> Table:
         """For the terminal."""
         left_out = f", {self.left_out} without visible points left out" if self.left_out else ""
-        table = Table(title=f"{self.pictures} pictures{left_out}; errors as parts of {self.measure}")
+        table = Table(title=f"{self.images} images{left_out}; errors as parts of {self.measure}")
         table.add_column("mean error", justify="right")
         table.add_column(f"failed ({FAILURE:g} or more)", justify="right")
         for number in range(len(self.by_point)):
@@ -64,35 +64,40 @@ class LandmarksEvaluator:
 
     Args:
         truth_of: (object, points) -> the target with the one object that counts.
-        measure: (target with one object, size of the picture) -> the length that errors are divided by.
+        measure: (target with one object, size of the image) -> the length that errors are divided by.
         measure_name: what that is, for people.
     """
 
     def __init__(
         self,
-        truth_of: Callable[[Target], Target],
+        target_of: Callable[[Target], Target],
         measure: Callable[[Target, tuple[int, int]], float],
         measure_name: str,
     ) -> None:
-        self._truth_of, self._measure, self._measure_name = truth_of, measure, measure_name
+        self._target_of, self._measure, self._measure_name = target_of, measure, measure_name
         self._errors: list[Tensor] = []
         self._left_out = 0
         self._all: list[tuple[Landmarks, Meta]] = []
 
     def update(self, predictions: Sequence[Landmarks], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
-        """Add pictures, all in pixels of their sources."""
+        """Add images, all in pixels of their sources."""
         for prediction, target, meta in zip(predictions, targets, metas):
             self._all.append((prediction, meta))
-            truth = self._truth_of(target)
-            if not len(truth) or truth.points is None or truth.visible is None or not truth.visible.any():
+            ground_truth = self._target_of(target)
+            if (
+                not len(ground_truth)
+                or ground_truth.points is None
+                or ground_truth.visible is None
+                or not ground_truth.visible.any()
+            ):
                 self._left_out += 1
                 continue
-            length = self._measure(truth, meta.size)
+            length = self._measure(ground_truth, meta.size)
             if not length > 0:
                 self._left_out += 1
                 continue
-            errors = torch.linalg.vector_norm(prediction.points - truth.points[0], dim=1) / length
-            self._errors.append(errors.masked_fill(~truth.visible[0], math.nan))
+            errors = torch.linalg.vector_norm(prediction.points - ground_truth.points[0], dim=1) / length
+            self._errors.append(errors.masked_fill(~ground_truth.visible[0], math.nan))
 
     def compute(self) -> LandmarksScores:
         """Score all that was added."""
@@ -110,6 +115,6 @@ class LandmarksEvaluator:
 
 
 def record(prediction: Landmarks, meta: Meta) -> dict[str, Any]:
-    """What predictions.json says of one picture: COCO's keypoints, [x, y, 2] of each point in pixels."""
+    """What predictions.json says of one image: COCO's keypoints, [x, y, 2] of each point in pixels."""
     values = [value for x, y in prediction.points.tolist() for value in (round(x, 2), round(y, 2), 2)]
     return {"image_id": meta.image_id, "keypoints": values}

@@ -25,7 +25,7 @@ HARD = 0.7
 
 
 class MTCNNOutputs(NamedTuple):
-    """The pictures themselves: what windows of them the networks see depends on the truth, or on the networks.
+    """The images themselves: what windows of them the networks see depends on the ground truth, or on the networks.
 
     Args:
         images: (B, 3, H, W) RGB in 0..1.
@@ -40,24 +40,24 @@ class MTCNNOutputs(NamedTuple):
 class MTCNN(Head):
     """Three networks, each of which looks closer at what the one before let through; the last finds five points.
 
-    It reads the picture itself: use it with the backbone `pixels`, and input.resize crop, which shows a picture at its
+    It reads the image itself: use it with the backbone `pixels`, and input.resize crop, which shows an image at its
     own size. The P-Net runs over a pyramid of it, R-Net and O-Net over single windows. `decode` is the cascade of the
     authors' published model, and of facenet-pytorch, which their weights came with; see detkit.zoo.faces.converter.
 
     The training differs from the paper's, which trains one network after another, each on what those before it let
     through, and each kind of output on data of its own: here all three learn at once, from windows drawn at random
-    around the objects and anywhere in the picture. Points are learned from the windows that show an object, those of
+    around the objects and anywhere in the image. Points are learned from the windows that show an object, those of
     its points that are visible.
 
     Args:
-        channels, strides: of the picture: (3,) and (1,).
+        channels, strides: of the image: (3,) and (1,).
         num_classes: C, 1 for faces.
         min_size: side of the smallest objects that are looked for, in pixels of the network's input.
-        factor: of the pyramid: each picture's size as a part of the next larger one's.
+        factor: of the pyramid: each image's size as a part of the next larger one's.
         thresholds: what the object's probability must be above behind P-Net, R-Net and O-Net. A detector's `conf` can
             only raise the last.
         nms_threshold: of two final boxes whose intersection is more than this of the smaller one, the weaker goes.
-        windows: drawn for the loss, of each picture.
+        windows: drawn for the loss, of each image.
         box_weight: factor of the loss of boxes; the paper's.
         point_weight: factor of the loss of points; the paper's for its last network.
     """
@@ -84,7 +84,7 @@ class MTCNN(Head):
         super().__init__()
         if tuple(channels) != (3,) or tuple(strides) != (1,):
             raise ConfigError(
-                "The head 'mtcnn' has networks of its own and reads the picture itself, but the backbone gives "
+                "The head 'mtcnn' has networks of its own and reads the image itself, but the backbone gives "
                 f"{list(channels)} channels at strides {list(strides)}. Set backbone: {{name: pixels}}, and no neck."
             )
         check_range("head", geometry.CELL, min_size=min_size)
@@ -101,7 +101,7 @@ class MTCNN(Head):
         self.onet = OutputNet(num_classes)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> MTCNNOutputs:
-        """The picture, for its one feature map [(B, 3, H, W)]."""
+        """The image, for its one feature map [(B, 3, H, W)]."""
         return MTCNNOutputs(features[0], inputs.sizes)
 
     def loss(self, outputs: MTCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
@@ -135,15 +135,15 @@ class MTCNN(Head):
         return losses
 
     def _losses(self, found: StageOutputs, drawn: list[Windows], targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        truths = [target[~target.ignored] for target in targets]
-        labels = torch.cat([_labels(windows, truth) for windows, truth in zip(drawn, truths)])
+        ground_truths = [target[~target.ignored] for target in targets]
+        labels = torch.cat([_labels(windows, ground_truth) for windows, ground_truth in zip(drawn, ground_truths)])
         classes = F.cross_entropy(found.logits.flatten(1)[labels >= 0], labels[labels >= 0], reduction="none")
         hard = classes.topk(round(HARD * len(classes))).values if len(classes) else classes
         show = torch.cat([windows.positive | windows.part for windows in drawn])
         offsets = torch.cat(
             [
-                geometry.offsets_to(windows.boxes[some], truth.boxes[windows.truth_index[some]])
-                for windows, truth in zip(drawn, truths)
+                geometry.offsets_to(windows.boxes[some], ground_truth.boxes[windows.target_index[some]])
+                for windows, ground_truth in zip(drawn, ground_truths)
                 for some in [windows.positive | windows.part]
             ]
         )
@@ -152,26 +152,26 @@ class MTCNN(Head):
             "box": self.box_weight * _mean_square(found.offsets.flatten(1)[show], offsets),
         }
         if found.points is not None:
-            losses["points"] = self.point_weight * _point_loss(found.points, drawn, truths)
+            losses["points"] = self.point_weight * _point_loss(found.points, drawn, ground_truths)
         return losses
 
     @torch.no_grad()
     def decode(self, outputs: MTCNNOutputs) -> list[Detections]:
-        """The objects of each picture with their points, in pixels of the network's input."""
+        """The objects of each image with their points, in pixels of the network's input."""
         return [self._cascade(image[:, : size[0], : size[1]]) for image, size in zip(outputs.images, outputs.sizes)]
 
     def _cascade(self, image: Tensor) -> Detections:
-        """Of one picture (3, H, W) in 0..1."""
+        """Of one image (3, H, W) in 0..1."""
         pixels = image.float() * 255
         size = (image.shape[1], image.shape[2])
         boxes = self._propose(pixels)
-        boxes = boxes[geometry.in_picture(boxes, size)]
+        boxes = boxes[geometry.in_image(boxes, size)]
         found = _in_chunks(self.rnet, pixels, boxes)
         scores = _presence(found)
         passed = _above(scores, self.thresholds[1])
         passed = passed[nms(boxes[passed], scores[passed], REFINED)]
         boxes = geometry.squares(geometry.moved(boxes[passed], found.offsets[passed]))
-        boxes = boxes[geometry.in_picture(boxes, size)]
+        boxes = boxes[geometry.in_image(boxes, size)]
         return self._finish(boxes, _in_chunks(self.onet, pixels, boxes), size)
 
     def _propose(self, pixels: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def _pixels(image: Tensor, size: tuple[int, int], boxes: Tensor, side: int) -> T
 
 
 def _in_chunks(network: Stage, pixels: Tensor, boxes: Tensor) -> StageOutputs:
-    """What a network says of (N, 4) windows of a picture, however many there are."""
+    """What a network says of (N, 4) windows of an image, however many there are."""
     # One chunk at least, so that no windows give outputs of no rows.
     parts = [network(_centred(geometry.windows(pixels, some, network.side))) for some in boxes.split(WINDOWS_AT_ONCE)]
     points = None if parts[0].points is None else torch.cat([part.points for part in parts])
@@ -243,23 +243,23 @@ def _above(scores: Tensor, threshold: float) -> Tensor:
     return Postprocess(threshold, max_candidates=ALL).candidates(scores[:, None])[0]
 
 
-def _labels(windows: Windows, truth: Target) -> Tensor:
+def _labels(windows: Windows, target: Target) -> Tensor:
     """(N,) what each window shows: 0 nothing, else the class from 1 on; -1 for one that shows part of an object."""
-    labels = torch.full_like(windows.truth_index, -1)
+    labels = torch.full_like(windows.target_index, -1)
     labels[windows.negative] = 0
-    labels[windows.positive] = truth.labels[windows.truth_index[windows.positive]] + 1
+    labels[windows.positive] = target.labels[windows.target_index[windows.positive]] + 1
     return labels
 
 
-def _point_loss(found: Tensor, drawn: list[Windows], truths: list[Target]) -> Tensor:
+def _point_loss(found: Tensor, drawn: list[Windows], targets: list[Target]) -> Tensor:
     """Mean squared difference of the visible points in windows that show an object."""
     wanted, counted = [], []
-    for windows, truth in zip(drawn, truths):
-        index = windows.truth_index[windows.positive]
-        if truth.points is None or truth.visible is None:
+    for windows, target in zip(drawn, targets):
+        index = windows.target_index[windows.positive]
+        if target.points is None or target.visible is None:
             raise ValueError("the targets have no points")
-        wanted.append(geometry.fractions_of(windows.boxes[windows.positive], truth.points[index]))
-        counted.append(truth.visible[index].repeat(1, 2))
+        wanted.append(geometry.fractions_of(windows.boxes[windows.positive], target.points[index]))
+        counted.append(target.visible[index].repeat(1, 2))
     positive = torch.cat([windows.positive for windows in drawn])
     visible = torch.cat(counted)
     return _mean_square(found[positive][visible], torch.cat(wanted)[visible])

@@ -13,7 +13,7 @@ STRIDE, CELL = 2, 12
 
 
 def pyramid_scales(size: tuple[int, int], min_size: float, factor: float) -> list[float]:
-    """By how much a picture of (height, width) is shrunk so that objects of `min_size` pixels and larger fit P-Net's
+    """By how much an image of (height, width) is shrunk so that objects of `min_size` pixels and larger fit P-Net's
     12."""
     scales = []
     scale = CELL / min_size
@@ -24,7 +24,7 @@ def pyramid_scales(size: tuple[int, int], min_size: float, factor: float) -> lis
 
 
 def cells(rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """(N, 4) the boxes that P-Net saw at these places of its map, of a picture shrunk by `scale`."""
+    """(N, 4) the boxes that P-Net saw at these places of its map, of an image shrunk by `scale`."""
     corner = torch.stack((columns, rows), dim=1).float() * STRIDE
     return torch.cat((((corner + 1) / scale).floor(), ((corner + CELL) / scale).floor()), dim=1)
 
@@ -43,10 +43,10 @@ def moved(boxes: Tensor, offsets: Tensor) -> Tensor:
     return boxes + offsets * sides
 
 
-def offsets_to(boxes: Tensor, truths: Tensor) -> Tensor:
-    """(N, 4) what `moved` needs to make `truths` (N, 4) of boxes."""
+def offsets_to(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(N, 4) what `moved` needs to make `ground truths` (N, 4) of boxes."""
     sides = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
-    return (truths - boxes) / sides
+    return (targets - boxes) / sides
 
 
 def points_in(boxes: Tensor, fractions: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ def fractions_of(boxes: Tensor, points: Tensor) -> Tensor:
     return ((points - boxes[:, None, :2] + 1) / sides).transpose(1, 2).flatten(1)
 
 
-def in_picture(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N,) bool: whether any pixel of a picture of (height, width) lies under the box."""
+def in_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N,) bool: whether any pixel of an image of (height, width) lies under the box."""
     left, top, right, bottom = _cut(boxes, size).unbind(1)
     return (right >= left) & (bottom >= top)
 
 
 def windows(image: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """(N, C, side, side) the pixels of a (C, H, W) image under boxes (N, 4), `in_picture`, resized by areas.
+    """(N, C, side, side) the pixels of a (C, H, W) image under boxes (N, 4), `in_image`, resized by areas.
 
     What of a box lies outside is cut off first, and so what is left is stretched.
     """
@@ -95,7 +95,7 @@ def suppress_by_smaller(boxes: Tensor, scores: Tensor, threshold: float) -> Tens
 
 
 def _cut(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4) int64: whole pixels, within a picture of (height, width)."""
+    """(N, 4) int64: whole pixels, within an image of (height, width)."""
     height, width = size
     whole = boxes.trunc().long()
     return torch.cat((whole[:, :2].clamp(min=1), torch.minimum(whole[:, 2:], whole.new_tensor([width, height]))), dim=1)

@@ -9,7 +9,7 @@ POINTS = 5
 
 
 class StageOutputs(NamedTuple):
-    """What a network says of N windows; the P-Net of each of its places on a larger picture, in trailing dimensions.
+    """What a network says of N windows; the P-Net of each of its places on a larger image, in trailing dimensions.
 
     Args:
         logits: (N, 1 + C, ...), of "nothing" first, then of the classes.
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
 
 class ProposalNet(Stage):
-    """P-Net: of 12 pixels, and fully convolutional, so that it runs over a whole picture in steps of 2 pixels."""
+    """P-Net: of 12 pixels, and fully convolutional, so that it runs over a whole image in steps of 2 pixels."""
 
     side = 12
 
@@ -90,7 +90,7 @@ class OutputNet(Stage):
 
 
 class _ColumnsFirst(nn.Module):
-    """(N, C, h, w) to (N, w·h·C), in the order in which the published dense layers read them: Caffe's, of pictures that
+    """(N, C, h, w) to (N, w·h·C), in the order in which the published dense layers read them: Caffe's, of images that
     Matlab had transposed."""
 
     def forward(self, maps: Tensor) -> Tensor:

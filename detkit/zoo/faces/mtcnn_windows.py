@@ -1,4 +1,4 @@
-"""The windows that MTCNN's networks are trained on, drawn around the objects of a picture and anywhere in it."""
+"""The windows that MTCNN's networks are trained on, drawn around the objects of an image and anywhere in it."""
 
 import math
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Windows(NamedTuple):
     """
 
     boxes: Tensor
-    truth_index: Tensor
+    target_index: Tensor
     positive: Tensor
     part: Tensor
     negative: Tensor
@@ -40,17 +40,17 @@ def draw_windows(target: Target, size: tuple[int, int], count: int) -> Windows:
     fifth of them; every other one is moved and scaled further, for parts and close misses.
 
     Args:
-        target: the truth; of what is ignored no window shows more than the share that makes it no negative.
-        size: (height, width) of the picture.
+        target: the ground truth; of what is ignored no window shows more than the share that makes it no negative.
+        size: (height, width) of the image.
         count: how many are drawn.
     """
-    truths = target.boxes[~target.ignored]
-    near = _around(truths, count * 2 // 3) if len(truths) else truths[:0]
+    targets = target.boxes[~target.ignored]
+    near = _around(targets, count * 2 // 3) if len(targets) else targets[:0]
     boxes = torch.cat((near, _anywhere(size, count - len(near)).to(near.device)))
     boxes = torch.cat((boxes[:, :2].floor(), boxes[:, 2:].floor()), dim=1)
-    if not len(truths):
-        truths = boxes.new_tensor([[-1.0, -1.0, -1.0, -1.0]])  # one that nothing overlaps
-    overlap, index = pairwise_iou(boxes, truths).max(1)
+    if not len(targets):
+        targets = boxes.new_tensor([[-1.0, -1.0, -1.0, -1.0]])  # one that nothing overlaps
+    overlap, index = pairwise_iou(boxes, targets).max(1)
     positive, part = overlap >= POSITIVE_FROM, (overlap >= PART_FROM) & (overlap < POSITIVE_FROM)
     negative = overlap < NEGATIVE_BELOW
     inside = (boxes[:, 2:] > 0).all(1) & (boxes[:, 0] < size[1]) & (boxes[:, 1] < size[0])
@@ -60,22 +60,22 @@ def draw_windows(target: Target, size: tuple[int, int], count: int) -> Windows:
     return Windows(boxes[counted], index[counted], positive[counted], part[counted], negative[counted])
 
 
-def _around(truths: Tensor, count: int) -> Tensor:
+def _around(targets: Tensor, count: int) -> Tensor:
     """(count, 4) squares around (T, 4) objects in turn."""
-    chosen = truths[torch.arange(count, device=truths.device) % len(truths)]
+    chosen = targets[torch.arange(count, device=targets.device) % len(targets)]
     sides = chosen[:, 2:] - chosen[:, :2]
     shorter, longer = sides.amin(1), sides.amax(1)
     # Of each object alternately, whatever the number of objects.
-    far = (torch.arange(count, device=truths.device) // len(truths) % 2).to(truths.dtype)
+    far = (torch.arange(count, device=targets.device) // len(targets) % 2).to(targets.dtype)
     low, high = (0.8 - 0.3 * far) * shorter, (1.25 + 0.35 * far) * longer
-    side = (low + (high - low) * _random(count, truths)).clamp(min=2)
-    move = (2 * torch.stack((_random(count, truths), _random(count, truths)), 1) - 1) * sides
+    side = (low + (high - low) * _random(count, targets)).clamp(min=2)
+    move = (2 * torch.stack((_random(count, targets), _random(count, targets)), 1) - 1) * sides
     centres = (chosen[:, :2] + chosen[:, 2:]) / 2 + move * (0.2 + 0.4 * far)[:, None]
     return torch.cat((centres - side[:, None] / 2, centres + side[:, None] / 2), dim=1)
 
 
 def _anywhere(size: tuple[int, int], count: int) -> Tensor:
-    """(count, 4) squares within a picture, small ones as common as large ones."""
+    """(count, 4) squares within an image, small ones as common as large ones."""
     largest = float(min(size))
     smallest = min(SMALLEST_SIDE, largest)
     side = torch.exp(math.log(smallest) + math.log(largest / smallest) * torch.rand(count))

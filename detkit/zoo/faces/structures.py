@@ -12,7 +12,7 @@ from detkit.structures import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class Landmarks:
-    """Points of the one object that a picture shows.
+    """Points of the one object that an image shows.
 
     Args:
         points: (K, 2) float32, x and y in pixels.

@@ -1,4 +1,4 @@
-"""Landmarks: the normalised error, pictures with points."""
+"""Landmarks: the normalised error, images with points."""
 
 import math
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from detkit.zoo.faces.structures import Landmarks as Prediction
 
 MEASURES = {
     "box": "the diagonal of the object's box",
-    "picture": "the diagonal of the picture",
+    "image": "the diagonal of the image",
     "points": "the distance of points {} and {}",
 }
 
 
 @tasks.register("landmarks")
 class Landmarks(Task[Prediction]):
-    """Points of the one object that a picture shows."""
+    """Points of the one object that an image shows."""
 
     noun: ClassVar[str] = "sets of landmarks"
 
@@ -43,15 +43,17 @@ class Landmarks(Task[Prediction]):
     def evaluator(self, classes: ClassList, head: Head) -> LandmarksEvaluator:
         kind, pair = str(getattr(head, "normalise", "box")), getattr(head, "normalise_points", (0, 1))
 
-        def measure(truth: Target, size: tuple[int, int]) -> float:
-            if kind == "picture":
+        def measure(target: Target, size: tuple[int, int]) -> float:
+            if kind == "image":
                 return math.hypot(*size)
             if kind == "box":
-                return float(torch.linalg.vector_norm(truth.boxes[0, 2:] - truth.boxes[0, :2]))
-            assert truth.points is not None
-            assert truth.visible is not None
-            seen = truth.visible[0, list(pair)].all()
-            return float(torch.linalg.vector_norm(truth.points[0, pair[0]] - truth.points[0, pair[1]])) if seen else 0.0
+                return float(torch.linalg.vector_norm(target.boxes[0, 2:] - target.boxes[0, :2]))
+            assert target.points is not None
+            assert target.visible is not None
+            seen = target.visible[0, list(pair)].all()
+            return (
+                float(torch.linalg.vector_norm(target.points[0, pair[0]] - target.points[0, pair[1]])) if seen else 0.0
+            )
 
         return LandmarksEvaluator(object_of, measure, MEASURES[kind].format(*pair))
 
@@ -70,14 +72,18 @@ class Landmarks(Task[Prediction]):
         return draw_points(image, prediction.points[None], None)
 
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        truth = object_of(target)
-        return image.copy() if truth.points is None else draw_points(image, truth.points, truth.visible)
+        ground_truth = object_of(target)
+        return (
+            image.copy()
+            if ground_truth.points is None
+            else draw_points(image, ground_truth.points, ground_truth.visible)
+        )
 
     def compare(
         self, image: np.ndarray, prediction: Prediction, target: Target, class_names: Sequence[str]
     ) -> np.ndarray:
-        truth = self.draw_target(image, target, class_names)
-        return side_by_side(truth, self.draw(image, prediction), "truth", "predicted")
+        ground_truth = self.draw_target(image, target, class_names)
+        return side_by_side(ground_truth, self.draw(image, prediction), "target", "predicted")
 
     def enlarged(self, prediction: Prediction, factor: int) -> Prediction:
         return replace(prediction, points=prediction.points * factor)
@@ -88,7 +94,7 @@ class Landmarks(Task[Prediction]):
             if visible is not None and visible.any():
                 return
         raise DataError(
-            f"No picture of the split '{split}' has a point that is visible, so there is nothing to learn or to score. "
+            f"No image of the split '{split}' has a point that is visible, so there is nothing to learn or to score. "
             f"Check what the data call this split, and its annotations.{dataset.problems.reasons()}"
         )
 

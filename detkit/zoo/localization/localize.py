@@ -1,4 +1,4 @@
-"""Classification with localisation: is there an object, what is it, and where; at most one in a picture.
+"""Classification with localisation: is there an object, what is it, and where; at most one in an image.
 
 Andrew Ng, "Convolutional Neural Networks", the lectures on object localisation; the same outputs as one cell of YOLO.
 """
@@ -16,7 +16,7 @@ from detkit.heads.base import Head, Postprocess, check_count
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
 
-BETA = 1 / 9  # of smooth L1, whose parabola would otherwise reach over the whole picture
+BETA = 1 / 9  # of smooth L1, whose parabola would otherwise reach over the whole image
 
 
 class LocalizeOutputs(NamedTuple):
@@ -25,7 +25,7 @@ class LocalizeOutputs(NamedTuple):
     Args:
         presence: (B,) logits of an object being there.
         logits: (B, C) of its class.
-        boxes: (B, 4) its centre x and y, width and height, as parts of the picture's own sides, without bounds.
+        boxes: (B, 4) its centre x and y, width and height, as parts of the image's own sides, without bounds.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -37,15 +37,15 @@ class LocalizeOutputs(NamedTuple):
 
 @heads.register("localize")
 class Localize(Head):
-    """The mean of the coarsest map over the picture, without padding, and one linear layer.
+    """The mean of the coarsest map over the image, without padding, and one linear layer.
 
-    The truth of a picture is its object with the largest box, of those that are not ignored. A picture whose objects
-    are all ignored takes no part in the loss.
+    The ground truth of an image is its object with the largest box, of those that are not ignored. An image whose
+    objects are all ignored takes no part in the loss.
 
     Args:
         channels, strides: of the feature maps, of which the last is read; give the backbone one level.
         num_classes: C.
-        box_loss: l2 (squared differences) or smooth_l1 of centre, width and height, as parts of the picture's sides.
+        box_loss: l2 (squared differences) or smooth_l1 of centre, width and height, as parts of the image's sides.
         box_weight: factor of the box loss.
         score_threshold: what `decode` needs to give the object: the probability of one, times that of its class.
     """
@@ -71,29 +71,34 @@ class Localize(Head):
         self.predictor = nn.Linear(channels[-1], 1 + num_classes + 4)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> LocalizeOutputs:
-        """Presence, class and box of each picture, for feature maps [(B, C_i, h_i, w_i)]."""
-        values = self.predictor(_picture_mean(features[-1], inputs)).float()
+        """Presence, class and box of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        values = self.predictor(_image_mean(features[-1], inputs)).float()
         presence, logits, boxes = values.split((1, self.num_classes, 4), dim=1)
         return LocalizeOutputs(presence[:, 0], logits, boxes, inputs.sizes)
 
     def loss(self, outputs: LocalizeOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`presence` (binary cross-entropy), and `class` (cross-entropy) and `box` of the pictures with an object.
+        """`presence` (binary cross-entropy), and `class` (cross-entropy) and `box` of the images with an object.
 
-        Each is the mean over the pictures that it counts.
+        Each is the mean over the images that it counts.
 
         Raises:
             ValueError: there is not one target for each image.
         """
         check_count(targets, outputs.sizes)
-        truths = [_largest(target) for target in targets]
-        found = [image for image, truth in enumerate(truths) if len(truth)]
-        counted = [image for image, (truth, target) in enumerate(zip(truths, targets)) if len(truth) or not len(target)]
-        present = outputs.presence.new_tensor([float(len(truths[image])) for image in counted])
+        ground_truths = [_largest(target) for target in targets]
+        found = [image for image, ground_truth in enumerate(ground_truths) if len(ground_truth)]
+        counted = [
+            image
+            for image, (ground_truth, target) in enumerate(zip(ground_truths, targets))
+            if len(ground_truth) or not len(target)
+        ]
+        present = outputs.presence.new_tensor([float(len(ground_truths[image])) for image in counted])
         presence = F.binary_cross_entropy_with_logits(outputs.presence[counted], present, reduction="sum")
-        labels = torch.cat([truths[image].labels for image in found] or [targets[0].labels[:0]])
+        labels = torch.cat([ground_truths[image].labels for image in found] or [targets[0].labels[:0]])
         classes = F.cross_entropy(outputs.logits[found], labels, reduction="sum")
         boxes = torch.cat(
-            [_fractions(truths[image].boxes, outputs.sizes[image]) for image in found] or [outputs.boxes[:0].detach()]
+            [_fractions(ground_truths[image].boxes, outputs.sizes[image]) for image in found]
+            or [outputs.boxes[:0].detach()]
         )
         return {
             "presence": presence / max(len(counted), 1),
@@ -101,14 +106,14 @@ class Localize(Head):
             "box": self.box_weight * self._box_loss(outputs.boxes[found], boxes) / max(len(found), 1),
         }
 
-    def _box_loss(self, boxes: Tensor, truths: Tensor) -> Tensor:
+    def _box_loss(self, boxes: Tensor, targets: Tensor) -> Tensor:
         if self.box_loss == "l2":
-            return F.mse_loss(boxes, truths, reduction="sum")
-        return F.smooth_l1_loss(boxes, truths, reduction="sum", beta=BETA)
+            return F.mse_loss(boxes, targets, reduction="sum")
+        return F.smooth_l1_loss(boxes, targets, reduction="sum", beta=BETA)
 
     @torch.no_grad()
     def decode(self, outputs: LocalizeOutputs) -> list[Detections]:
-        """One detection or none for each picture, in pixels of the network's input."""
+        """One detection or none for each image, in pixels of the network's input."""
         scores = outputs.presence.sigmoid()[:, None] * outputs.logits.softmax(-1)
         return [self._decode_image(*image) for image in zip(scores, outputs.boxes, outputs.sizes)]
 
@@ -121,8 +126,8 @@ class Localize(Head):
         return Detections(corners.expand(len(best), 4), candidates[best], labels[best])
 
 
-def _picture_mean(feature: Tensor, inputs: Inputs) -> Tensor:
-    """(B, C) the mean of each (B, C, h, w) map over the cells that its picture reaches into."""
+def _image_mean(feature: Tensor, inputs: Inputs) -> Tensor:
+    """(B, C) the mean of each (B, C, h, w) map over the cells that its image reaches into."""
     rows, columns = feature.shape[2:]
     weights = feature.new_zeros(len(inputs.sizes), rows, columns)
     for image, (height, width) in enumerate(inputs.sizes):
@@ -132,12 +137,12 @@ def _picture_mean(feature: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _largest(target: Target) -> Target:
-    """The one object that the picture is about, or none."""
+    """The one object that the image is about, or none."""
     candidates = target[~target.ignored]
     return candidates[area(candidates.boxes).argsort(descending=True, stable=True)[:1]]
 
 
 def _fractions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4) centre, width and height of xyxy pixels, as parts of a picture of (height, width) pixels."""
+    """(N, 4) centre, width and height of xyxy pixels, as parts of an image of (height, width) pixels."""
     height, width = size
     return xyxy_to_cxcywh(boxes) / boxes.new_tensor((width, height, width, height))

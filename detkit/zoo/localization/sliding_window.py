@@ -48,8 +48,8 @@ class SlidingWindow(Head):
         windows: (height, width) of each window in cells of the feature map, the same on all levels: a window of 4
             cells on a map of stride 16 is 64 pixels wide.
         width: channels of the hidden layers.
-        foreground_from: a window that overlaps a truth this much shows it; so does a truth's best window.
-        background_below: one that overlaps every truth less is background; between them it does not count.
+        foreground_from: a window that overlaps a ground truth this much shows it; so does a ground truth's best window.
+        background_below: one that overlaps every ground truth less is background; between them it does not count.
         samples: windows of an image that take part in the loss.
         positive_fraction: largest part of objects among them.
         score_threshold, nms_threshold, max_detections: what `decode` keeps.
@@ -86,7 +86,7 @@ class SlidingWindow(Head):
             raise ConfigError(f"'head.windows' must hold sizes of 1 cell at least, but is {list(map(list, windows))}.")
         if min(strides) < 1:
             raise ConfigError(
-                f"A window cannot slide over a map pooled from the whole picture (strides {list(strides)}). Leave that "
+                f"A window cannot slide over a map pooled from the whole image (strides {list(strides)}). Leave that "
                 f"map out."
             )
         self.strides, self.windows = tuple(strides), tuple(windows)
@@ -129,7 +129,7 @@ class SlidingWindow(Head):
             )
             positive, negative = sample_balanced(match, self.samples, self.positive_fraction)
             logits.append(outputs.logits[image, torch.cat((positive, negative))])
-            classes += [target.labels[match.truth_index[positive]] + 1, torch.zeros_like(negative)]
+            classes += [target.labels[match.target_index[positive]] + 1, torch.zeros_like(negative)]
         flat = torch.cat(logits)
         return {"class": F.cross_entropy(flat, torch.cat(classes), reduction="sum") / max(len(flat), 1)}
 

@@ -1,4 +1,4 @@
-"""No network: the picture is its own feature map, for heads that bring a network of their own."""
+"""No network: the image is its own feature map, for heads that bring a network of their own."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from detkit.registry import backbones
 
 @backbones.register("pixels")
 class Pixels(Backbone):
-    """The picture as the one feature map, of 3 channels and stride 1 (R-CNN's head cuts regions out of it).
+    """The image as the one feature map, of 3 channels and stride 1 (R-CNN's head cuts regions out of it).
 
     It is not normalised: that is left to the network that will see it.
     """
@@ -21,7 +21,7 @@ class Pixels(Backbone):
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The picture itself, (B, 3, H, W) RGB in 0..1."""
+        """The image itself, (B, 3, H, W) RGB in 0..1."""
         return [images]
 
     def stages(self) -> Sequence[nn.Module]:

@@ -17,7 +17,7 @@ VERSION = 1
 """Of the algorithm: to be raised whenever it proposes other boxes for the same options."""
 
 SIGMA = 0.8
-"""Pixels of the Gaussian that a picture is smoothed with before it is segmented, as in the paper."""
+"""Pixels of the Gaussian that an image is smoothed with before it is segmented, as in the paper."""
 
 TEXTURE_SCALE = 0.25
 """Bins of a texture histogram to a difference of one grey level over two pixels: the last begins at 36 levels."""
@@ -25,7 +25,7 @@ TEXTURE_SCALE = 0.25
 
 @dataclass(frozen=True)
 class Diversity:
-    """What the hierarchies of one picture differ in: there is one for each colour space, k and similarity.
+    """What the hierarchies of one image differ in: there is one for each colour space, k and similarity.
 
     Args:
         spaces: colour spaces, see `in_space`.
@@ -58,7 +58,7 @@ MODES = {
 class SelectiveSearch(ProposalSource):
     """Regions of several over-segmentations, grouped by similarity, as boxes.
 
-    A picture is first cut into small regions of one colour; then the two most similar neighbours become one, again
+    An image is first cut into small regions of one colour; then the two most similar neighbours become one, again
     and again. Every region on the way is a proposal. Several colour spaces, sizes of the first regions and measures
     of similarity give several such hierarchies.
 
@@ -72,10 +72,10 @@ class SelectiveSearch(ProposalSource):
             10,000: on COCO it then finds 87 % of the objects at an IoU of 0.5, fast 80 %. Among the first 2,000
             fast finds more.
         count: at most so many proposals, the best.
-        min_side: proposals that are narrower or lower, in pixels of the picture, are left out.
+        min_side: proposals that are narrower or lower, in pixels of the image, are left out.
         duplicate_iou: of two proposals with an IoU above this the one of lower rank goes behind all others; at 1
             none does. Of equal ones only one is left in any case.
-        longest_side: pictures with a longer side are shrunk to it first; null for never. Time and memory grow with
+        longest_side: images with a longer side are shrunk to it first; null for never. Time and memory grow with
             the pixels.
 
     Raises:
@@ -105,20 +105,20 @@ class SelectiveSearch(ProposalSource):
         )
 
     def __call__(self, image: np.ndarray, image_id: int | str | None = None) -> Tensor:
-        """Proposals of one picture.
+        """Proposals of one image.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             image_id: not used, but for messages.
 
         Returns:
-            (P, 4) float32 xyxy pixels of `image`, inside it, best first, no two alike; P may be 0 where the picture
+            (P, 4) float32 xyxy pixels of `image`, inside it, best first, no two alike; P may be 0 where the image
             is smaller than `min_side`.
 
         Raises:
-            DataError: the picture is of another kind, or too large to be segmented unshrunk.
+            DataError: the image is of another kind, or too large to be segmented unshrunk.
         """
-        where = "The picture" if image_id is None else f"The picture '{image_id}'"
+        where = "The image" if image_id is None else f"The image '{image_id}'"
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise DataError(
                 f"{where} must be (H, W, 3) uint8 RGB with H and W at least 1 for selective search, but is "
@@ -144,7 +144,7 @@ class SelectiveSearch(ProposalSource):
 
 
 def selective_search(image: np.ndarray, mode: Literal["fast", "quality"] = "fast", **options: Any) -> Tensor:
-    """Proposals of one picture by selective search.
+    """Proposals of one image by selective search.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -162,7 +162,7 @@ def selective_search(image: np.ndarray, mode: Literal["fast", "quality"] = "fast
 
 
 def shrink(image: np.ndarray, longest_side: int | None) -> np.ndarray:
-    """The picture with its longer side at most `longest_side` pixels, by the mean over areas; or the same."""
+    """The image with its longer side at most `longest_side` pixels, by the mean over areas; or the same."""
     import cv2
 
     height, width = image.shape[:2]
@@ -174,7 +174,7 @@ def shrink(image: np.ndarray, longest_side: int | None) -> np.ndarray:
 
 
 def in_space(image: np.ndarray, space: str) -> np.ndarray:
-    """A picture in another colour space.
+    """An image in another colour space.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -203,13 +203,13 @@ def hierarchies(image: np.ndarray, diversity: Diversity, where: str) -> tuple[np
     Args:
         image: (H, W, 3) uint8 RGB.
         diversity: which hierarchies.
-        where: the picture, for messages.
+        where: the image, for messages.
 
     Returns:
         (N, 4) float32 xyxy pixels, in which boxes may be equal; (N,) int64 ranks, the lower the better.
 
     Raises:
-        DataError: the picture has too many regions.
+        DataError: the image has too many regions.
     """
     from detkit.zoo.rcnn.kernels.grouping_numba import MAX_REGIONS, feature_bins, group
     from detkit.zoo.rcnn.kernels.segmentation_numba import MAX_PIXELS, STEPS, segment, sorted_edges
@@ -248,7 +248,7 @@ def _planes(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _ranks(merges: np.ndarray) -> np.ndarray:
     """(2 M + 1,) for the regions of a hierarchy with (M, 2) merges: place x place of the one that takes it up.
 
-    Places count from 1, the whole picture, which nothing takes up: its rank is 1.
+    Places count from 1, the whole image, which nothing takes up: its rank is 1.
     """
     regions = 2 * len(merges) + 1
     places = np.arange(regions, 0, -1, dtype=np.int64)

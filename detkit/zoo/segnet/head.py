@@ -20,21 +20,21 @@ class Unpool(SemanticHead):
     """SegNet: the convolutions of a VGG network, and its mirror image as the decoder.
 
     The encoder is the head's own, since the decoder needs to know which pixel each maximum came from: it reads the
-    picture itself, so it goes with `backbone: {name: pixels}` and no neck. Behind each block of the encoder follows a
+    image itself, so it goes with `backbone: {name: pixels}` and no neck. Behind each block of the encoder follows a
     2x2 max pool; the decoder undoes the pools in reverse, each value at the place it came from and 0 elsewhere, and
     behind each has as many 3x3 convolutions with batch norm and ReLU as the block of the encoder has. The last one has
     no norm and gives the logits.
 
     Args:
-        channels, strides: of the feature map, which must be the picture's 3 channels.
+        channels, strides: of the feature map, which must be the image's 3 channels.
         num_classes: of the data set, "background" among them where the data has it.
         encoder: `name` of a VGG backbone (vgg11, vgg16, vgg19) and its options; its last level says how deep it is. By
             default SegNet's, vgg16 with batch norms.
         class_weights: see `SemanticHead`.
 
     Raises:
-        ConfigError: the map is not the picture itself, or the encoder is no VGG network.
-        CheckpointError: the encoder's weights cannot be had.
+        ConfigError: the map is not the image itself, or the encoder is no VGG network.
+        CheckpointError: the encoder's weights is not available.
     """
 
     mean: Tensor
@@ -51,7 +51,7 @@ class Unpool(SemanticHead):
         super().__init__(num_classes, class_weights)
         if tuple(channels) != (3,) or tuple(strides) != (1,):
             raise ConfigError(
-                f"The head 'unpool' reads the picture's own pixels, but gets feature maps of strides {list(strides)}. "
+                f"The head 'unpool' reads the image's own pixels, but gets feature maps of strides {list(strides)}. "
                 f"Use backbone: {{name: pixels}} and no neck with it; its own network is head.encoder."
             )
         encoder = {"name": "vgg16", "batch_norm": True} if encoder is None else encoder

@@ -1,4 +1,4 @@
-"""Style transfer: a picture with the content of one and the style of another.
+"""Style transfer: an image with the content of one and the style of another.
 
 Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks", and Johnson et al. 2016, "Perceptual
 Losses for Real-Time Style Transfer and Super-Resolution".
@@ -26,23 +26,23 @@ class StyleOutputs(NamedTuple):
     """Raw outputs of the style head.
 
     Args:
-        pictures: (B, 3, H, W) RGB in 0..1, what the network made; 0 where there is padding.
+        images: (B, 3, H, W) RGB in 0..1, what the network made; 0 where there is padding.
         contents: (B, 3, H, W) what it was given.
         sizes: (height, width) of each image, without padding.
     """
 
-    pictures: Tensor
+    images: Tensor
     contents: Tensor
     sizes: tuple[tuple[int, int], ...]
 
 
 @heads.register("style")
 class Style(Head):
-    """A network that paints every picture in the style of one, and the loss that it learns by.
+    """A network that paints every image in the style of one, and the loss that it learns by.
 
     The loss compares feature maps of a frozen network, the loss network: with those of the content where things are,
     with the Gram matrices of the style how they look. It alone, without the network that paints, is what
-    `detkit style CONFIG.yaml --content A --style B` lowers by changing the pixels of one picture.
+    `detkit style CONFIG.yaml --content A --style B` lowers by changing the pixels of one image.
 
     Checkpoints hold the loss network and the style's Gram matrices, so that an evaluation needs no other file.
 
@@ -60,12 +60,12 @@ class Style(Head):
         content_weight: factor of the mean squared difference of features.
         style_weights: factor of the mean squared difference of Gram matrices, for each of `style_maps`; those of deeper
             maps are smaller by orders of magnitude.
-        variation_weight: factor of the total variation, that of pictures in 0..1.
+        variation_weight: factor of the total variation, that of images in 0..1.
         width, blocks: of the network that paints, see StyleNetwork.
 
     Raises:
         ConfigError: an option makes no sense, or the backbone is another one.
-        CheckpointError: the loss network's weights cannot be had.
+        CheckpointError: the loss network's weights is not available.
     """
 
     task: ClassVar[str] = "style"
@@ -90,7 +90,7 @@ class Style(Head):
     ) -> None:
         super().__init__()
         if tuple(channels) != (3,) or tuple(strides) != (1,):
-            raise ConfigError("The head 'style' paints pictures themselves: it needs backbone {name: pixels}, no neck.")
+            raise ConfigError("The head 'style' paints images themselves: it needs backbone {name: pixels}, no neck.")
         check_range("head", 0, content_weight=content_weight, variation_weight=variation_weight)
         check_range("head", 1, style_size=style_size, width=width)
         check_range("head", 0, blocks=blocks)
@@ -126,46 +126,46 @@ class Style(Head):
         if self.style_image is None:
             raise ConfigError("The head 'style' needs 'head.style_image', the file with the style.")
         pixels = resized(read_image(self.style_image), self.style_size)
-        picture = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
-            maps = self.maps(picture)
+            maps = self.maps(image)
             for number, index in enumerate(self.style_maps):
                 self.get_buffer(f"gram_{number}").copy_(gram_matrix(maps[index]))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> StyleOutputs:
-        """The painted pictures, for the one map of `pixels`, (B, 3, H, W).
+        """The painted images, for the one map of `pixels`, (B, 3, H, W).
 
         Raises:
-            DataError: a picture is smaller than the network can paint.
+            DataError: an image is smaller than the network can paint.
         """
         contents = features[0]
         if min(map(min, inputs.sizes)) < SMALLEST_SIDE:
             raise DataError(
-                f"A picture has a side of {min(map(min, inputs.sizes))} pixels, but can only be painted with sides of "
+                f"An image has a side of {min(map(min, inputs.sizes))} pixels, but can only be painted with sides of "
                 f"{SMALLEST_SIDE} or more."
             )
         if all(size == inputs.size for size in inputs.sizes):
             return StyleOutputs(self.painter(contents), contents, inputs.sizes)
-        # One by one: an instance norm over the padding would let a picture depend on the others of its batch.
-        pictures = []
+        # One by one: an instance norm over the padding would let an image depend on the others of its batch.
+        images = []
         for content, (height, width) in zip(contents.split(1), inputs.sizes):
             painted = self.painter(content[:, :, :height, :width])
-            pictures.append(F.pad(painted, (0, inputs.size[1] - width, 0, inputs.size[0] - height)))
-        return StyleOutputs(torch.cat(pictures), contents, inputs.sizes)
+            images.append(F.pad(painted, (0, inputs.size[1] - width, 0, inputs.size[0] - height)))
+        return StyleOutputs(torch.cat(images), contents, inputs.sizes)
 
     def loss(self, outputs: StyleOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`content`, `style` and `variation`, each the weighted mean over the pictures.
+        """`content`, `style` and `variation`, each the weighted mean over the images.
 
         Raises:
             ValueError: there is not one target for each image.
-            DataError: a picture is too small for the loss network.
+            DataError: an image is too small for the loss network.
         """
         check_count(targets, outputs.sizes)
-        pictures, contents = outputs.pictures, outputs.contents
-        whole = all(size == tuple(pictures.shape[2:]) for size in outputs.sizes)
-        groups = [(pictures, contents)] if whole else [
-            (picture[:, :, :height, :width], content[:, :, :height, :width])
-            for picture, content, (height, width) in zip(pictures.split(1), contents.split(1), outputs.sizes)
+        images, contents = outputs.images, outputs.contents
+        whole = all(size == tuple(images.shape[2:]) for size in outputs.sizes)
+        groups = [(images, contents)] if whole else [
+            (image[:, :, :height, :width], content[:, :, :height, :width])
+            for image, content, (height, width) in zip(images.split(1), contents.split(1), outputs.sizes)
         ]  # fmt: skip
         losses = [self.compare(painted, self.content_features(content)) for painted, content in groups]
         return {name: torch.stack([group[name] for group in losses]).mean() for name in losses[0]}
@@ -175,9 +175,9 @@ class Style(Head):
         """What `compare` compares with, for (B, 3, H, W) contents in 0..1."""
         return self.maps(contents)[self.content_map]
 
-    def compare(self, pictures: Tensor, content: Tensor) -> dict[str, Tensor]:
-        """The three losses of (B, 3, H, W) pictures in 0..1, against `content_features` and the style."""
-        maps = self.maps(pictures)
+    def compare(self, images: Tensor, content: Tensor) -> dict[str, Tensor]:
+        """The three losses of (B, 3, H, W) images in 0..1, against `content_features` and the style."""
+        maps = self.maps(images)
         style = [
             weight * style_loss(maps[index], self.get_buffer(f"gram_{number}"))
             for number, (index, weight) in enumerate(zip(self.style_maps, self.style_weights))
@@ -185,30 +185,30 @@ class Style(Head):
         return {
             "content": self.content_weight * F.mse_loss(maps[self.content_map], content),
             "style": torch.stack(style).sum(),
-            "variation": self.variation_weight * total_variation(pictures),
+            "variation": self.variation_weight * total_variation(images),
         }
 
-    def maps(self, pictures: Tensor) -> list[Tensor]:
-        """The loss network's maps of (B, 3, H, W) pictures in 0..1, standardised as it was trained.
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The loss network's maps of (B, 3, H, W) images in 0..1, standardised as it was trained.
 
         Raises:
-            DataError: the pictures are too small for it.
+            DataError: the images are too small for it.
         """
         stride = max(self.network.strides)
-        if min(pictures.shape[2:]) < stride:
+        if min(images.shape[2:]) < stride:
             raise DataError(
-                f"A picture of {pictures.shape[3]} x {pictures.shape[2]} pixels is too small for the loss network, "
-                f"whose deepest map has one step for {stride}. Take a larger picture or size, or fewer maps."
+                f"An image of {images.shape[3]} x {images.shape[2]} pixels is too small for the loss network, "
+                f"whose deepest map has one step for {stride}. Take a larger image or size, or fewer maps."
             )
-        mean, std = (pictures.new_tensor(values).view(1, 3, 1, 1) for values in (self.network.mean, self.network.std))
-        return self.network((pictures - mean) / std)
+        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.network.mean, self.network.std))
+        return self.network((images - mean) / std)
 
     @torch.no_grad()
     def decode(self, outputs: StyleOutputs) -> list[Rendering]:
-        """The painted pictures, without padding."""
+        """The painted images, without padding."""
         return [
-            Rendering(picture[:, :height, :width].float().clone())
-            for picture, (height, width) in zip(outputs.pictures, outputs.sizes)
+            Rendering(image[:, :height, :width].float().clone())
+            for image, (height, width) in zip(outputs.images, outputs.sizes)
         ]
 
 

@@ -13,7 +13,7 @@ from detkit.structures import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A picture that a network made of the one it was given.
+    """An image that a network made of the one it was given.
 
     Args:
         image: (3, H, W) float32 RGB in 0..1.

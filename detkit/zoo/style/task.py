@@ -1,4 +1,4 @@
-"""Style transfer: pictures painted in the style of another; a network is scored by its losses."""
+"""Style transfer: images painted in the style of another; a network is scored by its losses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ FIGURES = ("total", "content", "style", "variation")
 
 @dataclass(frozen=True)
 class StyleScores:
-    """The mean losses over a data set's pictures, weighted as in the config, and their sum; the lower the better."""
+    """The mean losses over a data set's images, weighted as in the config, and their sum; the lower the better."""
 
     losses: Mapping[str, float]
     remark: ClassVar[str] = ""
@@ -38,7 +38,7 @@ class StyleScores:
 
 
 class StyleEvaluator:
-    """Keeps what predictions.json says of each picture; what is scored are the losses."""
+    """Keeps what predictions.json says of each image; what is scored are the losses."""
 
     def __init__(self, task: "StyleTransfer", classes: ClassList) -> None:
         self.task, self.classes = task, classes
@@ -60,7 +60,7 @@ class StyleEvaluator:
 
 @tasks.register("style")
 class StyleTransfer(Task[Rendering]):
-    """A picture for a picture."""
+    """An image for an image."""
 
     noun: ClassVar[str] = "renderings"
 

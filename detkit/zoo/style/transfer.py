@@ -30,7 +30,7 @@ from detkit.zoo.style.structures import Rendering
 
 Losses = dict[str, float]
 FINAL_LR = 0.1
-"""Adam's last learning rate as a part of its first: a constant one would leave noise in the picture."""
+"""Adam's last learning rate as a part of its first: a constant one would leave noise in the image."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class StyleOptions:
     """Options of `detkit style`; the config may hold any of them.
 
     Args:
-        content: the picture to change.
-        style: the picture whose style it takes on.
+        content: the image to change.
+        style: the image whose style it takes on.
         head: `name: style`, the loss network, what of it is compared, and the weights of the losses.
         optimizer: adam, or lbfgs, which needs fewer steps where it does not diverge.
         lr: learning rate, of pixels in 0..1; adam's falls linearly to a tenth.
-        steps: how often the picture is changed.
-        every: steps after which the picture is written.
+        steps: how often the image is changed.
+        every: steps after which the image is written.
         size: pixels of the result's longer side; null for the content's own. It takes about 8 KB of memory a pixel.
         output: the folder to write to; default runs/style/run, run2 ...
         device: auto, cpu, cuda, cuda:1, mps.
@@ -63,15 +63,15 @@ class StyleOptions:
 
 
 def transfer(options: StyleOptions, output: Path) -> list[Losses]:
-    """Optimise, and write into `output` the picture, those on the way to it, and losses.csv.
+    """Optimise, and write into `output` the image, those on the way to it, and losses.csv.
 
     Returns:
         The weighted losses of the content itself and after each step, by name, with their `total`.
 
     Raises:
         ConfigError: an option makes no sense.
-        CheckpointError: the weights of the loss network cannot be had.
-        DataError: a picture cannot be read, or is too small.
+        CheckpointError: the weights of the loss network is not available.
+        DataError: an image cannot be read, or is too small.
         DetkitError: a loss is no longer a number.
     """
     check_range("", 1, steps=options.steps, every=options.every)
@@ -101,18 +101,18 @@ def _transfer(options: StyleOptions, head: Style, output: Path) -> list[Losses]:
     with bar:
         shown = bar.add_task("", total=options.steps, status="")
 
-        def after(losses: Losses, picture: Tensor) -> None:
+        def after(losses: Losses, image: Tensor) -> None:
             history.append(losses)
             step = len(history) - 1
             status = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
             bar.update(shown, completed=step, status=status)
             if step % options.every == 0:
                 console.print(f"step {step}  {status}")
-                _write(output / f"step_{step:05d}.jpg", picture)
+                _write(output / f"step_{step:05d}.jpg", image)
 
-        picture = optimise(head, content, options, after)
+        image = optimise(head, content, options, after)
     path = output / f"{Path(options.content).stem}_in_{Path(options.style).stem}.png"
-    _write(path, picture)
+    _write(path, image)
     _write_losses(output / "losses.csv", history)
     first, last = history[0]["total"], history[-1]["total"]
     console.print(
@@ -144,30 +144,30 @@ def read_content(options: StyleOptions) -> Tensor:
 
 
 def optimise(head: Style, content: Tensor, options: StyleOptions, after: Callable[[Losses, Tensor], None]) -> Tensor:
-    """The picture after all steps, (1, 3, H, W) in 0..1; it starts as the content.
+    """The image after all steps, (1, 3, H, W) in 0..1; it starts as the content.
 
     Args:
-        after: called with the losses of the content and of the picture after each step.
+        after: called with the losses of the content and of the image after each step.
 
     Raises:
         DetkitError: a loss is no longer a number.
     """
-    truth = head.content_features(content)
-    picture = content.clone(memory_format=torch.contiguous_format).requires_grad_()
+    target = head.content_features(content)
+    image = content.clone(memory_format=torch.contiguous_format).requires_grad_()
     optimizer: Optimizer
     if options.optimizer == "adam":
-        optimizer = Adam([picture], lr=options.lr)
+        optimizer = Adam([image], lr=options.lr)
     else:
         # One iteration a step, of one evaluation.
-        optimizer = LBFGS([picture], lr=options.lr, max_iter=1, history_size=20)
+        optimizer = LBFGS([image], lr=options.lr, max_iter=1, history_size=20)
     for step in range(options.steps + 1):
         optimizer.zero_grad()
-        losses = head.compare(picture, truth)
+        losses = head.compare(image, target)
         total = torch.stack(list(losses.values())).sum()
         values = {"total": total.item(), **{name: value.item() for name, value in losses.items()}}
         if not math.isfinite(values["total"]):
             raise DetkitError(f"The loss is {values['total']} after {step} steps. Lower lr, or use optimizer adam.")
-        after(values, picture.detach())
+        after(values, image.detach())
         if step == options.steps:
             break
         total.backward()
@@ -175,12 +175,12 @@ def optimise(head: Style, content: Tensor, options: StyleOptions, after: Callabl
             optimizer.param_groups[0]["lr"] = options.lr * (1 - (1 - FINAL_LR) * step / options.steps)
         optimizer.step(lambda total=total: total)
         with torch.no_grad():
-            picture.clamp_(0, 1)
-    return picture.detach()
+            image.clamp_(0, 1)
+    return image.detach()
 
 
-def _write(path: Path, picture: Tensor) -> None:
-    write_image(path, Rendering(picture[0].float()).pixels())
+def _write(path: Path, image: Tensor) -> None:
+    write_image(path, Rendering(image[0].float()).pixels())
 
 
 def _write_losses(path: Path, history: list[Losses]) -> None:

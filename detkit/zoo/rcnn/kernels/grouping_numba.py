@@ -1,6 +1,6 @@
 """Hierarchical grouping of regions (Uijlings et al., IJCV 2013, section 3) on the CPU.
 
-Of all pairs of neighbouring regions the two most similar become one, until the picture is one region. What is kept of
+Of all pairs of neighbouring regions the two most similar become one, until the image is one region. What is kept of
 a region is its number of pixels, its box, and its histograms, which simply add up.
 
 Similarities are integers, in ONE to 1, so that their sums do not depend on the order of the additions, and equal ones
@@ -343,7 +343,7 @@ def group(labels, count, bins, strategies):  # type: ignore[no-untyped-def]
         strategies: (S, 4) bool: whether similarity has a part of colour, texture, size, fill.
 
     Returns:
-        (S, 2 N - 1, 4) int32 boxes xyxy: of the initial regions, then of each that arises, the whole picture last;
+        (S, 2 N - 1, 4) int32 boxes xyxy: of the initial regions, then of each that arises, the whole image last;
         (S, N - 1, 2) int32 the two regions of which each arises.
     """
     channels = len(bins) // (1 + AXES)

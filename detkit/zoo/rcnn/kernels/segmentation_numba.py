@@ -6,7 +6,7 @@ than the heaviest inside either, plus k / (pixels of that region). Then regions 
 with the lightest edge.
 
 Weights are integers, in STEPS to a grey level: they are sorted by counting, for all k at once; and since equal weights
-are common, and stay in the order of the picture, the passes over the edges run through memory mostly forwards. All
+are common, and stay in the order of the image, the passes over the edges run through memory mostly forwards. All
 comparisons are exact.
 """
 
@@ -45,7 +45,7 @@ def _row_weights(planes, row, column, other_row, other_column, squares, weights)
 
 @cached("Tuple((uint32[::1], int64[::1]))(float32[:, :, ::1])", nogil=True)
 def sorted_edges(planes):  # type: ignore[no-untyped-def]
-    """All edges of a picture, the lightest first, and of one weight in the order of the picture.
+    """All edges of an image, the lightest first, and of one weight in the order of the image.
 
     Args:
         planes: (C, H, W) float32 in 0..255, of one to three channels and at most MAX_PIXELS.
@@ -132,15 +132,15 @@ def _numbered(nodes, height, width):  # type: ignore[no-untyped-def]
 
 @cached("Tuple((int32[:, ::1], int64))(uint32[::1], int64[::1], int64, int64, int64, int64)", nogil=True)
 def segment(edges, starts, height, width, tolerance, min_size):  # type: ignore[no-untyped-def]
-    """The regions of a picture.
+    """The regions of an image.
 
     Args:
         edges: from `sorted_edges`.
         starts: likewise.
-        height: of the picture in pixels.
+        height: of the image in pixels.
         width: likewise.
         tolerance: k in STEPS to a grey level, below 2^30.
-        min_size: pixels of the smallest region, where the picture has as many.
+        min_size: pixels of the smallest region, where the image has as many.
 
     Returns:
         (H, W) int32 region of each pixel, numbered 0..N-1 in the order of their first pixels; and N.
