@@ -8,10 +8,12 @@ edges; sizes are (height, width); labels are 0..C-1, and no index ever means bac
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol, Self, overload
 
 import numpy as np
 import torch
@@ -346,9 +348,43 @@ class Detections:
         for box, score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()):
             yield box, score, self.class_names[label] if self.class_names else label
 
-    def __getitem__(self, index: Tensor) -> Detections:
-        """The detections that `index` (a bool mask or indices, 1-D) selects."""
+    @overload
+    def __getitem__(self, index: int) -> tuple[list[float], float, str | int]: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor) -> Detections: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        """One detection as iteration yields it, by an integer; several as Detections, by a slice, a bool mask of N
+        values, or integers.
+
+        Raises:
+            IndexError: there is no such detection, or the mask has another length.
+            TypeError: `index` is none of these.
+        """
+        if isinstance(index, Integral) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 0):
+            position = operator.index(index)
+            if not -len(self) <= position < len(self):
+                raise IndexError(f"there are {len(self)} detections, and so none at {position}")
+            start = position % len(self)
+            return next(iter(self._each(lambda tensor: tensor[start : start + 1])))
+        if not isinstance(index, slice):
+            index = self._indices(index)
         return self._each(lambda tensor: tensor[index])
+
+    def _indices(self, index: Any) -> Tensor:
+        """A mask or integers as a tensor beside the boxes."""
+        try:
+            chosen = torch.as_tensor(index, device=self.boxes.device)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.empty(0)
+        if chosen.numel() == 0 and isinstance(index, list | tuple):
+            chosen = chosen.to(torch.int64)
+        if chosen.ndim != 1 or chosen.is_floating_point():
+            raise TypeError(f"detections are chosen by an integer, a slice, a mask or integers, not by {index!r}")
+        if chosen.dtype == torch.bool and len(chosen) != len(self):
+            raise IndexError(f"the mask has {len(chosen)} values for {len(self)} detections")
+        return chosen
 
     def best(self, count: int) -> Detections:
         """The first `count`, or all."""

@@ -13,6 +13,7 @@ from detkit.data.formats.shapes import Shapes
 from detkit.inference.images import infer
 from detkit.inference.predictor import Predictor
 from detkit.model import build_model
+from detkit.tasks.options import PredictOptions
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_a_mixed_folder(predictor: Predictor, tmp_path: Path, capsys: pytest.Cap
         (folder / name).write_bytes(b"x")
     (folder / "parent").symlink_to(folder)
     (folder / "gone.png").symlink_to("nowhere")
-    assert infer(predictor, str(folder), tmp_path / "out", conf=0.0) == 0
+    assert infer(predictor, str(folder), tmp_path / "out", PredictOptions(conf=0.0)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{len(kinds)} image" in said or f"{len(kinds)} image" in said
     for part in ("videos, which are read one at a time: 1 (.mp4)", "not images: 2 (.json, .txt)", "1 (.heic)"):

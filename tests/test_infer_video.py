@@ -19,6 +19,7 @@ from detkit.inference.images import infer
 from detkit.inference.predictor import Predictor
 from detkit.inference.video import READ_AHEAD, WRITE_BEHIND
 from detkit.model import build_model
+from detkit.tasks.options import PredictOptions
 
 RATE = Fraction(30000, 1001)
 
@@ -41,7 +42,7 @@ def video(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_detections_are_those_of_the_frames(predictor: Predictor, video: Path, tmp_path: Path, batch: int) -> None:
     out = tmp_path / "out"
-    assert infer(predictor, str(video), out, batch=batch, conf=0.02, max_det=4, save_txt=True) == 0
+    assert infer(predictor, str(video), out, PredictOptions(conf=0.02, max_det=4, save_txt=True), batch=batch) == 0
     with VideoReader(video) as reader:
         frames = list(reader)
     records = json.loads((out / "predictions.json").read_text())
@@ -89,7 +90,7 @@ def test_only_some_frames_are_in_memory(
 
     monkeypatch.setattr(VideoReader, "timed", frames)
     monkeypatch.setattr(VideoWriter, "write", write)
-    infer(predictor, str(video), tmp_path / "out", batch=batch, max_det=1)
+    infer(predictor, str(video), tmp_path / "out", PredictOptions(max_det=1), batch=batch)
     assert written == 60
     assert max(held) <= 3 * batch + READ_AHEAD + WRITE_BEHIND + 1
 
@@ -122,7 +123,7 @@ def test_what_was_predicted_before_an_interruption_is_whole(
 ) -> None:
     monkeypatch.setattr(predictor, "_run", interrupted_at(predictor, "_run", 3, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        infer(predictor, str(video), tmp_path / "out", batch=batch, conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", PredictOptions(conf=0.0), batch=batch)
     whole(tmp_path / "out", frames=2 * batch)
 
 
@@ -131,7 +132,7 @@ def test_what_was_written_before_an_error_of_the_writer_is_whole(
 ) -> None:
     monkeypatch.setattr(predictor.task, "draw", interrupted_at(predictor.task, "draw", 4, DetkitError("disk full")))
     with pytest.raises(DetkitError, match="disk full"):
-        infer(predictor, str(video), tmp_path / "out", batch=2, conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", PredictOptions(conf=0.0), batch=2)
     whole(tmp_path / "out", frames=3)
 
 
@@ -147,7 +148,7 @@ def test_what_was_read_before_an_error_of_the_reader_is_whole(
 
     monkeypatch.setattr(VideoReader, "timed", cut)
     with pytest.raises(AttributeError, match="no_such"):
-        infer(predictor, str(video), tmp_path / "out", conf=0.0)
+        infer(predictor, str(video), tmp_path / "out", PredictOptions(conf=0.0))
     whole(tmp_path / "out", frames=5)
 
 

@@ -12,9 +12,9 @@ from detkit.cli import main
 from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
 from detkit.inference.images import infer
-from detkit.inference.options import check_options
 from detkit.inference.predictor import Predictor
 from detkit.model import build_model
+from detkit.tasks.options import PredictOptions
 
 
 @pytest.fixture
@@ -37,20 +37,25 @@ def checkpoint(tmp_path: Path) -> Path:
         ({"conf": float("nan")}, r"'conf' must be in 0\.\.1"),
         ({"iou": -0.1}, r"'iou' must be in 0\.\.1"),
         ({"max_det": 0}, "'max_det' must be at least 1"),
-        ({"batch": 0}, "'batch' must be at least 1"),
+        ({"conf": "0.5"}, "'conf' must be a number, but is '0.5', of the type str"),
+        ({"conf": True}, "'conf' must be a number"),
+        ({"max_det": 1.5}, "'max_det' must be an integer"),
+        ({"classes": []}, "'classes' is empty"),
+        ({"classes": [1.5]}, r"'classes' holds 1\.5"),
+        ({"classes": 2.0}, r"'classes' must be names or labels, but is 2\.0"),
         ({"gallery": ".", "threshold": 2.5}, r"'threshold' must be in 0\.\.2"),
         ({"threshold": 0.5}, "Give --gallery FOLDER too"),
         ({"save_conf": True}, "Give --save-txt too"),
-        ({"gallery": "no/such"}, "The gallery 'no/such' is no folder"),
+        ({"gallery": "no/such"}, "The gallery 'no/such' is not a folder"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DetkitError, match=message):
-        check_options(options)
+        PredictOptions(**options)
 
 
 def test_options_that_are_not_given_are_not_refused() -> None:
-    check_options({"conf": None, "iou": 1, "max_det": None, "save_conf": False, "threshold": None})
+    assert PredictOptions(conf=None, iou=1, max_det=None, save_conf=False, threshold=None).given() == ["iou"]
 
 
 @pytest.mark.parametrize(
@@ -100,4 +105,4 @@ def test_the_same_holds_in_python(tiny: Any, image: Path) -> None:
     with pytest.raises(DetkitError, match="'batch' must be at least 1"):
         infer(predictor, str(image), image.parent / "out", batch=0)
     with pytest.raises(DetkitError, match="Give --save-txt too"):
-        infer(predictor, str(image), image.parent / "out", save_conf=True)
+        infer(predictor, str(image), image.parent / "out", PredictOptions(save_conf=True))

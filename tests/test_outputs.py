@@ -17,12 +17,13 @@ from detkit.cli import main
 from detkit.data.formats.shapes import Shapes
 from detkit.errors import DetkitError
 from detkit.inference.images import image_ids, infer, result_names
-from detkit.inference.options import claimed_output, source_folder
+from detkit.inference.paths import claimed_output, source_folder
 from detkit.inference.predictor import Predictor
 from detkit.io.files import safe_name
 from detkit.model import build_model
 from detkit.structures import ClassList
 from detkit.tasks.drawing import write_image
+from detkit.tasks.options import PredictOptions
 
 
 @pytest.fixture
@@ -192,7 +193,12 @@ def test_the_folder_that_names_are_relative_to(tmp_path: Path) -> None:
 def test_files_of_folders_with_the_same_names_are_kept_apart(predictor: Predictor, tmp_path: Path) -> None:
     for name in ("cam1/frames/0001.png", "cam2/frames/0001.png"):
         image(tmp_path / "in" / name)
-    infer(predictor, str(tmp_path / "in"), tmp_path / "out", conf=0.0, max_det=2, save_txt=True, save_crop=True)
+    infer(
+        predictor,
+        str(tmp_path / "in"),
+        tmp_path / "out",
+        PredictOptions(conf=0.0, max_det=2, save_txt=True, save_crop=True),
+    )
     out = contents(tmp_path / "out")
     for name in ("cam1/frames/0001", "cam2/frames/0001"):
         assert f"images/{name}.jpg" in out
@@ -218,7 +224,12 @@ def test_names_stay_apart() -> None:
 
 def test_crops_of_a_class_named_by_dots_stay_in_their_folder(tiny: Any, tmp_path: Path) -> None:
     predictor = Predictor(build_model(tiny(), ClassList.from_names(["..", "a/b", "../../up"])), "cpu")
-    infer(predictor, str(image(tmp_path / "in" / "a.png")), tmp_path / "out", conf=0.0, max_det=30, save_crop=True)
+    infer(
+        predictor,
+        str(image(tmp_path / "in" / "a.png")),
+        tmp_path / "out",
+        PredictOptions(conf=0.0, max_det=30, save_crop=True),
+    )
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "runs") == ["in", "out", "tiny.yaml"]
     assert {path.name for path in (tmp_path / "out" / "crops").iterdir()} <= {
         "%2E%2E",

@@ -12,6 +12,7 @@ from PIL import Image
 import detkit
 from detkit.boxes import pairwise_iou
 from detkit.errors import CheckpointError, ConfigError, DataError
+from detkit.heads.base import Postprocess
 from detkit.heads.ssd import SSD, SSDOutputs
 from detkit.inference.predictor import Predictor
 from detkit.model import build_model
@@ -24,8 +25,8 @@ CLASSES = ClassList.from_names(["red", "green", "blue"])
 def predictor(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Predictor:
     """A predictor whose network finds one box of each class, at fixed fractions of the image."""
 
-    def decode(self: SSD, outputs: SSDOutputs) -> list[Detections]:
-        limits, found = self.postprocess, []
+    def decode(self: SSD, outputs: SSDOutputs, options: Postprocess | None = None) -> list[Detections]:
+        limits, found = options or self.postprocess, []
         for height, width in outputs.sizes:
             boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.75, 1.0]])
             scores = torch.tensor([0.9, 0.6, 0.3])
@@ -89,8 +90,8 @@ def test_options(predictor: Predictor) -> None:
         ({"conf": 1.5}, r"'conf' must be in 0\.\.1"),
         ({"iou": -0.1}, r"'iou' must be in 0\.\.1"),
         ({"max_det": 0}, "'max_det' must be at least 1"),
-        ({"classes": ["gren"]}, "'gren' is no class of this model. Did you mean 'green'"),
-        ({"classes": [7]}, "'7' is no class"),
+        ({"classes": ["gren"]}, "'gren' is not a class of this model. Did you mean 'green'"),
+        ({"classes": [7]}, "'7' is not a class"),
     ],
 )
 def test_senseless_options_are_refused(predictor: Predictor, options: dict[str, Any], message: str) -> None:
@@ -104,7 +105,7 @@ def test_senseless_options_are_refused(predictor: Predictor, options: dict[str, 
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4, 4), dtype=np.uint8), r"\(4, 4, 4\)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), r"\(0, 4, 3\)"),
-        (3, "a path, an array or a PIL image"),
+        (3, "a path, an array, a tensor or a PIL image"),
         ("no/such/picture.jpg", "no/such/picture.jpg"),
     ],
 )

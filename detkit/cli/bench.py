@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
     if options is None:
         return
     from detkit.data.sources import find_images
-    from detkit.inference.options import check_results_file
+    from detkit.inference.paths import check_results_file
     from detkit.io.files import write_json
     from detkit.io.runs import resolve_checkpoint
 

@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> None:
         rest += ["--train.device", device]
     _check_overrides(rest)
 
-    from detkit.inference.options import check_results_file
+    from detkit.inference.paths import check_results_file
     from detkit.io.runs import resolve_checkpoint
 
     path = resolve_checkpoint(arguments[0])  # before anything heavy

@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from detkit.cli.parser import parse_options, refuse_config
+from detkit.errors import check_range
 from detkit.io.terminal import Console
+from detkit.tasks.options import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,13 @@ def run(arguments: list[str]) -> None:
     options = parse_options(InferOptions, "infer", arguments)
     if options is None:
         return
-    from detkit.inference.options import check_options, check_output, check_source
+    from detkit.inference.paths import check_output, check_source
     from detkit.io.runs import resolve_checkpoint
 
     # Mistakes that can be found without the model are reported before the time that torch and the model take to load.
     checkpoint = resolve_checkpoint(options.checkpoint)
-    check_options(vars(options))
+    prediction = _prediction(options)
+    check_range("", 1, batch=options.batch)
     check_source(options.source)
     output = Path(options.output or "runs/infer/run")
     check_output(output, options.source)
@@ -95,7 +98,7 @@ def run(arguments: list[str]) -> None:
             "compiling  before the first image: minutes for a large network, seconds where it was kept before"
         )
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
-    infer(predictor, options.source, output, **common, **_of_the_task(options))
+    infer(predictor, options.source, output, prediction, **common)
 
 
 @contextmanager
@@ -109,11 +112,8 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _of_the_task(options: InferOptions) -> dict[str, Any]:
-    """The options that only some tasks have, as far as they were given."""
-    names = ("conf", "iou", "max_det", "classes", "save_txt", "save_conf", "save_crop", "gallery", "threshold")
-    values = {name: getattr(options, name) for name in names}
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
+def _prediction(options: InferOptions) -> PredictOptions:
+    values = {field.name: getattr(options, field.name) for field in fields(PredictOptions)}
     if options.classes is not None:
-        given["classes"] = [name.strip() for name in options.classes.strip("[]").split(",")]
-    return given
+        values["classes"] = [name.strip() for name in options.classes.strip("[]").split(",")]
+    return PredictOptions(**values)

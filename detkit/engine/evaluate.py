@@ -64,13 +64,13 @@ def evaluate(
     known = not model.head.open_set or dataset.classes.names == model.classes.names
     # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
     arithmetic = torch.inference_mode() if network is None else network.arithmetic()
-    scoring = task.scoring(dataset.classes, model.head, max_dets)
+    evaluator, decoding = task.scoring(dataset.classes, model.head, max_dets)
     fork = torch.random.fork_rng([device] if on_gpu else [])
-    with naming_lost_workers(), scoring as evaluator, arithmetic, fork:
+    with naming_lost_workers(), arithmetic, fork:
         torch.manual_seed(0)
         for batch in batches(loader) if store is None else store.batches(loader, model):
             batch = batch.to(device) if known else _without_labels(batch.to(device))
-            predictions, losses = predict_with_losses(model, batch, network)
+            predictions, losses = predict_with_losses(model, batch, network, decoding)
             for name, value in losses.items():
                 sums[name] += value * len(batch)
             # Image by image, since the masks of a batch are large.

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from detkit.boxes.nms import nms
 from detkit.errors import ConfigError, DetkitError
-from detkit.structures import Inputs, Prediction, Target
+from detkit.structures import Detections, Inputs, Prediction, Target
 
 ALL = 1_000_000_000
 """For Postprocess.max_candidates."""
+DECODING = frozenset({"conf", "iou", "max_det"})
+"""The options of a prediction that `Head.decode` may read."""
 SLACK = 1e-4
 """Part of the score threshold; rounding moves a score by less, also one of thousands of classes."""
 
@@ -86,9 +88,29 @@ class Postprocess:
             torch.cat((scores[rows, labels], best.flatten())),
         )
 
-    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """(N,) indices of the K candidates of one image that become detections, best score first."""
-        return nms(boxes, scores, self.iou_threshold, labels=labels, max_detections=self.max_detections)
+    def detections(self, candidates: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Detections]:
+        """Suppress the candidates of a batch in one call.
+
+        Args:
+            candidates: boxes (K, 4), scores (K,) and labels (K,) of each image.
+
+        Returns:
+            The detections of each image, best score first.
+        """
+        if not candidates:
+            return []
+        boxes, scores, labels = (torch.cat(parts) for parts in zip(*candidates))
+        image_index = torch.cat([torch.full_like(each[2], image) for image, each in enumerate(candidates)])
+        kept = nms(
+            boxes,
+            scores,
+            self.iou_threshold,
+            labels=labels,
+            image_index=image_index if len(candidates) > 1 else None,
+            max_detections=self.max_detections,
+        )
+        of_image = [kept[image_index[kept] == image] for image in range(len(candidates))]
+        return [Detections(boxes[rows], scores[rows], labels[rows]) for rows in of_image]
 
 
 def check_count(targets: tuple[Target, ...], sizes: tuple[tuple[int, int], ...]) -> None:
@@ -106,7 +128,8 @@ class Head(nn.Module, ABC):
     Attributes:
         task: what it does, out of detkit.registry.tasks, and the name of the folder of its runs: "detect".
         needs: the fields of Target that its loss reads; checked against the data set at the start.
-        postprocess: used by decode of a detector; may be replaced between calls.
+        postprocess: the default options of `decode` of a detector.
+        decode_options: the options of a prediction that `decode` reads, out of DECODING.
         unmixed_losses: the losses that training counts as 0 in epochs whose images are mixed (mosaic, mixup).
         reads_sizes: `forward` computes with the sizes of the images; it may pass them on to `decode` without.
         full_precision: half precision would move its results by more than some thousandths.
@@ -124,6 +147,7 @@ class Head(nn.Module, ABC):
     any_size: ClassVar[bool] = False
     trims_padding: ClassVar[bool] = False
     open_set: ClassVar[bool] = False
+    decode_options: ClassVar[frozenset[str]] = frozenset()
     postprocess: Postprocess
 
     def prepare(self) -> None:
@@ -144,5 +168,9 @@ class Head(nn.Module, ABC):
         """Scalars by name, to be summed; finite also when no image has an object."""
 
     @abstractmethod
-    def decode(self, outputs: Any) -> Sequence[Prediction]:
-        """One result for each image, a list, in pixels of the network's input."""
+    def decode(self, outputs: Any, options: Postprocess | None = None) -> Sequence[Prediction]:
+        """One result for each image, a list, in pixels of the network's input.
+
+        Args:
+            options: of a detector, the candidates to keep; None for `self.postprocess`.
+        """

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, check_count
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Classification, Inputs, Target
@@ -141,7 +141,7 @@ class Classify(Head):
         return total / max(len(counted), 1)
 
     @torch.no_grad()
-    def decode(self, outputs: ClassifyOutputs) -> list[Classification]:
+    def decode(self, outputs: ClassifyOutputs, options: Postprocess | None = None) -> list[Classification]:
         """The probability of every class, for each image."""
         scores = outputs.logits.sigmoid() if self.multi_label else outputs.logits.softmax(-1)
         return [Classification(image) for image in scores]

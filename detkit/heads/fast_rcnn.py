@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from detkit.errors import ConfigError
-from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.base import ALL, DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.region_features import COARSEST_STRIDE
 from detkit.heads.parts.regions import RegionStage
 from detkit.registry import build_part, heads
@@ -44,6 +44,7 @@ class FastRCNN(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "proposals"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -88,6 +89,6 @@ class FastRCNN(Head):
         return self.regions.loss(outputs.features, self.regions.sample(outputs.proposals, targets), targets)
 
     @torch.no_grad()
-    def decode(self, outputs: FastRCNNOutputs) -> list[Detections]:
+    def decode(self, outputs: FastRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        return self.regions.decode(outputs.features, outputs.proposals, outputs.sizes, self.postprocess)
+        return self.regions.decode(outputs.features, outputs.proposals, outputs.sizes, options or self.postprocess)

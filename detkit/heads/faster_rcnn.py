@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.base import ALL, DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.regions import RegionStage, SampledRegions
 from detkit.heads.parts.rpn import ProposalOutputs, RegionProposalNetwork
 from detkit.registry import build_part, heads
@@ -43,6 +43,7 @@ class FasterRCNN(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -85,10 +86,10 @@ class FasterRCNN(Head):
         return losses | self._region_losses(outputs.features, sampled, targets)
 
     @torch.no_grad()
-    def decode(self, outputs: FasterRCNNOutputs) -> list[Detections]:
+    def decode(self, outputs: FasterRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
         proposals = self.rpn.propose(outputs.proposals, self.rpn.amounts)
-        return self.regions.decode(outputs.features, proposals, outputs.proposals.sizes, self.postprocess)
+        return self.regions.decode(outputs.features, proposals, outputs.proposals.sizes, options or self.postprocess)
 
     def _region_losses(
         self, features: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: tuple[Target, ...]

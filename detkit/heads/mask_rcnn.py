@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
+from detkit.heads.base import DECODING, Postprocess
 from detkit.heads.faster_rcnn import FasterRCNN, FasterRCNNOutputs
 from detkit.heads.parts.region_features import RegionFeatures, region_features
 from detkit.heads.parts.region_trunks import convolutions
@@ -105,6 +106,7 @@ class MaskRCNN(FasterRCNN):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "masks"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -130,9 +132,9 @@ class MaskRCNN(FasterRCNN):
         )
 
     @torch.no_grad()
-    def decode(self, outputs: FasterRCNNOutputs) -> list[Detections]:
+    def decode(self, outputs: FasterRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections with `mask_patches` of the probabilities inside their boxes."""
-        found = super().decode(outputs)
+        found = super().decode(outputs, options)
         labels = torch.cat([detections.labels for detections in found])
         patches = self.mask(outputs.features, [detections.boxes for detections in found], labels).sigmoid()
         return [

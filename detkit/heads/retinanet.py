@@ -14,7 +14,7 @@ from detkit.boxes.coding import decode, encode
 from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_two_thresholds
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.parts.losses import BoxLoss, box_loss, sigmoid_focal_loss, weigh_background
 from detkit.heads.parts.size_cache import PerSize
@@ -73,6 +73,7 @@ class RetinaNet(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -173,33 +174,36 @@ class RetinaNet(Head):
         }
 
     @torch.no_grad()
-    def decode(self, outputs: RetinaNetOutputs) -> list[Detections]:
+    def decode(self, outputs: RetinaNetOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        return [
-            self._decode_image(logits, offsets, outputs, size)
-            for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
-        ]
+        options = options or self.postprocess
+        return options.detections(
+            [
+                self._candidates(logits, offsets, outputs, size, options)
+                for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
+            ]
+        )
 
-    def _decode_image(
-        self, logits: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int]
-    ) -> Detections:
+    def _candidates(
+        self, logits: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int], options: Postprocess
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels of one image that may become detections."""
         chosen, chosen_scores, start = [], [], 0
         for level in logits.split(outputs.level_counts):
             pairs = level.flatten()
-            above = _above(pairs, self.postprocess.least_logit)
+            above = _above(pairs, options.least_logit)
             pair_scores = pairs[above].sigmoid()
-            if len(above) > self.postprocess.max_candidates:  # for which all classes of a level compete
-                pair_scores, best = pair_scores.topk(self.postprocess.max_candidates)
+            if len(above) > options.max_candidates:  # for which all classes of a level compete
+                pair_scores, best = pair_scores.topk(options.max_candidates)
                 above = above[best]
-            candidates, _, pair_scores = self.postprocess.candidates(pair_scores[:, None])
+            candidates, _, pair_scores = options.candidates(pair_scores[:, None])
             chosen.append(above[candidates] + start)
             chosen_scores.append(pair_scores)
             start += level.numel()
         pairs, best = torch.cat(chosen), torch.cat(chosen_scores)
         rows, labels = pairs // self.num_classes, pairs % self.num_classes
         boxes = clip(decode(offsets[rows], outputs.anchors[rows], deviations=DEVIATIONS), size)
-        kept = self.postprocess.suppress(boxes, best, labels)
-        return Detections(boxes[kept], best[kept], labels[kept])
+        return boxes, best, labels
 
 
 def _common_width(channels: Sequence[int], norm: bool) -> int:

@@ -13,7 +13,7 @@ from detkit.boxes.convert import clip
 from detkit.boxes.matching import match_bipartite, match_ssd
 from detkit.boxes.sampling import hard_negatives
 from detkit.errors import CheckpointError
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.anchor_layouts import AnchorLayout, anchor_layouts
 from detkit.heads.parts.losses import BoxLoss, box_loss, weigh_empty_images
 from detkit.heads.parts.size_cache import PerSize
@@ -59,6 +59,7 @@ class SSD(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -159,21 +160,26 @@ class SSD(Head):
         return hard_negatives(losses, positive, ignored, self.negatives_per_positive, minimum=MINIMUM_NEGATIVES)
 
     @torch.no_grad()
-    def decode(self, outputs: SSDOutputs) -> list[Detections]:
+    def decode(self, outputs: SSDOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
-        return [
-            self._decode_image(logits, offsets, outputs.anchors, size)
-            for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
-        ]
+        options = options or self.postprocess
+        return options.detections(
+            [
+                _candidates(logits, offsets, outputs.anchors, size, options)
+                for logits, offsets, size in zip(outputs.logits, outputs.offsets, outputs.sizes)
+            ]
+        )
 
-    def _decode_image(self, logits: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int]) -> Detections:
-        # Softmax over a class and background alone is more than over all.
-        promising = self.postprocess.promising(logits[:, 1:].amax(1) - logits[:, 0])
-        rows, labels, scores = self.postprocess.candidates(logits[promising].softmax(-1)[:, 1:])
-        rows = promising[rows]
-        boxes = clip(decode(offsets[rows], anchors[rows]), size)
-        kept = self.postprocess.suppress(boxes, scores, labels)
-        return Detections(boxes[kept], scores[kept], labels[kept])
+
+def _candidates(
+    logits: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int], options: Postprocess
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels of one image that may become detections."""
+    # Softmax over a class and background alone is more than over all.
+    promising = options.promising(logits[:, 1:].amax(1) - logits[:, 0])
+    rows, labels, scores = options.candidates(logits[promising].softmax(-1)[:, 1:])
+    rows = promising[rows]
+    return clip(decode(offsets[rows], anchors[rows]), size), scores, labels
 
 
 def _tower(channels: int, width: int, depth: int) -> nn.Sequential:

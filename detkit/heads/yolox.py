@@ -16,7 +16,7 @@ from detkit.boxes.convert import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
 from detkit.boxes.iou import elementwise_iou
 from detkit.boxes.sim_ota import match_sim_ota
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.base import ALL, DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.losses import weigh_background
 from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
@@ -74,6 +74,7 @@ class YOLOX(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
     trims_padding: ClassVar[bool] = True
     unmixed_losses: ClassVar[frozenset[str]] = frozenset({"l1"})
 
@@ -183,21 +184,22 @@ class YOLOX(Head):
         )
 
     @torch.no_grad()
-    def decode(self, outputs: YOLOXOutputs) -> list[Detections]:
+    def decode(self, outputs: YOLOXOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input; each cell has its best class."""
-        return [self._decode_image(outputs, image) for image in range(len(outputs.sizes))]
+        options = options or self.postprocess
+        return options.detections([_candidates(outputs, image, options) for image in range(len(outputs.sizes))])
 
-    def _decode_image(self, outputs: YOLOXOutputs, image: int) -> Detections:
-        classes, objectness = outputs.class_logits[image], outputs.objectness[image]
-        # Not a number, and so looked at everywhere, where a logit of a class is not finite.
-        cells = self.postprocess.promising(objectness + 0 * classes.sum())
-        scores, labels = (classes[cells].sigmoid() * objectness[cells, None].sigmoid()).max(1)
-        chosen, _, scores = self.postprocess.candidates(scores[:, None])
-        cells, labels = cells[chosen], labels[chosen]
-        boxes = _decode(outputs.offsets[image, cells], outputs.corners[cells], outputs.strides[cells])
-        boxes = clip(boxes, outputs.sizes[image])
-        kept = self.postprocess.suppress(boxes, scores, labels)
-        return Detections(boxes[kept], scores[kept], labels[kept])
+
+def _candidates(outputs: YOLOXOutputs, image: int, options: Postprocess) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels of one image that may become detections."""
+    classes, objectness = outputs.class_logits[image], outputs.objectness[image]
+    # Not a number, and so looked at everywhere, where a logit of a class is not finite.
+    cells = options.promising(objectness + 0 * classes.sum())
+    scores, labels = (classes[cells].sigmoid() * objectness[cells, None].sigmoid()).max(1)
+    chosen, _, scores = options.candidates(scores[:, None])
+    cells, labels = cells[chosen], labels[chosen]
+    boxes = _decode(outputs.offsets[image, cells], outputs.corners[cells], outputs.strides[cells])
+    return clip(boxes, outputs.sizes[image]), scores, labels
 
 
 def _tower(width: int, depthwise: bool) -> nn.Sequential:

@@ -16,18 +16,20 @@ from rich.progress import track
 from detkit.data.image import read_image
 from detkit.data.sources import search
 from detkit.data.video import is_video
-from detkit.errors import DataError, counted, printable
+from detkit.errors import DataError, check_range, counted, printable
 from detkit.inference.background_io import Behind, ahead
-from detkit.inference.options import check_options, check_output, claimed_output, source_folder
+from detkit.inference.paths import check_output, claimed_output, source_folder
 from detkit.inference.predictor import Predictor
 from detkit.inference.video import infer_video
 from detkit.io.files import write_json
 from detkit.io.terminal import Console
 from detkit.structures import Meta
 from detkit.tasks.drawing import write_image
+from detkit.tasks.options import PredictOptions
 
 JPEG_SIDE = 65_500
 """Pixels of a side that a JPEG can have; a larger image is written as PNG."""
+NO_OPTIONS = PredictOptions()
 READ_AHEAD, WRITE_BEHIND = 4, 1
 """Images that wait to be predicted and to be drawn and written, beyond a batch of each."""
 
@@ -36,33 +38,31 @@ def infer(
     predictor: Predictor,
     source: str,
     output: Path,
+    options: PredictOptions = NO_OPTIONS,
     *,
     batch: int = 1,
     skip_broken: bool = False,
     save_images: bool = True,
     save_json: bool = True,
-    **options: Any,
 ) -> int:
     """Predict on every image of `source`, or every frame of a video, and write what is asked for into `output`.
 
     Args:
-        options: those of the model's task (Task.options); of a detector conf, iou, max_det, classes, save_txt,
-            save_conf, save_crop; of a model that gives embeddings gallery (a folder) and threshold.
+        options: of the prediction, as far as they apply to the model's task (Task.options).
 
     Returns:
         How many images were left out because they are broken.
 
     Raises:
         DataError: there is no image, or one is broken and `skip_broken` is false.
-        ConfigError: an option makes no sense, or has no use for the model's task; or `output` is no folder.
+        ConfigError: an option does not apply to the model, or `output` is not a folder.
     """
+    check_range("", 1, batch=batch)
     sources = None if is_video(source) else search(source)
-    choices = predictor.task.complete(options)
-    check_options({**options, "batch": batch})
+    predictor.task.check_options(predictor.model.head, options)
     check_output(output, source)
-    limits = predictor.task.prediction_options(predictor, options, batch)
-    common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json}
-    common |= {"choices": choices, "limits": limits}
+    options = predictor.task.prepared(predictor, options, batch)
+    common: dict[str, Any] = {"batch": batch, "save_images": save_images, "save_json": save_json, "options": options}
     with claimed_output(output) as folder:
         if sources is None:
             return infer_video(predictor, source, folder, **common)
@@ -83,10 +83,9 @@ def _infer_images(
     skip_broken: bool,
     save_images: bool,
     save_json: bool,
-    choices: Mapping[str, Any],
-    limits: Mapping[str, Any],
+    options: PredictOptions,
 ) -> int:
-    """As `infer`, of files; `choices` are all options of the model's task, `limits` those that `predict_all` takes."""
+    """As `infer`, of files."""
     console, task = Console(), predictor.task
     names = result_names(files, root)
     ids = image_ids(names)
@@ -99,7 +98,7 @@ def _infer_images(
         if save_images:
             suffix = ".jpg" if max(image.shape) <= JPEG_SIDE else ".png"
             write_image(output / "images" / f"{name}{suffix}", task.draw(image, found))
-        task.write(output, name, image, found, meta, choices)
+        task.write(output, name, image, found, meta, options)
 
     # Of the first batch much of the time is for what is done once: loading, compiling.
     started, timed = 0.0, 0
@@ -108,7 +107,7 @@ def _infer_images(
         with closing(images), Behind(batch + WRITE_BEHIND) as behind:
             for start in starts:
                 whole, errors = _sort_out(zip(files[start : start + batch], images), skip_broken)
-                found_all = predictor.predict_all([image for _, image in whole], batch_size=batch, **limits)
+                found_all = predictor.run([image for _, image in whole], options, batch)
                 for (file, image), found in zip(whole, found_all):
                     name = names[file]
                     meta = Meta(ids[file], str(file), (image.shape[0], image.shape[1]))

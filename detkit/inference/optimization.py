@@ -1,5 +1,6 @@
 """A trained model made fast for prediction: batch norms inside convolutions, half precision, a compiled network."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -86,8 +87,9 @@ class FastNetwork:
     def arithmetic(self) -> Iterator[None]:
         """Within it network and head, `decode` included, compute as chosen, without gradients."""
         half = self.precision != "fp32"
-        autocast = torch.autocast(self.device.type, DTYPES[self.precision]) if half else nullcontext()
-        with torch.inference_mode(), autocast:
+        dtype = DTYPES[self.precision] if half else None
+        # Also in float32, since the caller may have turned autocast on.
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=half), usual_defaults():
             yield
 
     def _trunk(self, images: Tensor) -> list[Tensor]:
@@ -97,6 +99,26 @@ class FastNetwork:
 
     def _head(self, features: list[Tensor], inputs: Inputs) -> Any:
         return self.model.head(features, inputs)
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Within it new tensors are float32 on the CPU, whatever torch's defaults are.
+
+    The default dtype belongs to all threads: where the caller has changed it, they compute one after the other.
+    """
+    device = torch.get_default_device()
+    with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+        if torch.get_default_dtype() == torch.float32 and not ONE_AT_A_TIME.locked():
+            yield
+            return
+        with ONE_AT_A_TIME:
+            dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(dtype)
 
 
 def check_choices(precision: Precision, compile: bool, device: torch.device) -> None:
@@ -136,6 +158,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
     return asked, native if asked == "bf16" else ""
 
 
+ONE_AT_A_TIME = threading.Lock()
 MATRIX_UNITS = ("tensor cores", "AMX")
 """What makes bf16 so much faster than float32 that `auto` takes it, although a box in ten then moves by a pixel or its
 score by some hundredths. AVX512-BF16, 1.3 to 2.3 times as fast as float32, is left for the user to choose."""

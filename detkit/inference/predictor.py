@@ -1,7 +1,7 @@
 """From a checkpoint to predictions in the pixels of any image."""
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,14 +15,16 @@ from detkit.data.loader import collate
 from detkit.data.proposals.dataset import CACHE_KEY, build_source, check_needed
 from detkit.data.proposals.sources import ProposalSource
 from detkit.errors import ConfigError, DataError
-from detkit.inference.optimization import FastNetwork, Precision, check_choices
+from detkit.heads.base import Postprocess
+from detkit.inference.optimization import FastNetwork, Precision, check_choices, usual_defaults
 from detkit.inference.windows import predict
 from detkit.model import Model, load_model
-from detkit.structures import Meta, Sample, Target
+from detkit.structures import Meta, Prediction, Sample, Target
 from detkit.tasks.base import task_of
+from detkit.tasks.options import PredictOptions
 
 M = TypeVar("M", bound=nn.Module)
-AnyImage: TypeAlias = "str | Path | np.ndarray | Image.Image"
+AnyImage: TypeAlias = "str | Path | np.ndarray | Image.Image | torch.Tensor"
 
 
 def load(
@@ -48,11 +50,12 @@ def load(
             precision or the compiler is not to be had.
     """
     check_choices(precision, compile, usable_device(device))  # before the time that loading takes
-    return Predictor(load_model(checkpoint), device, proposals, precision, compile)
+    with usual_defaults():
+        return Predictor(load_model(checkpoint), device, proposals, precision, compile)
 
 
 class Predictor:
-    """Runs a model on images; from several threads one prediction at a time.
+    """Runs a model on images. Threads may share one; it can be pickled and copied.
 
     Attributes:
         network: the model as it runs; `network.choices` says how.
@@ -78,7 +81,6 @@ class Predictor:
         self.network = FastNetwork(self.model, precision, compile)
         self.device = self.network.device
         self.class_names = model.classes.names
-        self._one_at_a_time = threading.Lock()  # a prediction's thresholds are the head's while it runs
         self.task = task_of(model.head)
 
     def predict(
@@ -88,61 +90,79 @@ class Predictor:
         conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
-        classes: Sequence[str | int] | None = None,
+        classes: str | int | Sequence[str | int] | None = None,
         gallery: Any = None,
     ) -> Any:
-        """What the model says of one image, in its own pixels: a detector's Detections, best score first.
+        """Predict on one image.
 
         Args:
-            image: a path, an (H, W, 3) uint8 RGB array (or (H, W) grey), or a PIL image. Exif rotation of files
-                and PIL images is applied.
+            image: a path; an (H, W, 3) uint8 RGB or (H, W) grey array; a PIL image; or a torch tensor (3, H, W) RGB,
+                uint8 or float in 0..1. The EXIF rotation of files and PIL images is applied.
             conf: detections need a higher score, 0..1; default 0.25.
-            iou: of two boxes of one class that overlap more, the weaker goes; default what the head was
-                trained with.
-            max_det: the best that are kept; default the head's.
-            classes: names or labels to keep; default all.
-            gallery: names what the image shows, for a model that gives embeddings (see its Gallery.read).
+            iou: of two boxes of one class with a higher IoU, the one with the lower score is removed; default that of
+                the head.
+            max_det: the largest number of detections; default that of the head.
+            classes: names or labels to keep: "RBC", 1 or ["RBC", 1]; default all.
+            gallery: for a model that gives embeddings, the gallery that names what an image shows, or its folder.
 
         Returns:
-            Detections of a detector; of the other tasks what stands in detkit.structures.
+            Detections in pixels of the image, best score first, for a detector; for other tasks Classification,
+            SemanticMap and so on, see detkit.structures.
 
         Raises:
             DataError: the image cannot be read.
-            ConfigError: a threshold or class makes no sense, or is given to a model that is no detector.
+            ConfigError: an option has a wrong value, or does not apply to this model.
         """
-        options: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
-        return next(self.predict_all([image], **options, batch_size=1))
+        options = PredictOptions(conf=conf, iou=iou, max_det=max_det, classes=classes, gallery=gallery)
+        return next(self.run([image], options, batch_size=1))
 
     def predict_all(
         self,
-        images: Sequence[AnyImage],
+        images: Iterable[AnyImage],
         *,
         conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
-        classes: Sequence[str | int] | None = None,
+        classes: str | int | Sequence[str | int] | None = None,
         gallery: Any = None,
         batch_size: int = 8,
     ) -> Iterator[Any]:
-        """What the model says of each image in turn; see `predict`."""
-        if batch_size < 1:
-            raise ConfigError(f"'batch' must be at least 1, but is {batch_size}.")
-        given = {"conf": conf, "iou": iou, "max_det": max_det, "classes": classes, "gallery": gallery}
-        options = self.task.complete({name: value for name, value in given.items() if value is not None})
-        for start in range(0, len(images), batch_size):
-            arrays = [to_array(image) for image in images[start : start + batch_size]]
-            yield from self._run(arrays, options)
+        """Predict on each of the images, of which a generator yields the next batch when it is needed; see `predict`.
 
-    def _run(self, arrays: list[np.ndarray], options: Mapping[str, Any]) -> list[Any]:
-        fit, head = self.model.fit, self.model.head
-        batch = collate([fit(self._sample(array)) for array in arrays], fit).to(self.device)
-        limited = self.task.limited(head, self.class_names, options)
-        with self._one_at_a_time, self.network.arithmetic(), limited as select:
-            found = predict(self.model, batch, self.network)
-            return [
-                select(self.task.undo(prediction.to("cpu"), meta, self.class_names))
-                for prediction, meta in zip(found, batch.metas)
-            ]
+        Args:
+            batch_size: images in a batch.
+        """
+        options = PredictOptions(conf=conf, iou=iou, max_det=max_det, classes=classes, gallery=gallery)
+        return self.run(images, options, batch_size)
+
+    def run(self, images: Iterable[AnyImage], options: PredictOptions, batch_size: int) -> Iterator[Any]:
+        """As `predict_all`. Options are checked at once, images read as the results are taken."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"'batch' must be an integer of at least 1, but is {batch_size!r}.")
+        if isinstance(images, str | Path | np.ndarray | Image.Image):
+            raise ConfigError("`predict_all` takes several images, such as a list of paths. Use `predict` for one.")
+        self.task.check_options(self.model.head, options)
+        options = self.task.prepared(self, options, batch_size)
+        decoding = self.task.decoding(self.model.head, options, self.class_names)
+        return self._batches(iter(images), options, decoding, batch_size)
+
+    def _batches(
+        self, images: Iterator[AnyImage], options: PredictOptions, decoding: Postprocess | None, batch_size: int
+    ) -> Iterator[Any]:
+        while arrays := [to_array(image) for image in islice(images, batch_size)]:
+            yield from self._run(arrays, options, decoding)
+
+    def _run(self, arrays: list[np.ndarray], options: PredictOptions, decoding: Postprocess | None) -> list[Any]:
+        with self.network.arithmetic():
+            batch = collate([self.model.fit(self._sample(array)) for array in arrays], self.model.fit)
+            batch = batch.to(self.device)
+            found = predict(self.model, batch, self.network, decoding)
+            return [self._result(prediction, meta, options) for prediction, meta in zip(found, batch.metas)]
+
+    def _result(self, prediction: Prediction, meta: Meta, options: PredictOptions) -> Any:
+        """The prediction in pixels of the image itself, as far as the options ask for it."""
+        prediction = self.task.undo(prediction.to("cpu"), meta, self.class_names)
+        return self.task.select(prediction, self.model.head, options, self.class_names)
 
     def _sample(self, array: np.ndarray) -> Sample:
         meta = Meta("", "the image", (array.shape[0], array.shape[1]))
@@ -202,6 +222,8 @@ def to_array(image: AnyImage) -> np.ndarray:
         return read_image(image)
     if isinstance(image, Image.Image):
         return rgb_uint8(image)
+    if isinstance(image, torch.Tensor):
+        return _from_tensor(image)
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=2)
@@ -211,4 +233,22 @@ def to_array(image: AnyImage) -> np.ndarray:
             f"An array to predict on must be (H, W, 3) uint8 RGB (or (H, W) grey), but this one is {image.shape} "
             f"{image.dtype}. Scale values to 0..255, drop alpha, and turn OpenCV's BGR with image[..., ::-1]."
         )
-    raise DataError(f"An image must be a path, an array or a PIL image, but this is a {type(image).__name__}.")
+    raise DataError(
+        f"An image must be a path, an array, a tensor or a PIL image, but this is of the type {type(image).__name__}."
+    )
+
+
+def _from_tensor(image: torch.Tensor) -> np.ndarray:
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise DataError(
+            f"A tensor to predict on must be one image (3, H, W) RGB, but this one is {tuple(image.shape)}. Of a batch "
+            f"give each image: predict_all(list(batch))."
+        )
+    if image.is_floating_point():
+        if not (image.isfinite().all() and image.min() >= 0 and image.max() <= 1):
+            raise DataError("A float tensor to predict on must have values in 0..1: divide by 255, do not normalise.")
+        image = (image.float() * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise DataError(f"A tensor to predict on must be uint8, or float in 0..1, but this one is {image.dtype}.")
+    pixels: np.ndarray = image.detach().permute(1, 2, 0).contiguous().cpu().numpy()
+    return pixels

@@ -1,7 +1,7 @@
 """What `detkit infer` writes of a video: the video with what was found on it, and predictions.json by frame."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from fractions import Fraction
 from itertools import islice
@@ -18,6 +18,7 @@ from detkit.inference.predictor import Predictor
 from detkit.io.files import make_folder, replacing
 from detkit.io.terminal import Console
 from detkit.structures import Meta
+from detkit.tasks.options import PredictOptions
 
 Frame = tuple[np.ndarray, Fraction]
 """The pixels and the time in seconds."""
@@ -33,8 +34,7 @@ def infer_video(
     batch: int,
     save_images: bool,
     save_json: bool,
-    choices: Mapping[str, Any],
-    limits: Mapping[str, Any],
+    options: PredictOptions,
 ) -> int:
     """Predict on every frame of a video, while those behind it are read and those before it drawn and written.
 
@@ -47,8 +47,7 @@ def infer_video(
     Args:
         batch: frames that go through the network together.
         save_images, save_json: write the video; write predictions.json.
-        choices: all options of the model's task.
-        limits: those that `Predictor.predict_all` takes.
+        options: of the prediction.
 
     Returns:
         How many parts of the video could not be decoded; they are passed over, and said so at the end.
@@ -72,14 +71,14 @@ def infer_video(
             if save_images:
                 writer.aspect = reader.aspect  # known once the first frame has been read
                 writer.write(task.draw(image, found), time)
-            task.write(output, f"{stem}_{number:06d}", image, found, meta, choices)
+            task.write(output, f"{stem}_{number:06d}", image, found, meta, options)
             records.add(task.records(found, meta, predictor.model.classes))
             bar.update(shown, completed=number + 1)
 
         number = 0
         with closing(items_ahead(reader.timed(), batch + READ_AHEAD)) as images, Behind(batch + WRITE_BEHIND) as behind:
             for frames in _chunks(images, batch):
-                found_all = predictor.predict_all([image for image, _ in frames], batch_size=batch, **limits)
+                found_all = predictor.run([image for image, _ in frames], options, batch)
                 for (image, time), found in zip(frames, found_all):
                     behind.submit(write, number, time, image, found)
                     number += 1

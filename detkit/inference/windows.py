@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detkit.heads.base import Head, Postprocess
 from detkit.heads.parts.semantic import SemanticHead, labels_of
 from detkit.heads.parts.size_cache import PerSize
 from detkit.model import Model
@@ -34,20 +35,23 @@ class Window(NamedTuple):
     left: int
 
 
-def predict(model: Model, batch: Batch, network: Network | None = None) -> Sequence[Prediction]:
+def predict(
+    model: Model, batch: Batch, network: Network | None = None, options: Postprocess | None = None
+) -> Sequence[Prediction]:
     """One prediction for each image of a batch that `model.fit` made, in pixels of the network's input.
 
     Args:
-        network: what computes instead of the model itself, which may be an optimised form of it.
+        network: computes the outputs instead of the model itself, such as an optimised form of it.
+        options: of decoding, for a detector.
     """
     network = network or model
     if not _needs_windows(model, batch):
-        return model.head.decode(network(batch.images, batch.sizes, batch.proposals))
+        return decode(model.head, network(batch.images, batch.sizes, batch.proposals), options)
     return _slide(model, batch, network, None)
 
 
 def predict_with_losses(
-    model: Model, batch: Batch, network: Network | None = None
+    model: Model, batch: Batch, network: Network | None = None, options: Postprocess | None = None
 ) -> tuple[Sequence[Prediction], dict[str, float]]:
     """As `predict`, and the losses; of windows their mean."""
     if _needs_windows(model, batch):
@@ -58,7 +62,12 @@ def predict_with_losses(
     else:
         outputs = network(batch.images, batch.sizes, batch.proposals)
     values = {name: value.item() for name, value in model.head.loss(outputs, batch.targets).items()}
-    return model.head.decode(outputs), values
+    return decode(model.head, outputs, options), values
+
+
+def decode(head: Head, outputs: Any, options: Postprocess | None) -> Sequence[Prediction]:
+    """The predictions of a head; one of another package that takes no options is not given any."""
+    return head.decode(outputs) if options is None else head.decode(outputs, options)
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:

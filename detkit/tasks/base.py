@@ -4,8 +4,7 @@ A head names its task, and a task is a class registered in detkit.registry.tasks
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -14,10 +13,11 @@ from rich.table import Table
 
 from detkit.data.dataset import Dataset
 from detkit.errors import ConfigError, nearest
-from detkit.heads.base import Head
+from detkit.heads.base import DECODING, Head, Postprocess
 from detkit.registry import tasks
 from detkit.structures import ClassList, Meta, Prediction, Target
 from detkit.tasks.drawing import side_by_side
+from detkit.tasks.options import PredictOptions
 
 P = TypeVar("P", bound=Prediction)
 P_contra = TypeVar("P_contra", contravariant=True)
@@ -61,12 +61,11 @@ class Task(ABC, Generic[P]):
 
     Attributes:
         noun: what predictions.json holds, in the plural: "detections".
-        options: those options of `detkit infer` beyond the common ones that mean something here, and what holds where
-            the user says nothing.
+        options: the names in PredictOptions that apply to this task.
     """
 
     noun: ClassVar[str]
-    options: ClassVar[Mapping[str, Any]] = {}
+    options: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def figures(self, head: Head) -> tuple[str, ...]:
@@ -87,17 +86,16 @@ class Task(ABC, Generic[P]):
     def evaluator(self, classes: ClassList, head: Head) -> Evaluator[P]:
         """What scores one data set."""
 
-    @contextmanager
-    def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> Iterator[Evaluator[P]]:
-        """Within it the head decodes for an evaluation, whose evaluator it yields.
+    def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> tuple[Evaluator[P], Postprocess | None]:
+        """The evaluator of a data set, and the options by which the head decodes for it.
 
         Args:
             classes: the classes of the data set.
-            head: the head, left as it was.
-            max_dets: how many detections of each class in an image count; None for what is usual.
+            head: the head.
+            max_dets: the number of detections of each class in an image that count; None for the usual one.
         """
         self.check_max_dets(max_dets)
-        yield self.evaluator(classes, head)
+        return self.evaluator(classes, head), None
 
     def check_max_dets(self, max_dets: int | None) -> None:
         """Refuse `train.max_dets` for predictions that are not detections.
@@ -128,32 +126,42 @@ class Task(ABC, Generic[P]):
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
         """The image (H, W, 3) with the ground truth on it."""
 
-    @contextmanager
-    def limited(
-        self, head: Head, class_names: tuple[str, ...], options: Mapping[str, Any]
-    ) -> Iterator[Callable[[P], P]]:
-        """Within it the head decodes as `options`, all of this task, say.
-
-        Yields:
-            What turns each prediction, in pixels of its source, into what was asked for.
+    def check_options(self, head: Head, options: PredictOptions) -> None:
+        """Refuse options that do not apply to this task or this head.
 
         Raises:
-            ConfigError: an option makes no sense.
+            ConfigError: naming the option.
         """
-        yield lambda prediction: prediction
+        valid = self.options - (DECODING - head.decode_options)
+        for name in options.given():
+            if name not in valid:
+                hint = nearest(name, valid) if valid else "It has no options of its own."
+                raise ConfigError(f"'{name}' does not apply to this model, which gives {self.noun}. {hint}")
 
-    def prediction_options(self, predictor: Any, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
-        """Those of the user's options of `detkit infer` that `Predictor.predict_all` takes.
+    def prepared(self, predictor: Any, options: PredictOptions, batch: int) -> PredictOptions:
+        """The options with everything read that they name.
 
         Args:
             predictor: the detkit.inference.predictor.Predictor that is about to run.
-            options: what the user gave.
-            batch: images that go through the network together.
+            options: as the user gave them.
+            batch: images in a batch.
 
         Raises:
-            DetkitError: what an option names cannot be read.
+            DetkitError: something that an option names cannot be read.
         """
-        return {name: options[name] for name in ("conf", "iou", "max_det", "classes") if name in options}
+        return options
+
+    def decoding(self, head: Head, options: PredictOptions, class_names: tuple[str, ...]) -> Postprocess | None:
+        """The options by which the head decodes for a prediction; None for its own.
+
+        Raises:
+            ConfigError: the model has no class of that name.
+        """
+        return None
+
+    def select(self, prediction: P, head: Head, options: PredictOptions, class_names: tuple[str, ...]) -> P:
+        """The part of a prediction, in pixels of its source, that the options ask for."""
+        return prediction
 
     def shown(self, prediction: P) -> P:
         """What of a prediction a person wants to see in an image."""
@@ -171,7 +179,7 @@ class Task(ABC, Generic[P]):
         return prediction
 
     def write(
-        self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: Mapping[str, Any]
+        self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: PredictOptions
     ) -> None:
         """Write what `options` ask for besides image and predictions.json."""
 
@@ -191,20 +199,6 @@ class Task(ABC, Generic[P]):
         Raises:
             DataError: naming the split.
         """
-
-    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of this task, those that the user gave among them.
-
-        Raises:
-            ConfigError: one that was given has no use here.
-        """
-        for name in given:
-            if name not in self.options:
-                raise ConfigError(
-                    f"'{name}' has no use for this model, which gives {self.noun}. "
-                    f"{nearest(name, self.options) if self.options else 'It has no options of its own.'}"
-                )
-        return {**self.options, **given}
 
 
 def task_of(head: Head | type[Head]) -> Task[Any]:

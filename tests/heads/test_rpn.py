@@ -22,8 +22,8 @@ STRIDES = (8, 16)
 SIZE = (64, 96)
 SIZES = (SIZE, (50, 70))
 ANCHORS = {"name": "pyramid", "sizes": [[16.0], [40.0]]}
-TRUTHS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60]])
-TARGETS = (Target(TRUTHS, torch.tensor([0, 1])), Target.empty())
+OBJECTS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60]])
+TARGETS = (Target(OBJECTS, torch.tensor([0, 1])), Target.empty())
 
 
 def build(strides: tuple[int, ...] = STRIDES, channels: tuple[int, ...] | None = None, **options: Any) -> Any:
@@ -108,7 +108,7 @@ def test_labels_of_the_sampled_anchors() -> None:
     """Logits that know the answer have no loss; those that know the opposite have all of it."""
     network = build(samples=64, positive_fraction=0.5)
     anchors = outputs_of(network).anchors
-    match = match_two_thresholds(anchors, TRUTHS, low=0.3, high=0.7)
+    match = match_two_thresholds(anchors, OBJECTS, low=0.3, high=0.7)
     assert 0 < int(match.positive.sum()) < 32
     logits = torch.zeros(2, len(anchors))
     logits[0] = torch.where(match.positive, 50.0, -50.0)

@@ -1,6 +1,5 @@
 """The task of detectors: options, limits while decoding, what has nothing to learn from."""
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from detkit.registry import heads, tasks
 from detkit.structures import ClassList, Detections, Target
 from detkit.tasks.base import task_of
 from detkit.tasks.detection.task import Detect
+from detkit.tasks.options import PredictOptions
 
 
 def head() -> Any:
@@ -27,34 +27,38 @@ def test_every_head_names_a_task() -> None:
         task_of(heads.get(name))  # type: ignore[arg-type]
 
 
-def test_options_are_completed_and_foreign_ones_refused() -> None:
-    assert Detect().complete({"conf": 0.5})["conf"] == 0.5
-    assert Detect().complete({})["conf"] == 0.25
-    with pytest.raises(ConfigError, match="'gallery' has no use for this model, which gives detections"):
-        Detect().complete({"gallery": "faces"})
+def test_options_of_other_tasks_are_refused() -> None:
+    Detect().check_options(head(), PredictOptions(conf=0.5, save_txt=True))
+    with pytest.raises(ConfigError, match="'gallery' does not apply to this model, which gives detections"):
+        Detect().check_options(head(), PredictOptions(gallery="."))
 
 
-def test_limits_hold_within_and_end_with_the_block_also_after_an_error() -> None:
+def test_options_that_the_head_does_not_read_are_refused() -> None:
+    localize = heads.build({"name": "localize"}, "head", channels=(4,), strides=(8,), num_classes=3)
+    Detect().check_options(localize, PredictOptions(conf=0.5))
+    for options in (PredictOptions(iou=0.5), PredictOptions(max_det=3)):
+        with pytest.raises(ConfigError, match="does not apply to this model"):
+            Detect().check_options(localize, options)
+
+
+def test_options_become_those_of_the_decoding_and_leave_the_head_alone() -> None:
     ssd, task = head(), Detect()
-    options = task.complete({"conf": 0.6, "max_det": 2, "classes": ["b"]})
+    options = PredictOptions(conf=0.6, max_det=2, classes=["b"])
     before = ssd.postprocess
     boxes = torch.tensor([[0.0, 0, 1, 1]] * 4)
     found = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 0, 1, 1]))
-    with task.limited(ssd, ("a", "b", "c"), options) as select:
-        assert ssd.postprocess.score_threshold == 0.6
-        assert ssd.postprocess.max_detections > 1000
-        assert select(found).scores.tolist() == pytest.approx([0.9, 0.7])
-    assert ssd.postprocess == before
-    with contextlib.suppress(RuntimeError), task.limited(ssd, ("a", "b", "c"), options):
-        raise RuntimeError
+    decoding = task.decoding(ssd, options, ("a", "b", "c"))
+    assert decoding.score_threshold == 0.6
+    assert decoding.max_detections > 1000
+    assert task.select(found, ssd, options, ("a", "b", "c")).scores.tolist() == pytest.approx([0.9, 0.7])
+    assert task.decoding(ssd, PredictOptions(), ("a",)).score_threshold == 0.25
     assert ssd.postprocess == before
 
 
 def test_more_detections_than_candidates_may_be_asked_for() -> None:
     ssd, task = head(), Detect()
     ssd.postprocess = Postprocess(max_candidates=10)
-    with task.limited(ssd, ("a",), task.complete({"max_det": 50})):
-        assert ssd.postprocess.max_candidates == 50
+    assert task.decoding(ssd, PredictOptions(max_det=50), ("a",)).max_candidates == 50
 
 
 CLASSES = ClassList.from_names(["a", "b", "c"])
@@ -62,16 +66,13 @@ CLASSES = ClassList.from_names(["a", "b", "c"])
 
 def test_an_evaluation_may_count_more_detections_than_the_head_gives() -> None:
     ssd, task = head(), Detect()
-    before = ssd.postprocess
-    with task.scoring(CLASSES, ssd, 500) as evaluator:
-        assert evaluator.max_detections == ssd.postprocess.max_detections == ssd.postprocess.max_candidates == 500
-    assert ssd.postprocess == before
-    with task.scoring(CLASSES, ssd, 50) as evaluator:
-        assert (evaluator.max_detections, ssd.postprocess) == (50, before)
-    with contextlib.suppress(RuntimeError), task.scoring(CLASSES, ssd, 500):
-        raise RuntimeError
-    with task.scoring(CLASSES, ssd, None) as evaluator:
-        assert (evaluator.max_detections, ssd.postprocess) == (100, before)
+    evaluator, decoding = task.scoring(CLASSES, ssd, 500)
+    assert decoding is not None
+    assert evaluator.max_detections == decoding.max_detections == decoding.max_candidates == 500
+    evaluator, decoding = task.scoring(CLASSES, ssd, 50)
+    assert (evaluator.max_detections, decoding) == (50, ssd.postprocess)
+    evaluator, decoding = task.scoring(CLASSES, ssd, None)
+    assert (evaluator.max_detections, decoding) == (100, None)
 
 
 def test_max_dets_is_refused_where_it_means_nothing_or_too_little() -> None:

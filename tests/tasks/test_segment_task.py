@@ -15,7 +15,9 @@ from detkit.cli import main
 from detkit.data.formats.shapes import Shapes
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError, DataError
+from detkit.registry import heads
 from detkit.structures import IGNORED_PIXEL, ClassList, Meta, Sample, SemanticMap, Target
+from detkit.tasks.options import PredictOptions
 from detkit.tasks.segmentation.task import Segment, enlarged_labels
 
 TINY = """
@@ -103,8 +105,8 @@ def test_data_with_nothing_to_tell_apart_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_options_of_detectors_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'conf' has no use for this model, which gives masks of classes"):
-        Segment().complete({"conf": 0.5})
+    with pytest.raises(ConfigError, match="'conf' does not apply to this model, which gives masks of classes"):
+        Segment().check_options(heads.get("fcn"), PredictOptions(conf=0.5))
 
 
 def test_a_run_trains_evaluates_and_predicts_from_the_command_line(
@@ -137,7 +139,7 @@ def test_a_run_trains_evaluates_and_predicts_from_the_command_line(
     assert sum(item["fraction"] for item in found if item["image_id"] == 7) == pytest.approx(1, abs=1e-4)
     assert all(item["segmentation"]["size"] == [90, 150] for item in found if item["image_id"] == 7)
     assert main(["infer", str(run), "--source", str(images), "--conf", "0.5"]) == 1
-    assert "'conf' has no use for this model" in capsys.readouterr().err
+    assert "'conf' does not apply to this model" in capsys.readouterr().err
 
 
 def test_detectors_refuse_to_be_trained_on_crops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,8 +171,8 @@ class RegionStage(nn.Module):
             # Not all at once: each region's features may be a whole network's.
             parts = [self(own, [part]) for part in boxes.split(REGIONS_AT_ONCE)]
             logits, offsets = (torch.cat(values) for values in zip(*parts))
-            found.append(_decode_image(self._scores(logits), offsets, boxes, size, limits))
-        return found
+            found.append(_candidates(self._scores(logits), offsets, boxes, size, limits))
+        return limits.detections(found)
 
     def _scores(self, logits: Tensor) -> Tensor:
         """(R, C) in 0..1. A margin is no probability; the sigmoid keeps its order, 0.5 is the border of the class, and
@@ -201,13 +201,12 @@ class RegionStage(nn.Module):
         return F.relu(1 - signs * logits).sum()
 
 
-def _decode_image(
+def _candidates(
     scores: Tensor, offsets: Tensor, proposals: Tensor, size: tuple[int, int], limits: Postprocess
-) -> Detections:
-    """Detections of one image from (R, C) scores, (R, C, 4) offsets and (R, 4) proposals."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels that may become detections of one image, from (R, C) scores, (R, C, 4) offsets and
+    (R, 4) proposals."""
     rows, labels, best = limits.candidates(scores)
     boxes = clip(decode(offsets[rows, labels], proposals[rows], deviations=DEVIATIONS), size)
     large = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_SIDE).all(dim=1)
-    boxes, labels, best = boxes[large], labels[large], best[large]
-    kept = limits.suppress(boxes, best, labels)
-    return Detections(boxes[kept], best[kept], labels[kept])
+    return boxes[large], best[large], labels[large]

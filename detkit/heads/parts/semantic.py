@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detkit.errors import ConfigError, DetkitError
-from detkit.heads.base import Head, check_count
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.structures import IGNORED_PIXEL, SemanticMap, Target
 
 MOST_CLASSES = IGNORED_PIXEL
@@ -66,7 +66,7 @@ class SemanticHead(Head):
         target = stacked_target(targets, outputs.sizes, outputs.logits)
         return {"pixel": pixel_loss(outputs.logits, target, self.class_weights)}
 
-    def decode(self, outputs: SemanticOutputs) -> list[SemanticMap]:
+    def decode(self, outputs: SemanticOutputs, options: Postprocess | None = None) -> list[SemanticMap]:
         """The most probable class of each pixel; the first of several that are equal."""
         maps = []
         for logits, (height, width) in zip(outputs.logits, outputs.sizes):

@@ -30,11 +30,10 @@ class PerSize(Generic[T]):
         key = (device, *sizes)
         found = self._known.get(key)
         if found is None:
-            if len(self._known) >= KEPT:
-                self._known.pop(next(iter(self._known)))  # the oldest
             with torch.inference_mode(False):  # a training that follows may need it for gradients
                 found = _on(device, self.compute(*sizes))
-            self._known[key] = found
+            # A new dict, since other threads may be reading this one; without the oldest.
+            self._known = {**dict(list(self._known.items())[1 - KEPT :]), key: found}
         return found
 
 

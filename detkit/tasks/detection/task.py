@@ -1,8 +1,7 @@
 """Object detection and instance segmentation: COCO's and VOC's figures, images with boxes, YOLO text, crops."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +13,14 @@ from detkit.boxes.convert import xyxy_to_cxcywh
 from detkit.data.dataset import Dataset
 from detkit.data.transforms import undo
 from detkit.errors import ConfigError, DataError, nearest
-from detkit.heads.base import Head
-from detkit.inference.options import check_options
+from detkit.heads.base import Head, Postprocess
 from detkit.io.files import safe_name, write_text
 from detkit.registry import tasks
 from detkit.structures import ClassList, Detections, Meta, Target
 from detkit.tasks.base import Scores, Task
 from detkit.tasks.detection.metrics import DetectionEvaluator, DetectionScores, coco_results
 from detkit.tasks.drawing import compare, draw_detections, draw_targets, write_image
+from detkit.tasks.options import DEFAULT_CONF, PredictOptions
 
 SHOWN_SCORE = 0.4
 UNLIMITED = 1_000_000
@@ -32,15 +31,9 @@ class Detect(Task[Detections]):
     """Boxes with classes, and masks where the head finds them."""
 
     noun: ClassVar[str] = "detections"
-    options: ClassVar[Mapping[str, Any]] = {
-        "conf": 0.25,
-        "iou": None,
-        "max_det": None,
-        "classes": None,
-        "save_txt": False,
-        "save_conf": False,
-        "save_crop": False,
-    }
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"conf", "iou", "max_det", "classes", "save_txt", "save_conf", "save_crop"}
+    )
 
     def figures(self, head: Head) -> tuple[str, ...]:
         boxes = ("mAP", "mAP50", "mAP75")
@@ -53,18 +46,15 @@ class Detect(Task[Detections]):
     def evaluator(self, classes: ClassList, head: Head) -> DetectionEvaluator:
         return DetectionEvaluator(classes, max_kept=head.postprocess.max_detections)
 
-    @contextmanager
-    def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> Iterator[DetectionEvaluator]:
+    def scoring(
+        self, classes: ClassList, head: Head, max_dets: int | None
+    ) -> tuple[DetectionEvaluator, Postprocess | None]:
         if max_dets is None:
-            yield self.evaluator(classes, head)
-            return
+            return self.evaluator(classes, head), None
         default = head.postprocess
         kept = max(default.max_detections, max_dets)
-        head.postprocess = replace(default, max_candidates=max(default.max_candidates, max_dets), max_detections=kept)
-        try:
-            yield DetectionEvaluator(classes, max_detections=max_dets, max_kept=kept)
-        finally:
-            head.postprocess = default
+        decoding = replace(default, max_candidates=max(default.max_candidates, max_dets), max_detections=kept)
+        return DetectionEvaluator(classes, max_detections=max_dets, max_kept=kept), decoding
 
     def check_max_dets(self, max_dets: int | None) -> None:
         pass
@@ -85,27 +75,26 @@ class Detect(Task[Detections]):
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
         return draw_targets(image, target, class_names)
 
-    @contextmanager
-    def limited(
-        self, head: Head, class_names: tuple[str, ...], options: Mapping[str, Any]
-    ) -> Iterator[Callable[[Detections], Detections]]:
-        check_options(options)
-        conf, iou, max_det = options["conf"], options["iou"], options["max_det"]
-        wanted = None if options["classes"] is None else _labels(options["classes"], class_names)
-        default = head.postprocess
-        kept = default.max_detections if max_det is None else max_det
-        head.postprocess = replace(
+    def decoding(self, head: Head, options: PredictOptions, class_names: tuple[str, ...]) -> Postprocess:
+        default, wanted = head.postprocess, _labels(options.classes, class_names)
+        kept = default.max_detections if options.max_det is None else options.max_det
+        return replace(
             default,
-            score_threshold=conf,
-            iou_threshold=default.iou_threshold if iou is None else iou,
+            score_threshold=DEFAULT_CONF if options.conf is None else options.conf,
+            iou_threshold=default.iou_threshold if options.iou is None else options.iou,
             max_candidates=max(default.max_candidates, kept),
-            # Where classes are chosen afterwards, those left out must not use up the places.
+            # Classes are selected afterwards: those left out must not use up the places.
             max_detections=kept if wanted is None else UNLIMITED,
         )
-        try:
-            yield lambda found: found if wanted is None else found[torch.isin(found.labels, wanted)].best(kept)
-        finally:
-            head.postprocess = default
+
+    def select(
+        self, prediction: Detections, head: Head, options: PredictOptions, class_names: tuple[str, ...]
+    ) -> Detections:
+        wanted = _labels(options.classes, class_names)
+        if wanted is None:
+            return prediction
+        kept = head.postprocess.max_detections if options.max_det is None else options.max_det
+        return prediction[torch.isin(prediction.labels, wanted)].best(kept)
 
     def shown(self, prediction: Detections) -> Detections:
         return prediction[prediction.scores > SHOWN_SCORE]
@@ -123,11 +112,11 @@ class Detect(Task[Detections]):
         return replace(prediction, boxes=prediction.boxes * factor, masks=masks, points=points)
 
     def write(
-        self, output: Path, name: str, image: np.ndarray, prediction: Detections, meta: Meta, options: Mapping[str, Any]
+        self, output: Path, name: str, image: np.ndarray, prediction: Detections, meta: Meta, options: PredictOptions
     ) -> None:
-        if options["save_txt"]:
-            _write_text(output / "labels" / f"{name}.txt", prediction, meta.size, options["save_conf"])
-        if options["save_crop"]:
+        if options.save_txt:
+            _write_text(output / "labels" / f"{name}.txt", prediction, meta.size, options.save_conf)
+        if options.save_crop:
             _write_crops(output / "crops", name, image, prediction)
 
     def check_data(self, dataset: Dataset, split: str) -> None:
@@ -138,16 +127,22 @@ class Detect(Task[Detections]):
             )
 
 
-def _labels(classes: Sequence[str | int], class_names: tuple[str, ...]) -> torch.Tensor:
-    """The labels of classes, given by their names or labels."""
+def _labels(classes: Any, class_names: tuple[str, ...]) -> torch.Tensor | None:
+    """The labels of PredictOptions.classes; None for all.
+
+    Raises:
+        ConfigError: the model has no such class.
+    """
+    if classes is None:
+        return None
     labels = []
     for given in classes:
         if given in class_names:
-            labels.append(class_names.index(str(given)))
-        elif str(given).isdigit() and int(given) < len(class_names):
+            labels.append(class_names.index(given))
+        elif str(given).isdecimal() and int(given) < len(class_names):
             labels.append(int(given))
         else:
-            raise ConfigError(f"'{given}' is no class of this model. {nearest(str(given), class_names)}")
+            raise ConfigError(f"'{given}' is not a class of this model. {nearest(str(given), class_names)}")
     return torch.tensor(labels)
 
 

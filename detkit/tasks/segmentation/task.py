@@ -1,6 +1,6 @@
 """Semantic segmentation: mean IoU, coloured maps over images, palette PNGs as Pascal VOC has them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from detkit.registry import tasks
 from detkit.structures import IGNORED_PIXEL, ClassList, Meta, SemanticMap, Target
 from detkit.tasks.base import Task
 from detkit.tasks.drawing import side_by_side
+from detkit.tasks.options import PredictOptions
 from detkit.tasks.segmentation.drawing import draw_semantic, write_palette_png
 from detkit.tasks.segmentation.metrics import SegmentationEvaluator, semantic_results
 
@@ -91,7 +92,7 @@ class Segment(Task[SemanticMap]):
         image: np.ndarray,
         prediction: SemanticMap,
         meta: Meta,
-        options: Mapping[str, Any],
+        options: PredictOptions,
     ) -> None:
         """labels/NAME.png, whose pixels are the labels."""
         write_palette_png(output / "labels" / f"{name}.png", prediction.labels.cpu().numpy())

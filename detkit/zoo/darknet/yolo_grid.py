@@ -219,6 +219,5 @@ def decode_places(
         rows, labels, best = postprocess.candidates(scores)
         rows = promising[rows]
         boxes = clip(predicted_boxes(values[rows], outputs.cells[rows], outputs.anchors[rows]), size)
-        kept = postprocess.suppress(boxes, best, labels)
-        found.append(Detections(boxes[kept], best[kept], labels[kept]))
-    return found
+        found.append((boxes, best, labels))
+    return postprocess.detections(found)

@@ -14,7 +14,7 @@ from detkit.boxes.convert import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
 from detkit.boxes.iou import elementwise_iou, intersection_over_area
 from detkit.boxes.matching import IGNORED_COVER
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
 
@@ -83,6 +83,7 @@ class YOLOv1(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -158,17 +159,17 @@ class YOLOv1(Head):
         }
 
     @torch.no_grad()
-    def decode(self, outputs: YOLOv1Outputs) -> list[Detections]:
+    def decode(self, outputs: YOLOv1Outputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression; a score is confidence times class probability, both cut to 0..1."""
+        options = options or self.postprocess
         confidences, classes = outputs.confidences.clamp(0, 1), outputs.classes.clamp(0, 1)
         scores = (confidences[..., None] * classes[:, :, None]).flatten(1, 2)
         found = []
         for coordinates, image_scores, size in zip(outputs.coordinates, scores, outputs.sizes):
-            rows, labels, best = self.postprocess.candidates(image_scores)
+            rows, labels, best = options.candidates(image_scores)
             boxes = clip(self._predicted(coordinates, outputs.size).flatten(0, 1)[rows], size)
-            kept = self.postprocess.suppress(boxes, best, labels)
-            found.append(Detections(boxes[kept], best[kept], labels[kept]))
-        return found
+            found.append((boxes, best, labels))
+        return options.detections(found)
 
     @torch.no_grad()
     def _responsible(self, outputs: YOLOv1Outputs, image: int, target: Target) -> Responsible:

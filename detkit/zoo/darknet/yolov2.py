@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detkit.boxes.iou import elementwise_iou
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
@@ -71,6 +71,7 @@ class YOLOv2(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
     trims_padding: ClassVar[bool] = True
 
     def __init__(
@@ -167,9 +168,9 @@ class YOLOv2(Head):
         }
 
     @torch.no_grad()
-    def decode(self, outputs: GridOutputs) -> list[Detections]:
+    def decode(self, outputs: GridOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression; a score is objectness times the class's probability."""
-        return decode_places(outputs, partial(torch.softmax, dim=-1), self.postprocess)
+        return decode_places(outputs, partial(torch.softmax, dim=-1), options or self.postprocess)
 
 
 def space_to_depth(features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.heads.parts.size_cache import PerSize
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
@@ -65,6 +65,7 @@ class YOLOv3(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
     trims_padding: ClassVar[bool] = True
 
     def __init__(
@@ -145,6 +146,6 @@ class YOLOv3(Head):
         }
 
     @torch.no_grad()
-    def decode(self, outputs: GridOutputs) -> list[Detections]:
+    def decode(self, outputs: GridOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression; a score is objectness times the class's probability."""
-        return decode_places(outputs, torch.sigmoid, self.postprocess)
+        return decode_places(outputs, torch.sigmoid, options or self.postprocess)

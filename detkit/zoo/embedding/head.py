@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import check_range
-from detkit.heads.base import Head, check_count
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
@@ -84,6 +84,6 @@ class Embed(Head):
         return {"embed": self.criterion(outputs.vectors[counted], torch.cat(labels))}
 
     @torch.no_grad()
-    def decode(self, outputs: EmbedOutputs) -> list[Embedding]:
+    def decode(self, outputs: EmbedOutputs, options: Postprocess | None = None) -> list[Embedding]:
         """The vector of each image, of length 1."""
         return [Embedding(vector) for vector in F.normalize(outputs.vectors)]

@@ -1,7 +1,7 @@
 """Embeddings: how well distances tell images apart, images with their vectors, recognition by a gallery."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +15,11 @@ from detkit.registry import tasks
 from detkit.structures import ClassList, Meta, Target
 from detkit.tasks.base import Scores, Task
 from detkit.tasks.classification.drawing import draw_classes
+from detkit.tasks.options import PredictOptions
 from detkit.zoo.embedding.drawing import caption, draw_embedding
 from detkit.zoo.embedding.gallery import Gallery
 from detkit.zoo.embedding.metrics import EmbeddingEvaluator, EmbeddingScores, record
-from detkit.zoo.embedding.structures import Embedding, Recogniser
+from detkit.zoo.embedding.structures import Embedding
 
 
 @tasks.register("embed")
@@ -26,7 +27,7 @@ class Embed(Task[Embedding]):
     """Images as points, compared by their distances."""
 
     noun: ClassVar[str] = "embeddings"
-    options: ClassVar[Mapping[str, Any]] = {"gallery": None, "threshold": None}
+    options: ClassVar[frozenset[str]] = frozenset({"gallery", "threshold"})
 
     def figures(self, head: Head) -> tuple[str, ...]:
         return ("auc", "accuracy", "threshold", "recall_at_1")
@@ -39,17 +40,15 @@ class Embed(Task[Embedding]):
         if isinstance(threshold := getattr(head, "threshold", None), torch.Tensor):
             threshold.fill_(scores.threshold)
 
-    def prediction_options(self, predictor: Predictor, options: Mapping[str, Any], batch: int) -> dict[str, Any]:
-        if "gallery" not in options:
-            return {}
-        return {"gallery": Gallery.read(predictor, options["gallery"], options.get("threshold"), batch)}
+    def prepared(self, predictor: Predictor, options: PredictOptions, batch: int) -> PredictOptions:
+        if options.gallery is None or isinstance(options.gallery, Gallery):
+            return options
+        return replace(options, gallery=Gallery.read(predictor, options.gallery, options.threshold, batch))
 
-    @contextmanager
-    def limited(
-        self, head: Head, class_names: tuple[str, ...], options: Mapping[str, Any]
-    ) -> Iterator[Callable[[Embedding], Embedding]]:
-        gallery: Recogniser | None = options["gallery"]
-        yield lambda found: found if gallery is None else gallery.recognise(found)
+    def select(
+        self, prediction: Embedding, head: Head, options: PredictOptions, class_names: tuple[str, ...]
+    ) -> Embedding:
+        return prediction if options.gallery is None else options.gallery.recognise(prediction)
 
     def undo(self, prediction: Embedding, meta: Meta, class_names: tuple[str, ...]) -> Embedding:
         return prediction

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detkit.boxes.convert import area
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, check_count
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.parts.pooling import pooled_images
 from detkit.registry import heads
 from detkit.structures import Inputs, Target
@@ -101,7 +101,7 @@ class Landmarks(Head):
         return {"points": losses.sum() / max(len(every), 1)}
 
     @torch.no_grad()
-    def decode(self, outputs: LandmarksOutputs) -> list[Prediction]:
+    def decode(self, outputs: LandmarksOutputs, options: Postprocess | None = None) -> list[Prediction]:
         """The points of each image, in pixels of the network's input."""
         return [Prediction(places * _sides(places, size)) for places, size in zip(outputs.places, outputs.sizes)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from detkit.boxes.convert import clip
 from detkit.boxes.nms import nms
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import ALL, Head, Postprocess, check_count
+from detkit.heads.base import ALL, DECODING, Head, Postprocess, check_count
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
 from detkit.zoo.faces import mtcnn_boxes as geometry
@@ -64,6 +64,7 @@ class MTCNN(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "points"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
     # Scores of good windows differ in their last bits only, and the best decides where the box is.
     full_precision: ClassVar[bool] = True
     any_size: ClassVar[bool] = True
@@ -156,11 +157,13 @@ class MTCNN(Head):
         return losses
 
     @torch.no_grad()
-    def decode(self, outputs: MTCNNOutputs) -> list[Detections]:
+    def decode(self, outputs: MTCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
         """The objects of each image with their points, in pixels of the network's input."""
-        return [self._cascade(image[:, : size[0], : size[1]]) for image, size in zip(outputs.images, outputs.sizes)]
+        options = options or self.postprocess
+        pairs = zip(outputs.images, outputs.sizes)
+        return [self._cascade(image[:, : size[0], : size[1]], options) for image, size in pairs]
 
-    def _cascade(self, image: Tensor) -> Detections:
+    def _cascade(self, image: Tensor, options: Postprocess) -> Detections:
         """Of one image (3, H, W) in 0..1."""
         pixels = image.float() * 255
         size = (image.shape[1], image.shape[2])
@@ -172,7 +175,7 @@ class MTCNN(Head):
         passed = passed[nms(boxes[passed], scores[passed], REFINED)]
         boxes = geometry.squares(geometry.moved(boxes[passed], found.offsets[passed]))
         boxes = boxes[geometry.in_image(boxes, size)]
-        return self._finish(boxes, _in_chunks(self.onet, pixels, boxes), size)
+        return self._finish(boxes, _in_chunks(self.onet, pixels, boxes), size, options)
 
     def _propose(self, pixels: Tensor) -> Tensor:
         """(N, 4) squares that P-Net lets through at any scale."""
@@ -195,17 +198,17 @@ class MTCNN(Head):
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         return geometry.squares(boxes + offsets * sides)
 
-    def _finish(self, squares: Tensor, found: StageOutputs, size: tuple[int, int]) -> Detections:
+    def _finish(self, squares: Tensor, found: StageOutputs, size: tuple[int, int], options: Postprocess) -> Detections:
         """Detections of what the O-Net says of (N, 4) windows."""
         assert found.points is not None
         presence = _presence(found)
         scores, labels = found.logits.float().softmax(1)[:, 1:].max(1)
         boxes = geometry.moved(squares, found.offsets.float())
         sound = (presence > self.thresholds[2]) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        rows = self.postprocess.candidates(scores[:, None])[0]
+        rows = options.candidates(scores[:, None])[0]
         rows = rows[sound[rows]]
-        kept = rows[geometry.suppress_by_smaller(boxes[rows], scores[rows], self.postprocess.iou_threshold)]
-        kept = kept[: self.postprocess.max_detections]
+        kept = rows[geometry.suppress_by_smaller(boxes[rows], scores[rows], options.iou_threshold)]
+        kept = kept[: options.max_detections]
         points = geometry.points_in(squares[kept], found.points[kept].float())
         return Detections(clip(boxes[kept], size), scores[kept], labels[kept], points=points)
 

@@ -52,6 +52,7 @@ class Localize(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = frozenset({"conf"})
     reads_sizes: ClassVar[bool] = True
 
     def __init__(
@@ -112,18 +113,20 @@ class Localize(Head):
         return F.smooth_l1_loss(boxes, targets, reduction="sum", beta=BETA)
 
     @torch.no_grad()
-    def decode(self, outputs: LocalizeOutputs) -> list[Detections]:
+    def decode(self, outputs: LocalizeOutputs, options: Postprocess | None = None) -> list[Detections]:
         """One detection or none for each image, in pixels of the network's input."""
         scores = outputs.presence.sigmoid()[:, None] * outputs.logits.softmax(-1)
-        return [self._decode_image(*image) for image in zip(scores, outputs.boxes, outputs.sizes)]
+        options = options or self.postprocess
+        return [_decode_image(*image, options) for image in zip(scores, outputs.boxes, outputs.sizes)]
 
-    def _decode_image(self, scores: Tensor, box: Tensor, size: tuple[int, int]) -> Detections:
-        _, labels, candidates = self.postprocess.candidates(scores[None])
-        best = candidates.argsort(descending=True)[:1]
-        height, width = size
-        sides = box.new_tensor((width, height, width, height))
-        corners = clip(cxcywh_to_xyxy(torch.cat((box[:2], box[2:].clamp(min=0))) * sides), size)
-        return Detections(corners.expand(len(best), 4), candidates[best], labels[best])
+
+def _decode_image(scores: Tensor, box: Tensor, size: tuple[int, int], options: Postprocess) -> Detections:
+    _, labels, candidates = options.candidates(scores[None])
+    best = candidates.argsort(descending=True)[:1]
+    height, width = size
+    sides = box.new_tensor((width, height, width, height))
+    corners = clip(cxcywh_to_xyxy(torch.cat((box[:2], box[2:].clamp(min=0))) * sides), size)
+    return Detections(corners.expand(len(best), 4), candidates[best], labels[best])
 
 
 def _image_mean(feature: Tensor, inputs: Inputs) -> Tensor:

@@ -15,7 +15,7 @@ from detkit.boxes.convert import area, clip
 from detkit.boxes.matching import match_two_thresholds
 from detkit.boxes.sampling import sample_balanced
 from detkit.errors import ConfigError, check_range
-from detkit.heads.base import Head, Postprocess, check_count
+from detkit.heads.base import DECODING, Head, Postprocess, check_count
 from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Target
 
@@ -57,6 +57,7 @@ class SlidingWindow(Head):
 
     task: ClassVar[str] = "detect"
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels"})
+    decode_options: ClassVar[frozenset[str]] = DECODING
 
     def __init__(
         self,
@@ -134,18 +135,24 @@ class SlidingWindow(Head):
         return {"class": F.cross_entropy(flat, torch.cat(classes), reduction="sum") / max(len(flat), 1)}
 
     @torch.no_grad()
-    def decode(self, outputs: SlidingWindowOutputs) -> list[Detections]:
+    def decode(self, outputs: SlidingWindowOutputs, options: Postprocess | None = None) -> list[Detections]:
         """Detections after per-class suppression, in pixels of the network's input."""
         scores = outputs.logits.softmax(-1)[..., 1:]
-        return [self._decode_image(image, outputs.windows, size) for image, size in zip(scores, outputs.sizes)]
+        options = options or self.postprocess
+        return options.detections(
+            [_candidates(image, outputs.windows, size, options) for image, size in zip(scores, outputs.sizes)]
+        )
 
-    def _decode_image(self, scores: Tensor, windows: Tensor, size: tuple[int, int]) -> Detections:
-        boxes = clip(windows, size)
-        inside = area(boxes) > 0  # the others lie in the padding
-        boxes, scores = boxes[inside], scores[inside]
-        candidates, labels, candidate_scores = self.postprocess.candidates(scores)
-        kept = self.postprocess.suppress(boxes[candidates], candidate_scores, labels)
-        return Detections(boxes[candidates[kept]], candidate_scores[kept], labels[kept])
+
+def _candidates(
+    scores: Tensor, windows: Tensor, size: tuple[int, int], options: Postprocess
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels of one image that may become detections."""
+    boxes = clip(windows, size)
+    inside = area(boxes) > 0  # the others lie in the padding
+    boxes, scores = boxes[inside], scores[inside]
+    candidates, labels, candidate_scores = options.candidates(scores)
+    return boxes[candidates], candidate_scores, labels
 
 
 def _classifier(channels: int, window: tuple[int, int], width: int, outputs: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor
 from detkit.backbones.base import Backbone
 from detkit.data.image import read_image, resized
 from detkit.errors import ConfigError, DataError, check_range
-from detkit.heads.base import Head, check_count
+from detkit.heads.base import Head, Postprocess, check_count
 from detkit.heads.parts.losses import gram_matrix, style_loss, total_variation
 from detkit.registry import backbones, heads
 from detkit.structures import Inputs, Target
@@ -204,7 +204,7 @@ class Style(Head):
         return self.network((images - mean) / std)
 
     @torch.no_grad()
-    def decode(self, outputs: StyleOutputs) -> list[Rendering]:
+    def decode(self, outputs: StyleOutputs, options: Postprocess | None = None) -> list[Rendering]:
         """The painted images, without padding."""
         return [
             Rendering(image[:, :height, :width].float().clone())

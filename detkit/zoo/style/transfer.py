@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Adam, Optimizer
 
 from detkit.data.image import read_image, resized
 from detkit.errors import ConfigError, DetkitError, check_range
-from detkit.inference.options import check_output, claimed_output
+from detkit.inference.paths import check_output, claimed_output
 from detkit.inference.predictor import to_device
 from detkit.io.files import replacing
 from detkit.io.terminal import Console

@@ -1,4 +1,4 @@
-"""What can be said of the wishes for a prediction before there is a model: ranges, what to read, where to write.
+"""Checks of a prediction's source and output, before the model is loaded.
 
 Nothing heavy is imported, so that the command line refuses a mistake at once.
 """
@@ -6,39 +6,17 @@ Nothing heavy is imported, so that the command line refuses a mistake at once.
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from detkit.data.sources import find_images
 from detkit.data.video import VideoReader, is_video
-from detkit.errors import ConfigError, DataError, check_range
+from detkit.errors import ConfigError
 from detkit.io.files import make_folder, write_error
 
-RANGES = {"conf": (0, 1), "iou": (0, 1), "max_det": (1,), "batch": (1,), "threshold": (0, 2)}
-"""Of options: the lowest and the highest value."""
 CLAIM = ".detkit-infer"
 """A file in the folder that a run writes to, from its start to its end."""
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of a prediction that make no sense, whatever the model; those left out or None are not asked for.
-
-    Raises:
-        ConfigError: one is out of its range, or without the other that it is for.
-        DataError: the gallery is no folder.
-    """
-    for name, limits in RANGES.items():
-        if options.get(name) is not None:
-            check_range("", *limits, **{name: options[name]})
-    gallery = options.get("gallery")
-    if options.get("threshold") is not None and gallery is None:
-        raise ConfigError("'threshold' is the distance to the images of a gallery. Give --gallery FOLDER too.")
-    if options.get("save_conf") and not options.get("save_txt"):
-        raise ConfigError("'save_conf' adds the score to the text that --save-txt writes. Give --save-txt too.")
-    if gallery is not None and not Path(gallery).is_dir():
-        raise DataError(f"The gallery '{gallery}' is no folder. Give one with a folder of images for each name.")
 
 
 def check_source(source: str) -> None:
