@@ -100,8 +100,10 @@ def test_boxes_do_not_depend_on_the_defaults_of_torch(name: str) -> None:
     boxes, scores = torch.cat((corners, corners + 20), 1), torch.rand(50, generator=generator)
     labels = torch.randint(0, 3, (50,), generator=generator)
 
+    of_source = torch.arange(50) // 25
+
     def compute() -> list[torch.Tensor]:
-        fused = weighted_box_fusion(boxes, scores, labels=labels, source_index=torch.arange(50, device="cpu") // 25)
+        fused = weighted_box_fusion(boxes, scores, labels=labels, source_index=of_source, source_weights=(1, 1))
         found = (*soft_nms(boxes, scores, labels=labels), *fused)
         return [value for value in found if isinstance(value, torch.Tensor)]
 

@@ -142,7 +142,7 @@ def _check_sources(source_index: Tensor | None, source_weights: Sequence[float] 
     if source_index is None:
         if source_weights is not None:
             raise ValueError("source_weights need source_index, which says what source each box is of")
-        return torch.ones(1, dtype=torch.float64)
+        return torch.ones(1, dtype=torch.float64, device="cpu")
     if source_weights is None:
         raise ValueError("source_index needs source_weights, one for each source; (1, 1, 1) for three that count alike")
     weights = torch.as_tensor(source_weights, dtype=torch.float64, device="cpu").detach()

@@ -103,7 +103,7 @@ def _take_and_decay(
 ) -> tuple[Tensor, Tensor]:
     """(K,) int64 the boxes taken, at most `limit` of each image and class, and (N,) the scores, decayed for those."""
     by_score = scores.argsort(descending=True, stable=True)
-    least = torch.tensor(score_threshold, dtype=scores.dtype)
+    least = torch.tensor(score_threshold, dtype=scores.dtype, device=scores.device)
     by_score = by_score[scores[by_score] > least]
     if len(by_score) == 0:
         return by_score, scores
