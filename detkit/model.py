@@ -19,7 +19,7 @@ from detkit.io.files import parse_json, replacing
 from detkit.io.runs import resolve_checkpoint
 from detkit.published.read import is_published, read_published
 from detkit.registry import backbones, heads, necks, without_weights
-from detkit.structures import ClassList, Inputs
+from detkit.structures import ClassList, Inputs, Target
 
 FORMAT = "detkit 1"
 METADATA = frozenset({"format", "experiment", "class_names", "raw_ids"})
@@ -63,6 +63,7 @@ class Model(nn.Module):
         sizes: tuple[tuple[int, int], ...],
         proposals: tuple[Tensor, ...] | None = None,
         features: tuple[Tensor, ...] | None = None,
+        targets: tuple[Target, ...] | None = None,
     ) -> Any:
         """The head's raw outputs.
 
@@ -71,11 +72,12 @@ class Model(nn.Module):
             sizes: (height, width) of each image inside the tensor.
             proposals: (P, 4) float32 xyxy pixels of `images` for each image, for a head that needs them.
             features: `maps` of the images, where they are known; of `images` only the size counts then.
+            targets: of each image, in training; see Inputs.
         """
         maps = self.maps(images) if features is None else list(features)
         if self.neck is not None:
             maps = self.neck(maps)
-        return self.head(maps, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
+        return self.head(maps, Inputs((images.shape[2], images.shape[3]), sizes, proposals, targets))
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The backbone's maps [(B, C_i, h_i, w_i)] of images (B, 3, H, W) float32 RGB in 0..1."""

@@ -264,11 +264,14 @@ class Inputs:
         sizes: (height, width) of each image inside it, without padding.
         proposals: (P, 4) float32 xyxy pixels of the batched tensor, best first, for each image; None for a head that
             does not need them.
+        targets: of each image, in training only, for heads whose forward pass depends on them (denoising queries).
+            None in evaluation and prediction.
     """
 
     size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
     proposals: tuple[Tensor, ...] | None = None
+    targets: tuple[Target, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_proposals(self.proposals, len(self.sizes))

@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
 
 from detkit.boxes.candidates import (
@@ -27,8 +26,18 @@ log = logging.getLogger(__name__)
 
 KEPT_WORDS = 2**24
 """The most memory, in words of 4 bytes, that a thread keeps for its next call: 64 MB, enough for 700,000 boxes."""
+GPU_KERNELS = "DETKIT_GPU_KERNELS"
 _thread = threading.local()
 _NO_MEMORY = np.empty(0, dtype=np.float32)
+
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+    from torch._C._functorch import peek_interpreter_stack
+except ImportError:  # they are private; without them every call takes the longer way through the operator
+
+    def _len_torch_dispatch_stack() -> int:
+        return 1
+
 
 # A look-up less in each call.
 _FLOAT32, _INT64 = torch.float32, np.int64
@@ -56,8 +65,9 @@ def nms(
     there the box that comes first goes first. Boxes without area suppress nothing and are never suppressed.
     The work is bounded by nothing but the number of boxes; there is no time limit.
 
-    On an NVIDIA GPU it is computed there, without waiting for the device but for the number of kept boxes: by
-    detkit's kernels where numba-cuda is installed, else by torchvision's (a log line says so). On other devices it
+    On an NVIDIA GPU it is computed there, by torchvision's kernel. detkit's own, which need numba-cuda and do not wait
+    for the device but for the number of kept boxes, are used if the environment variable DETKIT_GPU_KERNELS is 1: they
+    have passed their tests in a simulator, but were not run on a GPU yet. On other devices it
     is computed on the CPU, and the result returns to the device. It passes through torch.compile and torch.export
     as the operator `detkit::nms`.
 
@@ -150,12 +160,13 @@ def eager_nms(
 def _on_gpu(boxes: Tensor, *arguments: Any) -> Tensor:
     from detkit.boxes.kernels import nms_cuda
 
-    if nms_cuda.available():
-        return nms_cuda.nms_on_gpu(boxes, *arguments)
-    _say_once(
-        "NMS on this GPU goes through torchvision's kernel, one call for each image and class, which is slower: "
-        "numba-cuda is not installed or finds no GPU. Install it with `pip install 'detkit-vision[cuda]'`."
-    )
+    if os.environ.get(GPU_KERNELS) == "1":
+        if nms_cuda.available():
+            return nms_cuda.nms_on_gpu(boxes, *arguments)
+        _say_once(
+            f"{GPU_KERNELS}=1, but NMS on this GPU goes through torchvision's kernel: numba-cuda is not installed or "
+            "finds no GPU. Install it with `pip install 'detkit-vision[cuda]'`."
+        )
     from detkit.boxes.nms_torchvision import nms_by_torchvision
 
     return nms_by_torchvision(boxes, *arguments)

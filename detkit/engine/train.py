@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -184,7 +184,9 @@ def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptio
         options = replace(options, precision="32-true" if exact else "bf16-mixed")
     if options.precision == "16-mixed" and fabric.device.type == "cpu":
         raise ConfigError("'train.precision' 16-mixed needs a GPU. Use auto, bf16-mixed or 32-true on a CPU.")
-    if options.precision != "32-true":
+    if options.precision == "32-true":
+        fabric.strategy.precision = _SameInputs()
+    else:
         fabric = _fabric(options, options.precision)
         precision = fabric.strategy.precision
         assert isinstance(precision, MixedPrecision)
@@ -209,6 +211,13 @@ def _fabric(options: TrainOptions, precision: Any) -> Fabric:
             f"'train.device' {options.device} with 'train.devices' {options.devices} cannot be used: "
             f"{' '.join(str(error).split())}"
         ) from None
+
+
+class _SameInputs(Precision):
+    """Fabric's precision of 32 bits, with the inputs as they are: targets are no tensors that it could convert."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 class _ExactInputs(MixedPrecision):
@@ -294,7 +303,7 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             group["lr"] = peak * factor
         share = group_size(number, setup.sampler.batches, options.accumulate)
         with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
-            outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals, batch.features)
+            outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals, batch.features, batch.targets)
             # A head of two stages runs layers in its loss, too.
             with setup.fabric.autocast():
                 losses = head.loss(outputs, batch.targets)

@@ -14,7 +14,7 @@ from detkit.engine.train import LossNotFiniteError, train
 from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.heads.ssd import SSD
 from detkit.model import build_model, load_model, read_checkpoint
-from detkit.structures import ClassList, Target
+from detkit.structures import ClassList, Inputs, Target
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -293,3 +293,17 @@ def test_classes_that_changed_are_found_on_resume(tiny: Any) -> None:
 def test_options_out_of_range_are_refused_at_the_start(tiny: Any, options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(tiny(*options))
+
+
+def test_a_head_sees_the_targets_in_training_only(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int | None]] = []
+    forward = SSD.forward
+
+    def watched(self: SSD, features: list[torch.Tensor], inputs: Inputs) -> Any:
+        seen.append((self.training, None if inputs.targets is None else len(inputs.targets)))
+        return forward(self, features, inputs)
+
+    monkeypatch.setattr(SSD, "forward", watched)
+    train(tiny("--train.epochs", "1"))
+    assert {count for training, count in seen if training} == {4}
+    assert {count for training, count in seen if not training} == {None}
