@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,12 +32,21 @@ CONFIG = """
 data: {{name: squares, seed: {seed}}}
 backbone: {{name: timm, network: tf_efficientnet_lite0, levels: [2, 3, 4], weights: package}}
 neck: {{name: fpn, width: 64, norm: true}}
-head: {{name: ssd, anchors: {{name: pyramid, sizes: [[18.0, 25.0], [36.0, 50.0], [72.0]], ratios: [0.6, 1.0, 1.67]}}}}
+head: {head}
 input: {{size: [128, 128]}}
 train: {{epochs: 4, batch_size: 8, workers: 0, optimizer: sgd, lr: {lr}, warmup_epochs: 0.5, validate_every: 4,
   precision: 32-true, seed: {seed}}}
 runs: {runs}
 """
+
+
+ANCHORS = "{name: pyramid, sizes: [[18.0, 25.0], [36.0, 50.0], [72.0]], ratios: [0.6, 1.0, 1.67]}"
+HEADS = {
+    "ssd": f"{{name: ssd, anchors: {ANCHORS}}}",
+    "retinanet": f"{{name: retinanet, anchors: {ANCHORS}}}",
+    "yolox": "{name: yolox}",
+    "faster_rcnn": f"{{name: faster_rcnn, rpn: {{anchors: {ANCHORS}}}}}",
+}
 
 
 @datasets.register("squares")
@@ -82,35 +92,47 @@ class Squares(Dataset):
         return SIDE, SIDE
 
 
-def run(rule: str, seed: int, lr: float) -> dict[str, object]:
+RULES: dict[str, dict[str, Any]] = {
+    "detkit": {},
+    "torchvision": {"MINIMUM_NEGATIVES": 0},
+    "summed": {"weigh_empty_images": lambda losses, positive, negative: losses},
+}
+"""What is changed in the module of SSD, whose rules these are."""
+
+
+def run(head: str, rule: str, seed: int, lr: float) -> dict[str, object]:
     """Train once; the scores and the time."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
-        config.write_text(CONFIG.format(seed=seed, lr=lr, runs=folder))
-        rules: dict[str, dict[str, Any]] = {
-            "detkit": {},
-            "torchvision": {"MINIMUM_NEGATIVES": 0},
-            "summed": {"weigh_empty_images": lambda losses, positive, negative: losses},
-        }
-        changes = rules[rule]
+        config.write_text(CONFIG.format(head=HEADS[head], seed=seed, lr=lr, runs=folder))
         started = time.perf_counter()
-        with mock.patch.multiple(ssd, **changes) if changes else mock.patch.object(ssd, "__doc__", ssd.__doc__):
+        with mock.patch.multiple(ssd, **RULES[rule]) if RULES[rule] else nullcontext():
             found = train(load_experiment([str(config)]))
         assert found is not None
         rows = [line.split(",") for line in found.metrics.read_text().splitlines()]
         last = dict(zip(rows[0], rows[-1]))
     scores = {key: round(float(last[key]), 4) for key in last if key in ("mAP", "mAP50")}
-    return {"rule": rule, "seed": seed, "lr": lr, **scores, "seconds": round(time.perf_counter() - started)}
+    return {
+        "head": head,
+        "rule": rule,
+        "seed": seed,
+        "lr": lr,
+        **scores,
+        "seconds": round(time.perf_counter() - started),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rule", choices=("detkit", "torchvision", "summed"), default="detkit")
+    parser.add_argument("--head", choices=tuple(HEADS), default="ssd")
+    parser.add_argument("--rule", choices=tuple(RULES), default="detkit", help="of SSD")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--json", type=Path, help="add the result to those in this file")
     options = parser.parse_args()
-    result = run(options.rule, options.seed, options.lr)
+    if options.head != "ssd" and options.rule != "detkit":
+        parser.error("--rule is for --head ssd")
+    result = run(options.head, options.rule, options.seed, options.lr)
     print(result)
     if options.json is not None:
         record = json.loads(options.json.read_text()) if options.json.exists() else {"runs": []}
