@@ -43,7 +43,7 @@ runs: {runs}
 ANCHORS = "{name: pyramid, sizes: [[18.0, 25.0], [36.0, 50.0], [72.0]], ratios: [0.6, 1.0, 1.67]}"
 HEADS = {
     "ssd": f"{{name: ssd, anchors: {ANCHORS}}}",
-    "retinanet": f"{{name: retinanet, anchors: {ANCHORS}}}",
+    "retinanet": f"{{name: retinanet, anchors: {ANCHORS.replace('[72.0]', '[72.0, 100.0]')}}}",
     "yolox": "{name: yolox}",
     "faster_rcnn": f"{{name: faster_rcnn, rpn: {{anchors: {ANCHORS}}}}}",
 }
