@@ -136,10 +136,10 @@ def test_mistakes_are_one_paragraph(run: Run, folder: Path, monkeypatch: pytest.
     fails((config, *content, *style, "--head.network.weights", "imagenet"), "give weights its path (.pth")
     fails((folder / "fast.yaml", *content, *style), "'data'", "not an option of detkit style")
     fails((folder / "absent.yaml", *content, *style), "absent.yaml", "style.yaml")
-    fails((), "detkit style needs a config first")
+    fails((), "detkit style needs a config as its first argument")
     status, _, error = run("infer", config, *content, *style)
     assert status == 1
-    assert "takes a run's folder or a checkpoint, but" in error
+    assert "takes a run folder or a checkpoint, but" in error
     assert "detkit style" in error
 
 

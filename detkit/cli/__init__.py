@@ -1,4 +1,4 @@
-"""The command line, `detkit COMMAND ...`: each command is a module, found by `commands`."""
+"""The command line, `detkit COMMAND ...`. Each command is a module, discovered by `commands`."""
 
 import atexit
 import importlib
@@ -19,11 +19,11 @@ ENDING = "_command"
 
 
 def commands() -> dict[str, ModuleType]:
-    """The modules of all commands, by name.
+    """Return the modules of all commands by name.
 
-    A command is a module with a function `run(arguments: list[str]) -> None`, which raises DetkitError for a mistake of
-    the user. It is the module <name> of this package, or the module <name>_command in a folder of the zoo. The first
-    line of its docstring is its help. All are imported at every start, so they import heavy modules within functions.
+    A command is a module with a function `run(arguments: list[str]) -> None`, which raises DetkitError for user errors.
+    It is either <name> in this package or <name>_command in a zoo package. The first line of its docstring is its help
+    text. All command modules are imported at every start, so they import heavy modules inside functions.
     """
     own = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     found = {_name(module): module for module in own if hasattr(module, "run")}
@@ -41,12 +41,12 @@ def _name(module: ModuleType) -> str:
 
 
 def summary(command: ModuleType) -> str:
-    """The line of `detkit --help` for a command."""
+    """Return the line that `detkit --help` shows for a command."""
     return (command.__doc__ or "").partition("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a user's mistake, 130 when interrupted."""
+    """Run one command and return its exit status: 0, 1 after a user error, 130 if interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     tolerate_any_text()
     try:
@@ -62,23 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = REMEDIES.get(error.errno, "Check the path, the free space and the permissions.")
         return _fail(f"{error.strerror}{name}. {remedy}")
     except ValueError as error:
-        if "null" not in str(error):  # Python's words for a path that holds NUL
+        if "null" not in str(error):  # Python reports a NUL in a path this way
             raise
-        return _fail(f"A path holds a NUL character ({error}). Correct it.")
+        return _fail(f"A path contains a NUL character ({error}). Correct it.")
     except KeyboardInterrupt:
-        hint = " The run goes on from its last whole epoch with --resume RUN." if given[:1] == ["train"] else ""
+        hint = " Use --resume RUN to continue from the last complete epoch." if given[:1] == ["train"] else ""
         _fail(f"stopped.{hint}")
         return 130
 
 
 def entry(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`main` as a process of its own.
+    """Run `main` and exit the process with its status.
 
-    When a process ends, Python destroys torch object by object, which takes a second: a third of what `detkit infer`
-    needs for one image. So that command ends the process directly, after everything else that is due at its end.
+    At exit, Python destroys torch object by object. This takes about a second, a third of the time `detkit infer` needs
+    for one image, so that command ends the process directly once all other exit handlers have run.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    status = 1  # until the command has ended in another way than by an exception
+    status = 1  # unless the command returns
 
     def leave() -> None:
         with suppress(OSError):
@@ -87,7 +87,7 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
         os._exit(status)
 
     if given[:1] == ["infer"]:
-        atexit.register(leave)  # the first to be registered is the last to be called
+        atexit.register(leave)  # handlers run in reverse order, so this one runs last
     status = main(given)
     sys.exit(status)
 
@@ -112,7 +112,7 @@ def _run(given: list[str]) -> None:
 
 
 def _fail(text: str) -> int:
-    """Print on standard error why the command ends; returns its exit status."""
+    """Print the reason for the failure to standard error and return the exit status."""
     with suppress(OSError):
         print(f"detkit: {printable(text)}", file=sys.stderr)
     with suppress(OSError):
@@ -121,10 +121,10 @@ def _fail(text: str) -> int:
 
 
 def _flush() -> None:
-    """Write out what was printed. What cannot be written is dropped, or Python would try again, in vain, at its end.
+    """Flush standard output. Output that cannot be written is dropped; otherwise Python would retry it at exit.
 
     Raises:
-        OSError: the disk is full. That the reader of a pipe has gone is no error.
+        OSError: the disk is full. A closed pipe is not an error.
     """
     try:
         if sys.stdout is not None:

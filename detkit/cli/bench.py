@@ -1,4 +1,4 @@
-"""Time the predictions of a model of yours: detkit bench RUN [--source IMAGES] [--batch 8] [--json FILE]."""
+"""Measure the prediction speed of a model: detkit bench RUN [--source IMAGES] [--batch 8] [--json FILE]."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detkit.inference.predictor import Predictor
 
 WARM_UP = 3
-"""Batches that are not timed: they include one-time costs (memory, threads, compilation)."""
+"""Number of untimed batches at the start; they include one-time costs (memory, threads, compilation)."""
 FIRST_KEY = "detkit_bench"
 
 
@@ -26,15 +26,15 @@ class BenchOptions:
     """Options of `detkit bench`.
 
     Args:
-        checkpoint: a run's folder, or a checkpoint file.
-        source: an image, a folder of images, or a glob in quotes, read before the clock starts; default random images
-            of the network's input size, on which a detector finds little, so that it has little to suppress.
-        device: auto, cpu, cuda, cuda:1, mps.
+        checkpoint: a run folder or a checkpoint file.
+        source: an image, a folder of images or a quoted glob pattern; reading is not timed. Default: random images of
+            the network's input size, on which a detector finds little and therefore has little to suppress.
+        device: auto, cpu, cuda, cuda:1 or mps.
         precision: auto, fp32, bf16 or fp16, as in detkit infer.
-        compile: let TorchInductor compile the network.
-        batch: images in a batch.
-        images: images to time, rounded up to whole batches.
-        json: a file for the figures.
+        compile: compile the network with TorchInductor.
+        batch: batch size.
+        images: number of images to time, rounded up to full batches.
+        json: file to write the results to.
     """
 
     checkpoint: str
@@ -48,7 +48,7 @@ class BenchOptions:
 
 
 def run(arguments: list[str]) -> None:
-    """Time a model from an image array to predictions, and print the figures."""
+    """Time a model from image arrays to predictions and print the results."""
     refuse_config("bench", arguments)
     options = parse_options(BenchOptions, "bench", arguments)
     if options is None:
@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> None:
         f"model      {figures['parameters'] / 1e6:.2f} M parameters, input {' x '.join(map(str, figures['input']))}\n"
         f"runs on    {figures['runs_on']}\n"
         f"processor  {figures['processor']}\n"
-        f"time       {figures['median_ms']:.2f} ms an image: the median of {figures['images']} images, batch "
+        f"time       {figures['median_ms']:.2f} ms per image: median over {figures['images']} images, batch size "
         f"{options.batch}; 10th and 90th percentile {figures['p10_ms']:.2f} and {figures['p90_ms']:.2f} ms\n"
-        f"rate       {figures['images_per_second']:.1f} images a second"
+        f"rate       {figures['images_per_second']:.1f} images per second"
     )
     if options.json is not None:
         write_json(options.json, figures)
@@ -91,7 +91,7 @@ def _measure(options: BenchOptions, checkpoint: str, files: list[Path] | None) -
     device = usable_device(options.device)
     check_choices(options.precision, options.compile, device)
     model = load_model(checkpoint)
-    parameters = sum(parameter.numel() for parameter in model.parameters())  # before norms are folded away
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # counted before batch norms are folded
     predictor = Predictor(model, options.device, None, options.precision, options.compile)
     if device.type == "cpu":
         keep_freed_memory()
@@ -122,7 +122,7 @@ def _measure(options: BenchOptions, checkpoint: str, files: list[Path] | None) -
 
 
 def _images(files: list[Path] | None, size: tuple[int, int]) -> Iterator["np.ndarray"]:
-    """Endless (H, W, 3) uint8 images: the files in turn, else random pixels of the given (height, width)."""
+    """Yield (H, W, 3) uint8 images endlessly: the files in turn, or random pixels of size (height, width)."""
     import numpy as np
 
     from detkit.data.image import read_image
@@ -135,18 +135,18 @@ def _images(files: list[Path] | None, size: tuple[int, int]) -> Iterator["np.nda
 
 
 def _times(predictor: "Predictor", images: Iterator["np.ndarray"], batch: int, count: int) -> list[float]:
-    """Milliseconds an image, for each of `count` batches; reading the images is not included."""
+    """Return the milliseconds per image of each of `count` batches, excluding the time to read the images."""
     times = []
     for _ in range(count):
         arrays = [next(images) for _ in range(batch)]
         started = time.perf_counter()
-        list(predictor.predict_all(arrays, batch_size=batch))  # predictions arrive on the CPU, so a GPU has finished
+        list(predictor.predict_all(arrays, batch_size=batch))  # returns CPU tensors, so the GPU has finished
         times.append(1e3 * (time.perf_counter() - started) / batch)
     return times
 
 
 def _processor(device: Any) -> str:
-    """The name of the GPU, or of the CPU."""
+    """Return the name of the GPU or CPU."""
     import platform
 
     import torch

@@ -1,4 +1,4 @@
-"""Score a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
+"""Evaluate a checkpoint on validation data: detkit eval RUN [--data.root PATH ...]."""
 
 from pathlib import Path
 
@@ -8,26 +8,28 @@ from detkit.io.terminal import Console
 
 HELP = """usage: detkit eval RUN_OR_CHECKPOINT [--OPTION VALUE ...]
 
-  --data.root PATH         other data than those of the training; any option of data, or a whole --data '{...}'
-  --data.val SPLIT         name of the validation split in these data
-  --proposals '{...}'      for heads that need them, as in a config: '{name: file, path: FILE}'
-  --precision PRECISION    auto, fp32, bf16 or fp16: scores of the network as `detkit infer --precision` runs it;
-                           without it those of the network in fp32 as it was trained
-  --save-json FILE         the predictions, with the data set's own ids
+  --data.root PATH         evaluate on other data; accepts any option of data, or a complete --data '{...}'
+  --data.val SPLIT         name of the validation split in this data
+  --proposals '{...}'      for heads that need proposals, as in a config: '{name: file, path: FILE}'
+  --precision PRECISION    auto, fp32, bf16 or fp16: evaluate the network as `detkit infer --precision` runs it;
+                           default: the network as trained, in fp32
+  --save-json FILE         write the predictions, with the data set's own ids
   --device DEVICE          auto, cpu, cuda or mps; default as in training
-  --train.max_dets N       detections of each class in an image that COCO's figures count; default 100
-  --train.batch_size N     images in a batch; default as in training
-  --train.workers N        processes that read images; default as in training"""
+  --train.max_dets N       detections per class and image that the COCO metrics count; default 100
+  --train.batch_size N     batch size; default as in training
+  --train.workers N        number of processes that read images; default as in training"""
 PARTS = frozenset({"data", "proposals"})
 KEYS = frozenset({"train.batch_size", "train.workers", "train.device", "train.max_dets"})
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate, print the scores, and write the predictions if asked to."""
+    """Evaluate, print the scores and, with --save-json, write the predictions."""
     if wants_help(arguments) or not arguments or arguments[0].startswith("--"):
         Console().print(HELP)
         if not wants_help(arguments):
-            raise DetkitError("detkit eval needs a run's folder (runs/detect/quickstart) or a checkpoint file first.")
+            raise DetkitError(
+                "detkit eval needs a run folder (runs/detect/quickstart) or a checkpoint file as its first argument."
+            )
         return
     save_json, rest = take_option(arguments[1:], "--save-json")
     precision, rest = take_option(rest, "--precision")
@@ -39,7 +41,7 @@ def run(arguments: list[str]) -> None:
     from detkit.inference.paths import check_results_file
     from detkit.io.runs import resolve_checkpoint
 
-    path = resolve_checkpoint(arguments[0])  # before anything heavy
+    path = resolve_checkpoint(arguments[0])  # before the slow imports
     if save_json is not None:
         check_results_file(Path(save_json))
     _evaluate(path, rest, save_json, precision)
@@ -50,7 +52,7 @@ def _check_overrides(arguments: list[str]) -> None:
         key = argument[2:].split("=")[0]
         if argument.startswith("--") and key.partition(".")[0] not in PARTS and key not in KEYS:
             raise DetkitError(
-                f"'{argument}' cannot be changed in an evaluation, whose model is the checkpoint's. "
+                f"'{argument}' cannot be changed in an evaluation, since the checkpoint defines the model. "
                 f"{nearest(key, {'data.*', 'proposals.*', 'save-json', 'precision', 'device', *KEYS})}"
             )
 
@@ -87,7 +89,7 @@ def _evaluate(path: str, overrides: list[str], save_json: str | None, precision:
     if precision is not None:
         from detkit.inference.optimization import FastNetwork
 
-        network = FastNetwork(model, precision)  # type: ignore[arg-type]  # which reports a wrong one
+        network = FastNetwork(model, precision)  # type: ignore[arg-type]  # FastNetwork validates it
         choices = network.choices
     console.print(f"runs on    {choices}")
     batch_size = max(1, options.batch_size // (options.accumulate * options.devices))

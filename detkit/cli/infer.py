@@ -1,4 +1,4 @@
-"""Draw predictions on images: detkit infer RUN --source IMAGE|FOLDER|'*.jpg'|VIDEO."""
+"""Run a model on images or a video: detkit infer RUN --source IMAGE|FOLDER|'*.jpg'|VIDEO."""
 
 import gc
 from collections.abc import Iterator
@@ -18,28 +18,29 @@ class InferOptions:
     """Options of `detkit infer`.
 
     Args:
-        checkpoint: a run's folder, or a checkpoint file.
-        source: an image, a folder of images, a glob in quotes, or a video.
-        output: the folder to write to; default runs/infer/run, run2 ...
-        conf: detections need a higher score, 0..1; default 0.25.
-        iou: of two boxes of one class with a higher IoU, the one with the lower score is removed; default as trained.
-        max_det: detections of an image, at most; default as trained.
-        classes: names or numbers of the classes to keep, with commas between: WBC,RBC; default all.
-        proposals: source of the regions, for a head that needs them; default as trained.
-        device: auto, cpu, cuda, cuda:1, mps.
-        precision: auto, fp32, bf16 or fp16; auto is bf16 where the hardware has matrix units for it
-            (AMX, tensor cores), else fp32.
-        compile: let TorchInductor compile the network, which takes a minute the first time.
-        batch: images in a batch.
-        skip_broken: skip unreadable images, and list them at the end, instead of stopping.
+        checkpoint: a run folder or a checkpoint file.
+        source: an image, a folder of images, a quoted glob pattern or a video.
+        output: folder to write to; default runs/infer/run, run2 ...
+        conf: score threshold, 0..1; only detections with a higher score are kept; default 0.25.
+        iou: NMS threshold, 0..1; of two boxes of one class with a higher IoU, the lower-scoring one is removed;
+            default as trained.
+        max_det: maximum number of detections per image; default as trained.
+        classes: comma-separated names or labels of the classes to keep: WBC,RBC; default all.
+        proposals: proposal source, for a head that needs one; default as trained.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        precision: auto, fp32, bf16 or fp16; auto is bf16 if the hardware has matrix units for it
+            (AMX, tensor cores), otherwise fp32.
+        compile: compile the network with TorchInductor, which takes about a minute the first time.
+        batch: batch size.
+        skip_broken: skip unreadable images and list them at the end instead of stopping.
         save_images: write images with the predictions drawn.
-        save_json: write predictions.json, COCO results with boxes as xywh pixels.
-        save_txt: write YOLO text, a file for each image.
-        save_conf: with the score as sixth column of the text.
-        save_crop: write each detection as an image of its own.
-        gallery: for a model that gives embeddings, a folder of known things: a folder of images for each name, or
-            images named by their files; each image of `source` gets the name of the nearest.
-        threshold: the distance to it, 0..2, from which on an image is unknown; default the best of the evaluation.
+        save_json: write predictions.json, in COCO results format with boxes as xywh pixels.
+        save_txt: write one YOLO text file per image.
+        save_conf: add the score as the sixth column of these files.
+        save_crop: write each detection as a separate image.
+        gallery: for an embedding model, a folder of reference images, in one subfolder per name or named by file; each
+            image of `source` gets the name of its nearest reference image.
+        threshold: distance to the gallery, 0..2, from which an image is unknown; default as found in evaluation.
     """
 
     checkpoint: str
@@ -65,7 +66,7 @@ class InferOptions:
 
 
 def run(arguments: list[str]) -> None:
-    """Predict on all images of the source, and write the results."""
+    """Predict on all images of the source and write the results."""
     refuse_config("infer", arguments)
     options = parse_options(InferOptions, "infer", arguments)
     if options is None:
@@ -73,7 +74,7 @@ def run(arguments: list[str]) -> None:
     from detkit.inference.paths import check_output, check_source
     from detkit.io.runs import resolve_checkpoint
 
-    # Mistakes that can be found without the model are reported before the time that torch and the model take to load.
+    # Importing torch and loading the model takes seconds, so user errors are reported first where possible.
     checkpoint = resolve_checkpoint(options.checkpoint)
     prediction = _prediction(options)
     check_range("", 1, batch=options.batch)
@@ -94,17 +95,15 @@ def run(arguments: list[str]) -> None:
     console.print(f"checkpoint {checkpoint}\nclasses    {predictor.model.classes}")
     console.print(f"runs on    {predictor.network.choices}")
     if options.compile:
-        console.print(
-            "compiling  before the first image: minutes for a large network, seconds where it was kept before"
-        )
+        console.print("compiling  before the first image: minutes for a large network, seconds if it is in the cache")
     common = {name: getattr(options, name) for name in ("batch", "skip_broken", "save_images", "save_json")}
     infer(predictor, options.source, output, prediction, **common)
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """For imports: those of torch create half a million objects that stay, and searching them for garbage again and
-    again takes half a second."""
+    """Disable garbage collection during imports: torch creates half a million permanent objects, and scanning them
+    repeatedly takes half a second."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""List heads with their tasks, backbones, necks and the configs that come with detkit: detkit models."""
+"""List heads with their tasks, backbones, necks and bundled configs: detkit models."""
 
 import re
 from pathlib import Path
@@ -9,12 +9,12 @@ from detkit.io.terminal import Console
 
 
 def run(arguments: list[str]) -> None:
-    """Print the names, each with its summary."""
+    """Print all names with their summaries."""
     console = Console()
     if wants_help(arguments):
         console.print(
-            "usage: detkit models\n\nNames for a config's head, backbone and neck, those of installed packages too, "
-            "and the configs that\n`detkit train NAME` takes."
+            "usage: detkit models\n\nLists the names available for a config's head, backbone and neck, including those "
+            "of installed\npackages, and the configs for `detkit train NAME`."
         )
         return
     if arguments:
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
         console.print(f"{title}:")
         for name in registry.names():
             part = registry.get(name)
-            # Of a part without a docstring inspect would give its base class's.
+            # Not inspect.getdoc, which falls back to the docstring of the base class.
             text = _first_sentence(inspect.cleandoc(part.__doc__ or "").split("\n\n")[0])
             task = f"{getattr(part, 'task', ''):10}" if registry is heads else ""
             console.print(f"  {name:16} {task}{text}".rstrip())
@@ -42,6 +42,6 @@ def _first_sentence(text: str) -> str:
 
 
 def _header(config: Path) -> str:
-    """The first sentence of the comment at the top of a config."""
+    """Return the first sentence of the comment at the top of a config."""
     lines = config.read_text(encoding="utf-8").split("\n#\n")[0].splitlines()
     return _first_sentence("\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#")))

@@ -1,4 +1,4 @@
-"""Parsing of command lines, shared by all commands."""
+"""Command-line parsing shared by all commands."""
 
 import inspect
 import os
@@ -15,12 +15,12 @@ YAML = (".yaml", ".yml")
 
 
 def wants_help(arguments: list[str]) -> bool:
-    """Whether `-h` or `--help` is among the arguments."""
+    """Return whether the arguments contain `-h` or `--help`."""
     return "-h" in arguments or "--help" in arguments
 
 
 def take_option(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of `--option value` or `--option=value`, and the arguments without it."""
+    """Return the value of `--option value` or `--option=value`, and the remaining arguments."""
     for index, argument in enumerate(arguments):
         if argument == option:
             if index + 1 == len(arguments):
@@ -32,7 +32,7 @@ def take_option(arguments: list[str], option: str) -> tuple[str | None, list[str
 
 
 def leading_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Configs, given first or by --config, and the other arguments."""
+    """Split arguments into configs (leading or given by --config) and the rest."""
     configs: list[str] = []
     rest = list(arguments)
     while rest and not rest[0].startswith("-"):
@@ -44,15 +44,17 @@ def leading_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(configs: list[str], overrides: list[str], command: str) -> "Experiment | None":
-    """The experiment of a command that takes configs, or None after --print_config.
+    """Load the experiment for a command that takes configs; return None after --print_config.
 
     Raises:
-        DetkitError: there is no config, or it is not valid.
+        DetkitError: no config is given, or it is not valid.
     """
     from detkit.config import experiment_to_dict, load_experiment
 
     if not configs:
-        raise DetkitError(f"detkit {command} needs a config first, for example: detkit {command} quickstart")
+        raise DetkitError(
+            f"detkit {command} needs a config as its first argument, for example: detkit {command} quickstart"
+        )
     show = "--print_config" in overrides
     experiment = load_experiment(configs, [override for override in overrides if override != "--print_config"])
     if show:
@@ -65,45 +67,45 @@ def load_config(configs: list[str], overrides: list[str], command: str) -> "Expe
 
 
 def report_configs(configs: list[str]) -> None:
-    """Print the files that are used for configs that were given by name."""
+    """Print the path of each config that was given by name."""
     from detkit.config import find_config
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once, where a process for each device runs the command
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # only once in multi-process training
         for config in configs:
             if (path := str(find_config(config)[0])) != config:
                 Console().print(f"config     {path}")
 
 
 def experiment_help(command: str, extra: str) -> None:
-    """Print the help of a command that takes configs."""
+    """Print the help text of a command that takes configs."""
     from detkit.config import Experiment, packaged_configs
     from detkit.schema import print_options
 
     console = Console()
     console.print(f"usage: detkit {command} CONFIG [CONFIG2 ...] [--KEY VALUE ...]\n{extra}\n")
-    console.print("CONFIG is a YAML file, or the name of a config that comes with detkit; of several, later ones win.")
-    console.print("--config CONFIG adds one too. --print_config shows the outcome.\n")
+    console.print("CONFIG is a YAML file or the name of a bundled config; later configs override earlier ones.")
+    console.print("--config CONFIG adds another one. --print_config prints the merged config.\n")
     console.print(print_options(Experiment).rstrip())
-    console.print(f"\nconfigs that come with detkit (`detkit models` describes them): {', '.join(packaged_configs())}")
+    console.print(f"\nbundled configs (`detkit models` describes them): {', '.join(packaged_configs())}")
 
 
 def refuse_config(command: str, arguments: list[str]) -> None:
-    """Raise DetkitError if the first argument is a config, for a command that takes a run."""
+    """Raise DetkitError if the first argument of a command that takes a run is a config."""
     from detkit.cli import commands, summary
 
     if arguments and arguments[0].endswith(YAML):
         others = (f"detkit {name}" for name, module in commands().items() if "CONFIG" in summary(module))
         raise DetkitError(
-            f"detkit {command} takes a run's folder or a checkpoint, but '{arguments[0]}' is a config. Commands that "
+            f"detkit {command} takes a run folder or a checkpoint, but '{arguments[0]}' is a config. Commands that "
             f"take a config: {', '.join(others)}."
         )
 
 
 def config_values(schema: type[Any], config: str, command: str) -> dict[str, Any]:
-    """The values of a config for `parse_options`, of a command with a schema of its own.
+    """Read a config for a command with its own schema, as the `values` of `parse_options`.
 
     Raises:
-        ConfigError: the file is missing or malformed, or has a key that `schema` does not.
+        ConfigError: the file is missing or malformed, or has a key that is not in `schema`.
     """
     from detkit.config import read_yaml
     from detkit.errors import nearest
@@ -125,17 +127,17 @@ def parse_options(
     positional: bool = True,
     values: dict[str, Any] | None = None,
 ) -> Options | None:
-    """`arguments` as `schema`, or None after --help.
+    """Parse `arguments` into an instance of `schema`; return None after --help.
 
     Args:
         schema: a dataclass.
-        command: the command, for messages.
-        arguments: those of the command line; `--head.width 16` goes into the mapping `head`.
-        positional: the first field may be given without its name.
-        values: fields that are set already; arguments win.
+        command: name of the command, for messages.
+        arguments: command-line arguments; `--head.width 16` sets `width` in the mapping `head`.
+        positional: whether the first field may be given without its name.
+        values: initial field values, overridden by `arguments`.
 
     Raises:
-        DetkitError: an option is unknown or missing, or has a value of the wrong type.
+        DetkitError: an option is unknown or missing, or its value has the wrong type.
     """
     from detkit.errors import nearest
     from detkit.schema import build, from_text, given_options, option_names, option_type, plain, print_options, put
@@ -152,7 +154,7 @@ def parse_options(
     given = dict(values or {})
 
     def field(name: str) -> str:
-        # Users write --max-det as well as --max_det.
+        # Accept --max-det as well as --max_det.
         found = name.partition(".")[0].replace("-", "_")
         if found not in names:
             raise ConfigError(f"'--{found}' is not a valid option of detkit {command}. {nearest(found, names)}")
@@ -170,6 +172,6 @@ def parse_options(
             raise ConfigError(f"'--{name}' is missing. Give it as --{name} VALUE.")
         return build(schema, {name: plain(value, f"--{name}") for name, value in given.items()}, "--")
     except ConfigError as error:
-        several = " Several images are one text, a folder or a pattern in quotes: --source '*.jpg'"
+        several = " To give several images, use a folder or a quoted glob pattern: --source '*.jpg'"
         hint = several if "source" in names and "is not an option" in str(error) else ""
         raise DetkitError(f"{error}{hint} See detkit {command} --help.") from None

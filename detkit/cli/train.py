@@ -1,4 +1,4 @@
-"""Train a model, evaluate it, draw predictions: detkit train CONFIG.yaml [--train.epochs 50 ...]."""
+"""Train a model, evaluate it and draw predictions: detkit train CONFIG.yaml [--train.epochs 50 ...]."""
 
 import json
 
@@ -8,11 +8,11 @@ from detkit.io.terminal import Console
 
 
 def run(arguments: list[str]) -> None:
-    """Train, and print the scores of the best epoch."""
+    """Train a model and print the scores of the best epoch."""
     configs, rest = leading_configs(arguments)
     resume, rest = take_option(rest, "--resume")
     if resume == "":
-        raise DetkitError("--resume needs the folder of a run, but got an empty text. Is a variable unset?")
+        raise DetkitError("--resume needs a run folder, but got an empty string. Is a variable unset?")
     if resume is not None and not configs:
         configs = [f"{resume}/config.yaml"]
     if wants_help(rest):
@@ -33,5 +33,5 @@ def run(arguments: list[str]) -> None:
         return
     from detkit.cli.eval import run as evaluate
 
-    # The checkpoint may be from before a resume with data elsewhere.
+    # The data may have moved since the checkpoint was written, if the run was resumed.
     evaluate([str(folder.best), "--data", json.dumps(experiment.data)])

@@ -23,7 +23,7 @@ def test_figures_are_printed_and_written(run: Run, checkpoint: Path, tmp_path: P
     assert (figures["input"], figures["device"], figures["precision"]) == ([64, 64], "cpu", "fp32")
     assert figures["processor"] in output
     assert f"{figures['median_ms']:.2f} ms an image" in output
-    assert f"{figures['images_per_second']:.1f} images a second" in output
+    assert f"{figures['images_per_second']:.1f} images per second" in output
     assert re.search(r"0\.0\d M parameters, input 64 x 64", output)
     assert run("bench", checkpoint, *given)[0] == 0  # its own results may be replaced
 
@@ -60,7 +60,7 @@ def test_images_of_the_user_are_repeated_in_turn(
 def test_mistakes(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     fails(run("bench"), "'--checkpoint' is missing")
     fails(run("bench", "nms"), "There is no checkpoint 'nms'")
-    fails(run("bench", "quickstart.yaml"), "takes a run's folder or a checkpoint")
+    fails(run("bench", "quickstart.yaml"), "takes a run folder or a checkpoint")
     fails(run("bench", checkpoint, "--images", "0"), "'images' must be at least 1")
     fails(run("bench", checkpoint, "--imags", "3"), "'--imags'", "Did you mean 'images'")
     fails(run("bench", checkpoint, "--source", tmp_path / "nowhere"), "nowhere")

@@ -47,7 +47,7 @@ def test_a_process_that_ends_early_ends_as_any_other(what: str, status: int, err
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some space"),
         (OSError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: 'a/b'. Change its permissions"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error. Check the path"),
-        (ValueError("embedded null byte"), "A path holds a NUL character"),
+        (ValueError("embedded null byte"), "A path contains a NUL character"),
         (DetkitError("a \x1b[2J name"), "a \\x1b[2J name"),
     ],
 )

@@ -39,7 +39,7 @@ class TestBadInput:
         fails(run("infer", checkpoint, "--soruce", "x"), "'--soruce'", "Did you mean 'source'")
         fails(run("infer", checkpoint), "source")
         fails(run("infer", checkpoint, "--source", "x", "--conf", "abc"), "conf", "abc")
-        fails(run("eval"), "needs a run's folder")
+        fails(run("eval"), "needs a run folder")
         fails(run("eval", checkpoint, "--head.nms_threshold", "0.3"), "'--head.nms_threshold' cannot be changed")
         fails(run("train", tiny_config, "--resume", ""), "--resume needs the folder")
         fails(run("infer", checkpoint, "--source", tiny_config.parent), "no images")

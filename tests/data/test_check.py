@@ -108,7 +108,7 @@ def test_check_does_not_fail_for_what_training_goes_on_with(tmp_path: Path, caps
     assert "duplicate object" in capsys.readouterr().out
     split(tmp_path, "train", [{}, {}, {"bbox": [1, 2, 0, 3]}])
     assert main(["check", str(config)]) == 1
-    assert "1 problem found, listed above. With data.broken = fail, as this config has it, training stops at them" in (
+    assert "1 problem found, listed above. With data.broken = fail, as set in this config, training stops at them" in (
         capsys.readouterr().err
     )
 

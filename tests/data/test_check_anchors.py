@@ -46,7 +46,7 @@ def test_the_proposal_fits_into_the_config(tiny_config: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("0", "--anchors is the number of anchors to propose, at least 1, but is '0'"),
+        ("0", "--anchors must be the number of anchors to propose, at least 1, but is '0'"),
         ("many", "at least 1, but is 'many'"),
         ("-3", "at least 1, but is '-3'"),
         ("9999", "--anchors asks for 9999, but the training split has objects of only"),
