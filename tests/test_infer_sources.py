@@ -59,5 +59,5 @@ def test_dark_images_are_counted(predictor: Predictor, tmp_path: Path, capsys: p
         )
     infer(predictor, str(tmp_path / "in"), tmp_path / "out")
     said = " ".join(capsys.readouterr().out.split())
-    assert "dark: 1 image of 16 bits, the first:" in said
+    assert "dark: 1 16-bit image, the first:" in said
     assert "use only 12 bits" in said

@@ -89,7 +89,7 @@ def test_a_folder_that_holds_the_source_is_refused_before_the_model_loads(
     status = main(["infer", str(broken), "--source", str(tmp_path / source), "--output", str(tmp_path / output)])
     assert status == 1
     error = capsys.readouterr().err
-    assert "holds the source" in error
+    assert "contains the source" in error
     assert error.count("\n") == 1
     assert contents(tmp_path) == before
 
@@ -158,7 +158,7 @@ def test_eval_does_not_replace_what_is_no_result(
     assert main(["eval", str(checkpoint), "--save-json", str(path)]) == (0 if content == "[]" else 1)
     if content != "[]":
         assert path.read_text() == content
-        assert "something other than results" in capsys.readouterr().err
+        assert "does not contain detkit results" in capsys.readouterr().err
 
 
 def names_of(root: Path, *files: str) -> list[str]:

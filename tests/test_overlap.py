@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from detkit.inference.background_io import Behind, ahead, items_ahead
+from detkit.inference.background_io import BackgroundWriter, ahead, items_ahead
 
 
 def test_results_come_in_order_from_another_thread() -> None:
@@ -66,23 +66,23 @@ def test_an_error_of_the_iterator_comes_where_its_item_would() -> None:
 
 def test_calls_behind_run_in_order_and_are_done_at_the_end() -> None:
     done: list[int] = []
-    with Behind(2) as behind:
+    with BackgroundWriter(2) as writer:
         for number in range(50):
-            behind.submit(done.append, number)
+            writer.submit(done.append, number)
     assert done == list(range(50))
 
 
 def test_the_first_error_behind_is_raised_and_no_call_after_it_is_made() -> None:
     done: list[float] = []
-    with pytest.raises(ZeroDivisionError), Behind(4) as behind:  # noqa: PT012 (which of the two raises is open)
+    with pytest.raises(ZeroDivisionError), BackgroundWriter(4) as writer:  # noqa: PT012 (which of the two raises is open)
         for number in range(20):
-            behind.submit(lambda value: done.append(6 // (3 - value)), number)
+            writer.submit(lambda value: done.append(6 // (3 - value)), number)
     assert done == [2, 3, 6]
 
 
 def test_what_was_submitted_before_an_error_in_front_is_done() -> None:
     done: list[int] = []
-    with pytest.raises(KeyError), Behind(8) as behind:  # noqa: PT012
-        behind.submit(done.append, 1)
+    with pytest.raises(KeyError), BackgroundWriter(8) as writer:  # noqa: PT012
+        writer.submit(done.append, 1)
         raise KeyError
     assert done == [1]

@@ -152,9 +152,9 @@ def test_one_image_of_every_kind(tiny: Any) -> None:
         (torch.full((3, 8, 8), 255.0), r"0\.\.1"),
         (torch.full((3, 8, 8), -1.0), r"0\.\.1"),
         (torch.full((3, 8, 8), float("nan")), r"0\.\.1"),
-        (None, "of the type NoneType"),
-        (3, "of the type int"),
-        ([image()], "of the type list"),
+        (None, "of type NoneType"),
+        (3, "of type int"),
+        ([image()], "of type list"),
         (np.zeros((8, 8, 3)), "uint8"),
     ],
 )

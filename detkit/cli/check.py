@@ -19,9 +19,7 @@ def run(arguments: list[str]) -> None:
     if anchors is not None and not (anchors.isdecimal() and int(anchors) > 0):
         raise DetkitError(f"--anchors must be the number of anchors to propose, at least 1, but is '{anchors}'.")
     if wants_help(rest):
-        experiment_help(
-            "check", "Only 'data' is used; --anchors N, which proposes N anchors for YOLO, uses 'input' too."
-        )
+        experiment_help("check", "Uses only 'data'; --anchors N, which proposes N anchors for YOLO, also uses 'input'.")
         return
     experiment = load_config(configs, rest, "check")
     if experiment is None:

@@ -1,4 +1,4 @@
-"""Work that goes on beside the main thread: what is needed next is made ahead, what is done with is put away behind."""
+"""Background threads for I/O: prefetching of inputs and deferred writing of outputs."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Generator[Result, None, None]:
-    """The results of `work` in the order of `items`, made in another thread, at most `depth` before they are asked for.
+    """Yield the results of `work` in the order of `items`, computed in another thread up to `depth` items ahead.
 
-    An error comes where its result would, and ends the iteration.
+    An exception is raised in place of its result and ends the iteration.
     """
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -32,9 +32,9 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int) -> 
 
 
 def items_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """The items in order, drawn from an iterator in another thread, at most `depth` before they are asked for.
+    """Yield the items in order, drawn from their iterator in another thread up to `depth` items ahead.
 
-    An error of the iterator comes where its item would, and ends the iteration.
+    An exception of the iterator is raised in place of its item and ends the iteration.
     """
     iterator, end = iter(items), object()
     with closing(ahead(lambda _: next(iterator, end), repeat(None), depth)) as drawn:
@@ -44,14 +44,13 @@ def items_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None
             yield item  # type: ignore[misc]
 
 
-class Behind:
-    """Runs calls one after the other in another thread; a context, whose end waits for all of them.
+class BackgroundWriter:
+    """Runs calls sequentially in another thread; a context manager that waits for all of them on exit.
+
+    An exception of a call is raised by a later `submit` or on exit, and the calls after it are skipped.
 
     Args:
-        depth: calls that may wait; the next `submit` waits with them.
-
-    Raises:
-        What a call raised, from a later `submit` or at the end; the calls after it are left out.
+        depth: maximum number of pending calls; with more, `submit` blocks.
     """
 
     def __init__(self, depth: int) -> None:
@@ -61,7 +60,7 @@ class Behind:
         self._failed = False
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Run `work(*arguments)` soon."""
+        """Queue the call `work(*arguments)`."""
         while len(self._pending) >= self._depth:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._run, work, arguments))
@@ -72,17 +71,17 @@ class Behind:
         try:
             work(*arguments)
         except BaseException:
-            self._failed = True  # those that wait already shall not follow what is missing
+            self._failed = True  # calls that are already queued must not run after a missing one
             raise
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # Also after an error elsewhere: what was found before it is written, as without threads.
+            # Also after an error elsewhere: results found before it are still written, as without threads.
             while self._pending:
                 self._pending.popleft().result()
         finally:

@@ -1,4 +1,4 @@
-"""A network compiled by TorchInductor: kept between runs, one for images of all sizes, and its errors told."""
+"""Compilation of a network by TorchInductor, with a persistent cache, dynamic image sizes and readable errors."""
 
 import logging
 import os
@@ -24,24 +24,22 @@ CACHE = "~/.cache/detkit/compiled"
 
 
 def compiled(model: Model, trunk: Trunk, head: Outputs) -> tuple[Trunk, Outputs]:
-    """The two parts of a network, compiled when they first run.
+    """Compile the two parts of a network; compilation takes place when they first run.
+
+    The returned functions raise ConfigError if there is no working compiler.
 
     Args:
-        model: whose parts they are.
-        trunk: from images to maps.
-        head: from maps to raw outputs.
-
-    Raises:
-        ConfigError: by the two functions, where there is no compiler that works.
+        model: the model that the parts belong to.
+        trunk: maps images to feature maps.
+        head: maps feature maps to raw outputs.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    # Torch's own folder is a temporary one. It sets the variable itself, sometimes before this.
+    # Torch's default folder is temporary. Torch sets the variable itself, possibly before this point.
     if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
         os.environ[CACHE_VARIABLE] = str(Path(CACHE).expanduser())
-    # It warns on every machine without a GPU that there is none.
+    # It warns about the missing GPU on every machine without one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # A network for images of all sizes.
     dynamic = not model.fit.one_size
     options: dict[str, Any] = {"freezing": True}
     fast_trunk = torch.compile(trunk, dynamic=dynamic, options=options)
@@ -54,7 +52,7 @@ def compiled(model: Model, trunk: Trunk, head: Outputs) -> tuple[Trunk, Outputs]
     def outputs(features: list[Tensor], inputs: Inputs) -> Any:
         if model.head.reads_sizes:
             return head(features, inputs)
-        # The sizes inside the padding only pass through; the compiled code would be for these alone.
+        # The sizes inside the padding only pass through, but as constants they would specialise the compiled code.
         whole = Inputs(inputs.size, (inputs.size,) * len(inputs.sizes), inputs.proposals)
         with compiler_errors():
             return with_sizes(fast_head(features, whole), inputs.sizes)
@@ -63,7 +61,7 @@ def compiled(model: Model, trunk: Trunk, head: Outputs) -> tuple[Trunk, Outputs]
 
 
 def with_sizes(outputs: Any, sizes: tuple[tuple[int, int], ...]) -> Any:
-    """Raw outputs of a head, nested named tuples, with these `sizes` of the images inside the padding."""
+    """Replace the image sizes inside the padding in a head's raw outputs, which are nested named tuples."""
     if not hasattr(outputs, "_fields"):
         return outputs
     changed = {name: with_sizes(value, sizes) for name, value in zip(outputs._fields, outputs)}
@@ -71,19 +69,19 @@ def with_sizes(outputs: Any, sizes: tuple[tuple[int, int], ...]) -> Any:
 
 
 def _compiler() -> list[str]:
-    """The C++ compiler's command, as TorchInductor chooses it."""
+    """Return the C++ compiler command that TorchInductor chooses."""
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     return shlex.split(os.environ.get("CXX", "")) or [usual]
 
 
-REMEDY = "Install it (the packages g++ and python3-dev), name another by the variable CXX, or leave --compile out."
+REMEDY = "Install it (packages g++ and python3-dev), set the variable CXX to another one, or omit --compile."
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where that needs a C++ compiler and there is none.
+    """Check that the C++ compiler that the device requires is installed.
 
     Raises:
-        ConfigError: naming the one that is missing.
+        ConfigError: it is missing.
     """
     command = _compiler()
     if device.type == "cpu" and not shutil.which(command[0]):
@@ -92,10 +90,10 @@ def check_compiler(device: torch.device) -> None:
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """The network is compiled when it first runs: what goes wrong then becomes a ConfigError.
+    """Convert compilation errors, which occur when the network first runs, to ConfigError.
 
     Raises:
-        ConfigError: with what the compiler said.
+        ConfigError: compilation failed; the message contains the compiler's.
     """
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -110,12 +108,10 @@ def compiler_errors() -> Iterator[None]:
                 f"{_last_error(getattr(reason, 'output', str(reason)))}. {REMEDY}"
             ) from error
         name, line = type(reason).__name__, (str(reason).splitlines() or [""])[0]
-        raise ConfigError(
-            f"TorchInductor cannot compile this network ({name}: {line}). Leave --compile out."
-        ) from error
+        raise ConfigError(f"TorchInductor cannot compile this network ({name}: {line}). Omit --compile.") from error
 
 
 def _last_error(said: str) -> str:
-    """The line that tells the most; the last of all may only say that the compiler gave up."""
+    """Return the most informative line; the very last one may only state that compilation failed."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "it said nothing")
+    return next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "no output")

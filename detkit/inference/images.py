@@ -1,4 +1,4 @@
-"""What `detkit infer` writes: images with what was found on them, predictions.json, and what the task adds."""
+"""Writes the results of `detkit infer`: annotated images, predictions.json and task-specific files."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ from detkit.data.image import read_image
 from detkit.data.sources import search
 from detkit.data.video import is_video
 from detkit.errors import DataError, check_range, counted, printable
-from detkit.inference.background_io import Behind, ahead
+from detkit.inference.background_io import BackgroundWriter, ahead
 from detkit.inference.paths import check_output, claimed_output, source_folder
 from detkit.inference.predictor import Predictor
 from detkit.inference.video import infer_video
@@ -28,10 +28,10 @@ from detkit.tasks.drawing import write_image
 from detkit.tasks.options import PredictOptions
 
 JPEG_SIDE = 65_500
-"""Pixels of a side that a JPEG can have; a larger image is written as PNG."""
+"""Maximum side of a JPEG in pixels; larger images are written as PNG."""
 NO_OPTIONS = PredictOptions()
 READ_AHEAD, WRITE_BEHIND = 4, 1
-"""Images that wait to be predicted and to be drawn and written, beyond a batch of each."""
+"""Images queued for prediction and for drawing and writing, in addition to one batch each."""
 
 
 def infer(
@@ -45,16 +45,16 @@ def infer(
     save_images: bool = True,
     save_json: bool = True,
 ) -> int:
-    """Predict on every image of `source`, or every frame of a video, and write what is asked for into `output`.
+    """Predict on every image of `source`, or every frame of a video, and write the results to `output`.
 
     Args:
-        options: of the prediction, as far as they apply to the model's task (Task.options).
+        options: prediction options that apply to the model's task (Task.options).
 
     Returns:
-        How many images were left out because they are broken.
+        The number of broken images that were skipped.
 
     Raises:
-        DataError: there is no image, or one is broken and `skip_broken` is false.
+        DataError: there are no images, or one is broken and `skip_broken` is false.
         ConfigError: an option does not apply to the model, or `output` is not a folder.
     """
     check_range("", 1, batch=batch)
@@ -85,7 +85,7 @@ def _infer_images(
     save_json: bool,
     options: PredictOptions,
 ) -> int:
-    """As `infer`, of files."""
+    """Implement `infer` for image files."""
     console, task = Console(), predictor.task
     names = result_names(files, root)
     ids = image_ids(names)
@@ -100,11 +100,11 @@ def _infer_images(
             write_image(output / "images" / f"{name}{suffix}", task.draw(image, found))
         task.write(output, name, image, found, meta, options)
 
-    # Of the first batch much of the time is for what is done once: loading, compiling.
+    # The first batch includes one-time costs (loading, compilation), so it is not timed.
     started, timed = 0.0, 0
     starts = track(range(0, len(files), batch), "predicting", console=console, disable=not console.is_terminal)
     try:
-        with closing(images), Behind(batch + WRITE_BEHIND) as behind:
+        with closing(images), BackgroundWriter(batch + WRITE_BEHIND) as writer:
             for start in starts:
                 whole, errors = _sort_out(zip(files[start : start + batch], images), skip_broken)
                 found_all = predictor.run([image for _, image in whole], options, batch)
@@ -113,10 +113,10 @@ def _infer_images(
                     meta = Meta(ids[file], str(file), (image.shape[0], image.shape[1]))
                     results += task.records(found, meta, predictor.model.classes)
                     console.print(f"{file}: {task.describe(found)}")
-                    behind.submit(write, name, image, found, meta)
+                    writer.submit(write, name, image, found, meta)
                 if errors and not skip_broken:
                     raise DataError(
-                        f"{errors[0]} What was found before it is in '{output}'. To leave broken images out: "
+                        f"{errors[0]} The results up to this image are in '{output}'. To skip broken images, use "
                         f"--skip-broken true."
                     )
                 broken += errors
@@ -124,24 +124,24 @@ def _infer_images(
                 if whole and not started:
                     started = time.perf_counter()
     finally:
-        # After an error or an interruption, too: nothing that was found is lost.
+        # Also after an error or an interruption, so that no results are lost.
         if save_json:
             write_json(output / "predictions.json", results)
     ended = time.perf_counter()
     for message in broken:
-        console.print(f"left out: {message}")
+        console.print(f"skipped: {message}")
     if dark:
-        console.print(f"dark: {counted(len(dark), 'image')} of 16 bits, the first: {dark[0]}")
+        console.print(f"dark: {counted(len(dark), '16-bit image')}, the first: {dark[0]}")
     count = len(files) - len(broken)
     each = f" ({1000 * (ended - started) / timed:.0f} ms each after the first {batch})" if timed else ""
-    console.print(f"{counted(count, 'image')}{each}, {len(results)} {task.noun}, {len(broken)} left out -> {output}")
+    console.print(f"{counted(count, 'image')}{each}, {len(results)} {task.noun}, {len(broken)} skipped -> {output}")
     return len(broken)
 
 
 def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:
-    """The pixels, or why there are none: a value, so that reading ahead does not end at it.
+    """Return the pixels, or the error as a value so that it does not end the prefetching.
 
-    What `read_image` notes of the file is added to `dark`.
+    Notes that `read_image` makes about the file are appended to `dark`.
     """
     notes: list[str] = []
     try:
@@ -155,7 +155,7 @@ def _read(file: Path, dark: list[str]) -> np.ndarray | DataError:
 def _sort_out(
     images: Iterable[tuple[Path, np.ndarray | DataError]], skip_broken: bool
 ) -> tuple[list[tuple[Path, np.ndarray]], list[DataError]]:
-    """Those that could be read, and why the others could not; up to the first broken one unless they are left out."""
+    """Split images into readable ones and errors; unless `skip_broken`, stop at the first error."""
     whole: list[tuple[Path, np.ndarray]] = []
     errors: list[DataError] = []
     for file, image in images:
@@ -169,10 +169,10 @@ def _sort_out(
 
 
 def result_names(files: Sequence[Path], root: Path) -> dict[Path, str]:
-    """A name for the results of each image: its stem where that is unique, else its path relative to `root`.
+    """Name the results of each image: by its stem if that is unique, otherwise by its path relative to `root`.
 
     shots/a.png gives "a"; cam1/0001.png and cam2/0001.png give "cam1/0001" and "cam2/0001"; a.jpg and a.png give
-    "a.jpg" and "a.png". Bytes that are not UTF-8 and control characters become escapes.
+    "a.jpg" and "a.png". Non-UTF-8 bytes and control characters are escaped.
     """
     paths = {file: _relative(file, root) for file in files}
     stems = Counter(path.stem for path in paths.values())
@@ -198,8 +198,8 @@ def _relative(file: Path, root: Path) -> Path:
 
 
 def image_ids(names: Mapping[Path, str]) -> dict[Path, int | str]:
-    """COCO's image_id of each image: the number that its file is named by (000000000139.jpg), where no other file has
-    the same number; else the name of its results."""
+    """Return the COCO image_id of each image: the number in its file name (000000000139.jpg) if it is unique, otherwise
+    its result name."""
     stems = {file: PurePosixPath(name).name.split(".")[0] for file, name in names.items()}
     numbers = Counter(int(stem) for stem in stems.values() if stem.isdecimal())
     return {

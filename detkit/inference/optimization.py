@@ -1,4 +1,4 @@
-"""A trained model made fast for prediction: batch norms inside convolutions, half precision, a compiled network."""
+"""Optimization of a trained model for prediction: batch-norm folding, half precision and compilation."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,41 +17,43 @@ from detkit.structures import Inputs
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIDE = 160
-"""Pixels of the image that shows what follows what in a network which takes images of any size."""
+"""Side in pixels of the image that traces the layer order of a network that takes images of any size."""
 TIMM_NORM = "BatchNormAct2d"
-"""timm's norm with an activation inside."""
+"""timm's batch norm with a built-in activation."""
 
 
 class FastNetwork:
-    """The raw outputs of a model, as fast as the hardware gives them.
+    """A model optimized to compute its raw outputs as fast as the hardware allows.
 
-    The model is changed for good: it is for prediction only from here on. Batch norms that follow a convolution become
-    part of its weights (differences of float32 rounding only). In half precision convolutions and linear layers compute
-    with half the bits and all else (norms, boxes, scores) in float32, which moves scores by some thousandths.
+    The model is modified in place and can only be used for prediction afterwards. Batch norms that follow a convolution
+    are folded into its weights (outputs differ by float32 rounding only). In half precision, convolutions and linear
+    layers compute in 16 bits and everything else (norms, boxes, scores) in float32, which changes scores by a few
+    thousandths.
 
     Args:
         model: in evaluation mode, on its device.
-        precision: "auto" is bf16 where the hardware has matrix units for it: GPUs of compute capability 8.0 on, CPUs
-            with AMX; else fp32, and for heads that need it (Head.full_precision). "bf16" also takes AVX512-BF16.
-        compile: let TorchInductor compile backbone, neck and head. It takes a minute the first time; the outcome is
-            kept in ~/.cache/detkit/compiled. One compilation serves all sizes of images; where they differ a
-            second one may follow, for images whose coarse maps have less than 20,480 values.
+        precision: "auto" is bf16 if the hardware has matrix units for it (GPUs of compute capability 8.0 or higher,
+            CPUs with AMX), otherwise fp32; always fp32 for heads with Head.full_precision. "bf16" also accepts
+            AVX512-BF16.
+        compile: compile backbone, neck and head with TorchInductor. This takes about a minute the first time; the
+            result is cached in ~/.cache/detkit/compiled. One compilation serves images of all sizes; if sizes differ,
+            a second one may follow for images whose coarse maps have fewer than 20,480 values.
 
     Attributes:
-        features: from images in 0..1 to the maps behind backbone and neck.
-        outputs: from these and the head's Inputs to its raw outputs.
-        choices: one line that says how it runs.
+        features: maps images in 0..1 to the feature maps after backbone and neck.
+        outputs: maps these and the head's Inputs to its raw outputs.
+        choices: one-line summary of how the network runs.
 
     Raises:
-        ConfigError: the precision is not to be had on the device, the model is in half precision already, or there is
-            no compiler. Whether one works shows when the network first runs, which raises a ConfigError too.
+        ConfigError: the precision is not available on the device, the model is already in half precision, or there is
+            no compiler. A compiler that does not work raises ConfigError when the network first runs.
     """
 
     def __init__(self, model: Model, precision: Precision = "auto", compile: bool = False) -> None:
         if any(weight.dtype != torch.float32 for weight in model.parameters()):
             raise ConfigError(
-                "This model is not in float32: it was made ready for predictions in half precision before, which "
-                "changes it for good. Load it once more."
+                "This model is not in float32: it has already been converted to half precision for prediction, which "
+                "cannot be undone. Load it again."
             )
         self.model = model
         self.device = model.mean.device
@@ -79,16 +81,16 @@ class FastNetwork:
     def __call__(
         self, images: Tensor, sizes: tuple[tuple[int, int], ...], proposals: tuple[Tensor, ...] | None = None
     ) -> Any:
-        """As the model's own forward; to be called inside `arithmetic`."""
+        """Compute the same as `Model.forward`; to be called inside `arithmetic`."""
         features = self.features(images)
         return self.outputs(features, Inputs((images.shape[2], images.shape[3]), sizes, proposals))
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Within it network and head, `decode` included, compute as chosen, without gradients."""
+        """Run network and head, including `decode`, in the chosen precision and without gradients."""
         half = self.precision != "fp32"
         dtype = DTYPES[self.precision] if half else None
-        # Also in float32, since the caller may have turned autocast on.
+        # Also in float32, since the caller may have enabled autocast.
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=half), usual_defaults():
             yield
 
@@ -103,9 +105,9 @@ class FastNetwork:
 
 @contextmanager
 def usual_defaults() -> Iterator[None]:
-    """Within it new tensors are float32 on the CPU, whatever torch's defaults are.
+    """Create new tensors as float32 on the CPU, whatever torch's defaults are.
 
-    The default dtype belongs to all threads: where the caller has changed it, they compute one after the other.
+    The default dtype is shared by all threads, so if the caller has changed it, they run one at a time.
     """
     device = torch.get_default_device()
     with nullcontext() if device.type == "cpu" else torch.device("cpu"):
@@ -122,10 +124,10 @@ def usual_defaults() -> Iterator[None]:
 
 
 def check_choices(precision: Precision, compile: bool, device: torch.device) -> None:
-    """Refuse what the machine does not have.
+    """Check that the machine supports the given precision and compilation.
 
     Raises:
-        ConfigError: the precision is not to be had on the device, or there is no compiler.
+        ConfigError: the precision is not available on the device, or there is no compiler.
     """
     choose_precision(precision, device)
     if compile:
@@ -133,10 +135,10 @@ def check_choices(precision: Precision, compile: bool, device: torch.device) -> 
 
 
 def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision, str]:
-    """The precision to compute in, and why: "auto" was resolved, or the instructions that serve it.
+    """Resolve the precision; return it with the reason: why "auto" chose it, or the instructions that it uses.
 
     Raises:
-        ConfigError: it is not to be had on the device.
+        ConfigError: it is not available on the device.
     """
     if asked == "fp32" or asked not in ("auto", *DTYPES):
         if asked != "fp32":
@@ -146,11 +148,11 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
     if asked == "auto":
         if native in MATRIX_UNITS:
             return "bf16", native
-        faster = f", but --precision bf16, by {native}, is faster and moves some boxes" if native else ""
+        faster = f", but --precision bf16, using {native}, is faster and changes some boxes" if native else ""
         return "fp32", f"no matrix units for bf16 on this {device.type}{faster}"
     if asked == "bf16" and not native:
         raise ConfigError(
-            f"This {device.type} has no instructions for bf16, which would be slower than fp32 here. Use --precision "
+            f"This {device.type} has no bf16 instructions, so bf16 would be slower than fp32. Use --precision "
             f"auto or fp32."
         )
     if asked == "fp16" and device.type not in ("cuda", "mps"):
@@ -160,12 +162,12 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[Precision,
 
 ONE_AT_A_TIME = threading.Lock()
 MATRIX_UNITS = ("tensor cores", "AMX")
-"""What makes bf16 so much faster than float32 that `auto` takes it, although a box in ten then moves by a pixel or its
-score by some hundredths. AVX512-BF16, 1.3 to 2.3 times as fast as float32, is left for the user to choose."""
+"""Hardware on which bf16 is so much faster than float32 that `auto` selects it, although one box in ten then moves by a
+pixel or its score by a few hundredths. AVX512-BF16, 1.3 to 2.3 times as fast as float32, is left to the user."""
 
 
 def bf16_instructions(device: torch.device) -> str:
-    """By what a device multiplies bf16 faster than float32; empty where it does not."""
+    """Name the hardware unit that multiplies bf16 faster than float32; empty if the device has none."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
@@ -178,10 +180,10 @@ def bf16_instructions(device: torch.device) -> str:
 
 @torch.no_grad()
 def fold_batch_norms(model: Model) -> int:
-    """Make batch norms part of the convolutions in front of them; how many.
+    """Fold batch norms into the convolutions before them; return their number.
 
-    What stands in front of what is seen in a pass of the network, not guessed from the order of its layers: a norm is
-    folded if it works on the untouched output of one and the same convolution each time, and nothing else reads that.
+    The order is observed in a forward pass, not inferred from the order of the modules: a norm is folded if its input
+    is always the unmodified output of the same convolution and nothing else reads that output.
     """
     makers: dict[nn.Module, list[nn.Module | None]] = {}
     calls: dict[nn.Module, int] = {}
@@ -190,7 +192,7 @@ def fold_batch_norms(model: Model) -> int:
 
     def made(module: nn.Module, _: Any, output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
-        # On the tensor itself: no output lives longer than it would without. An operation in place raises the version.
+        # Stored on the tensor, so that no output is kept alive. In-place operations increment the version.
         output.made_by = (module, output._version)  # type: ignore[attr-defined]
 
     def used(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -223,8 +225,8 @@ def fold_batch_norms(model: Model) -> int:
 
 
 def _unshared(model: Model, pairs: dict[nn.Module, nn.Module], with_head: bool) -> dict[nn.Module, nn.Module]:
-    """Those of the pairs (norm, convolution) whose convolution only the norm reads."""
-    several = len(set(pairs.values())) < len(pairs)  # two norms on one convolution read each other's
+    """Keep the pairs (norm, convolution) whose convolution is read by the norm only."""
+    several = len(set(pairs.values())) < len(pairs)  # two norms share a convolution
     if not pairs or not (several or _read_elsewhere(model, pairs, with_head)):
         return pairs
     if len(pairs) == 1:
@@ -234,10 +236,10 @@ def _unshared(model: Model, pairs: dict[nn.Module, nn.Module], with_head: bool) 
 
 
 def _read_elsewhere(model: Model, pairs: Mapping[nn.Module, nn.Module], with_head: bool) -> bool:
-    """Whether anything but its norm reads what one of the convolutions gives: a shortcut, another norm.
+    """Return whether anything but its norm (a shortcut, another norm) reads the output of one of the convolutions.
 
-    In a second pass the convolutions give NaN, for which their norms alone find the true values. Where NaN arrives at
-    another layer or in the network's outputs, it was read.
+    In a second pass the convolutions output NaN, and only their norms are given the true values. If NaN reaches another
+    layer or the network's outputs, the output was read there.
     """
     hooks, readers = [], []
 
@@ -263,21 +265,21 @@ def _read_elsewhere(model: Model, pairs: Mapping[nn.Module, nn.Module], with_hea
     try:
         return _has_nan(_probe(model, with_head)) or bool(readers)
     except (AttributeError, ValueError):
-        return True  # a norm got what is not its convolution's; or NaN where there may be none
+        return True  # a norm received another tensor than its convolution's, or a layer rejected NaN
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _has_nan(value: Any) -> bool:
-    """Whether there is NaN in a tensor, or in tensors in tuples and lists of any depth."""
+    """Return whether a tensor, or any tensor in nested tuples and lists, contains NaN."""
     if isinstance(value, Tensor):
         return bool(value.isnan().any())
     return isinstance(value, (tuple, list)) and any(map(_has_nan, value))
 
 
 def _probe(model: Model, with_head: bool) -> Any:
-    """A pass over an image of the mean colour; the maps, and the head's raw outputs."""
+    """Run the network on an image of the mean colour; return the maps and the head's raw outputs."""
     size = (PROBE_SIDE, PROBE_SIDE) if model.fit.resize == "short_side" else model.fit.size
     images = model.mean.expand(1, 3, *size).contiguous(memory_format=torch.channels_last)
     features = model.backbone((images - model.mean) / model.std)
@@ -293,13 +295,13 @@ def _probe(model: Model, with_head: bool) -> Any:
 
 
 def _foldable(module: nn.Module) -> bool:
-    """A norm that nobody listens to."""
+    """Return whether the module is a batch norm without hooks."""
     plain = type(module) is nn.BatchNorm2d or type(module).__name__ == TIMM_NORM
     return plain and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a norm does besides."""
+    """Return the remaining layers of a folded norm."""
     return nn.Sequential(norm.drop, norm.act) if type(norm).__name__ == TIMM_NORM else nn.Identity()  # type: ignore
 
 
@@ -319,7 +321,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 def _halve_weights(model: Model, dtype: torch.dtype) -> None:
-    """Once, instead of by autocast at each call."""
+    """Convert weights once, instead of through autocast in each call."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             if isinstance(module, nn.Conv2d):
@@ -328,11 +330,11 @@ def _halve_weights(model: Model, dtype: torch.dtype) -> None:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights (O, I, h, w) of a convolution in half precision, with the sum of each h x w kernel kept.
+    """Round convolution weights (O, I, h, w) to half precision, preserving the sum of each h x w kernel.
 
-    What rounding takes from one weight of a kernel the next one gets. Rounded one by one, the sums are off by as much
-    as all the errors of a kernel come to, and a whole uniform area of the image with them: of a detector trained on
-    blood cells that moved 23 of 100 scores by more than 0.02, against 5 of 100 with the sums kept.
+    The rounding error of each weight is carried over to the next one in its kernel. Rounded independently, errors add
+    up in the kernel sums and shift whole uniform areas of the image: for a detector trained on blood cells this changed
+    23 of 100 scores by more than 0.02, against 5 of 100 with error diffusion.
     """
     kernels = weight.flatten(2)
     out = torch.empty_like(kernels, dtype=dtype)

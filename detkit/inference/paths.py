@@ -1,6 +1,6 @@
-"""Checks of a prediction's source and output, before the model is loaded.
+"""Checks of the source and output paths of a prediction, before the model is loaded.
 
-Nothing heavy is imported, so that the command line refuses a mistake at once.
+This module imports nothing slow, so that the command line reports errors immediately.
 """
 
 import glob
@@ -16,11 +16,11 @@ from detkit.errors import ConfigError
 from detkit.io.files import make_folder, write_error
 
 CLAIM = ".detkit-infer"
-"""A file in the folder that a run writes to, from its start to its end."""
+"""Name of the file that marks an output folder as in use during a run."""
 
 
 def check_source(source: str) -> None:
-    """Refuse a source with no image and no video.
+    """Check that the source contains images or is a readable video.
 
     Raises:
         DataError: nothing is found, or the video cannot be opened.
@@ -32,10 +32,10 @@ def check_source(source: str) -> None:
 
 
 def check_output(folder: Path, source: str | Path | None = None) -> None:
-    """Refuse an output folder that cannot be written to, or that holds the source.
+    """Raise ConfigError if the output path is not a writable directory or contains the source.
 
     Raises:
-        ConfigError: naming the file or folder in the way.
+        ConfigError: naming the file or folder at fault.
     """
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -49,24 +49,24 @@ def check_output(folder: Path, source: str | Path | None = None) -> None:
         )
     if source is not None and existing == folder and source_folder(source).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
-            f"The output folder '{folder}' holds the source '{source}', which the results could replace. Give --output "
-            f"a new folder, or leave it out for a new one in runs."
+            f"The output folder '{folder}' contains the source '{source}', which the results could overwrite. Give "
+            f"--output a new folder, or omit it for a new one in runs."
         )
 
 
 @contextmanager
 def claimed_output(folder: Path) -> Iterator[Path]:
-    """Claim a new or empty folder for results, or the first such of folder2, folder3 ...
+    """Claim the first new or empty folder of folder, folder2, folder3 ... for results.
 
-    A folder with files in it is never written to, so that no file of the user's and no earlier result is replaced.
-    Several runs at once get a folder each: the first to create the file CLAIM, which is there during the run, has it.
+    Results are never written to a folder with files in it, so no user file and no earlier result is overwritten.
+    Concurrent runs get separate folders: each is claimed by creating the file CLAIM, which exists during the run.
 
     Args:
         folder: the folder that the user asked for.
 
     Raises:
-        ConfigError: as `check_output`.
-        WriteError: the folder cannot be made or written to.
+        ConfigError: as for `check_output`.
+        WriteError: the folder cannot be created or written to.
     """
     path = next(path for path in _numbered(folder) if _claim(path))
     try:
@@ -76,8 +76,8 @@ def claimed_output(folder: Path) -> Iterator[Path]:
 
 
 def source_folder(source: str | Path) -> Path:
-    """The folder to which the images of a source are named relative: the folder itself, that of a file, or of a pattern
-    the part before its first wildcard."""
+    """Return the folder that image names are relative to: the source folder itself, the parent of a file, or the part
+    of a glob pattern before its first wildcard."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -93,7 +93,7 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> bool:
-    """Whether `folder` is this run's: it is made if need be, and was empty until the file CLAIM was created in it."""
+    """Try to claim `folder`: create it if needed, and succeed if it was empty before the file CLAIM was created."""
     check_output(folder)
     make_folder(folder)
     claim = folder / CLAIM
@@ -112,12 +112,12 @@ def _claim(folder: Path) -> bool:
 
 
 def check_results_file(path: Path, option: str = "--save-json", beginning: bytes = b'[{"image_id"') -> None:
-    """Refuse to replace a file that does not hold results of an earlier run.
+    """Raise ConfigError if a file exists and does not contain the results of an earlier run.
 
     Args:
-        path: the file to be written.
-        option: the option that names it, for messages.
-        beginning: the first bytes of such results.
+        path: the file to write.
+        option: the command-line option that sets it, for messages.
+        beginning: first bytes of a results file.
 
     Raises:
         ConfigError: naming the file.
@@ -131,6 +131,5 @@ def check_results_file(path: Path, option: str = "--save-json", beginning: bytes
         raise ConfigError(f"The results cannot be written to {str(path)!r}: {error}. Give another {option}.") from None
     if start not in (b"", b"[]") and not start.startswith(beginning):
         raise ConfigError(
-            f"The file '{path}' holds something other than results of detkit, which would be lost. Give {option} "
-            f"another name."
+            f"The file '{path}' does not contain detkit results and would be overwritten. Give {option} another name."
         )

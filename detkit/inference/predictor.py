@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions in the pixels of any image."""
+"""Loading a checkpoint and predicting on images, with results in pixels of the original image."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -34,37 +34,37 @@ def load(
     precision: Precision = "auto",
     compile: bool = False,
 ) -> "Predictor":
-    """A predictor from a run's folder (its best checkpoint), or from a checkpoint file.
+    """Load a predictor from a run folder (its best checkpoint) or a checkpoint file.
 
     Args:
-        checkpoint: "runs/detect/quickstart", or ".../best.safetensors".
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
-        proposals: {"name": "selective_search", option: value}, for a model whose head needs proposals; by default what
-            it was trained with.
+        checkpoint: "runs/detect/quickstart" or ".../best.safetensors".
+        device: "auto" (a GPU if available), "cpu", "cuda", "cuda:1" or "mps".
+        proposals: {"name": "selective_search", option: value}, for a model whose head needs proposals; default as
+            trained.
         precision: "auto", "fp32", "bf16" or "fp16"; see detkit.inference.optimization.
-        compile: let TorchInductor compile the network; likewise.
+        compile: compile the network with TorchInductor; see detkit.inference.optimization.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is broken.
-        ConfigError: there is no such device, the proposals do not go with the model or with new images, or the
-            precision or the compiler is not to be had.
+        CheckpointError: the checkpoint does not exist or is broken.
+        ConfigError: the device does not exist, the proposals do not fit the model or new images, or the precision or
+            compiler is not available.
     """
-    check_choices(precision, compile, usable_device(device))  # before the time that loading takes
+    check_choices(precision, compile, usable_device(device))  # report errors before the slow loading
     with usual_defaults():
         return Predictor(load_model(checkpoint), device, proposals, precision, compile)
 
 
 class Predictor:
-    """Runs a model on images. Threads may share one; it can be pickled and copied.
+    """Runs a model on images. Thread-safe; can be pickled and copied.
 
     Attributes:
-        network: the model as it runs; `network.choices` says how.
+        network: the optimized model; `network.choices` describes how it runs.
 
     Args:
-        model: with its classes and input size. It is changed for good: see detkit.inference.optimization.FastNetwork.
-        device: where it runs.
+        model: with its classes and input size. Modified in place; see detkit.inference.optimization.FastNetwork.
+        device: the device to run on.
         proposals, compile: see `load`.
-        precision: see `load`; by default that of the model's weights.
+        precision: see `load`; default the precision of the model's weights.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Predictor:
         compile: bool = False,
     ) -> None:
         self.source = _proposal_source(model, proposals)
-        # With the channels of a pixel side by side convolutions run faster, on the CPU and on tensor cores.
+        # channels_last makes convolutions faster on CPUs and on tensor cores.
         self.model = to_device(model, device).eval().to(memory_format=torch.channels_last)
         self.network = FastNetwork(self.model, precision, compile)
         self.device = self.network.device
@@ -98,12 +98,12 @@ class Predictor:
         Args:
             image: a path; an (H, W, 3) uint8 RGB or (H, W) grey array; a PIL image; or a torch tensor (3, H, W) RGB,
                 uint8 or float in 0..1. The EXIF rotation of files and PIL images is applied.
-            conf: detections need a higher score, 0..1; default 0.25.
-            iou: of two boxes of one class with a higher IoU, the one with the lower score is removed; default that of
-                the head.
-            max_det: the largest number of detections; default that of the head.
+            conf: score threshold, 0..1; only detections with a higher score are kept; default 0.25.
+            iou: NMS threshold, 0..1; of two boxes of one class with a higher IoU, the lower-scoring one is removed;
+                default that of the head.
+            max_det: maximum number of detections; default that of the head.
             classes: names or labels to keep: "RBC", 1 or ["RBC", 1]; default all.
-            gallery: for a model that gives embeddings, the gallery that names what an image shows, or its folder.
+            gallery: for an embedding model, the gallery of named reference images, or its folder.
 
         Returns:
             Detections in pixels of the image, best score first, for a detector; for other tasks Classification,
@@ -111,7 +111,7 @@ class Predictor:
 
         Raises:
             DataError: the image cannot be read.
-            ConfigError: an option has a wrong value, or does not apply to this model.
+            ConfigError: an option has an invalid value or does not apply to this model.
         """
         options = PredictOptions(conf=conf, iou=iou, max_det=max_det, classes=classes, gallery=gallery)
         return next(self.run([image], options, batch_size=1))
@@ -127,16 +127,16 @@ class Predictor:
         gallery: Any = None,
         batch_size: int = 8,
     ) -> Iterator[Any]:
-        """Predict on each of the images, of which a generator yields the next batch when it is needed; see `predict`.
+        """Predict on several images; see `predict`. A generator of images is consumed lazily, batch by batch.
 
         Args:
-            batch_size: images in a batch.
+            batch_size: number of images per batch.
         """
         options = PredictOptions(conf=conf, iou=iou, max_det=max_det, classes=classes, gallery=gallery)
         return self.run(images, options, batch_size)
 
     def run(self, images: Iterable[AnyImage], options: PredictOptions, batch_size: int) -> Iterator[Any]:
-        """As `predict_all`. Options are checked at once, images read as the results are taken."""
+        """Implement `predict_all`. Options are checked immediately; images are read as results are consumed."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"'batch' must be an integer of at least 1, but is {batch_size!r}.")
         if isinstance(images, str | Path | np.ndarray | Image.Image):
@@ -174,46 +174,46 @@ def _proposal_source(model: Model, options: Mapping[str, Any] | None) -> Proposa
     """The source of proposals for new images, for a head that needs one.
 
     Raises:
-        ConfigError: the head needs none but one is given, or the source is for the images of a data set only.
+        ConfigError: the head needs no proposals but a source is given, or the source is for data sets only.
     """
     trained = model.experiment.proposals
     if options is None and trained is not None:
-        # The cache is for images that are seen again in every run.
+        # The cache is for data sets, whose images are read again in every run.
         options = {key: value for key, value in trained.items() if key != CACHE_KEY}
     check_needed(options, model.head.needs, str(model.experiment.head["name"]))
     return None if options is None else build_source(options)
 
 
 def to_device(model: M, device: str) -> M:
-    """The model (or head) on a device by its name; "auto" is a GPU where there is one.
+    """Move a model (or head) to a device by name; "auto" is a GPU if available.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device is not available.
     """
     return model.to(usable_device(device))
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
+    """Return the device of that name; "auto" is a GPU if available.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without memory, or that is not there, fails here
+        torch.zeros(1, device=device).item()  # fails if the device does not exist or has no free memory
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         if name.startswith("cuda") and not torch.cuda.is_available():
-            reason = f"torch {torch.__version__} finds no GPU (`nvidia-smi` lists those of the machine)"
+            reason = f"torch {torch.__version__} finds no GPU (`nvidia-smi` lists the GPUs of the machine)"
         raise ConfigError(f"The device '{name}' cannot be used: {reason}. Use cpu or auto.") from None
     return device
 
 
 def to_array(image: AnyImage) -> np.ndarray:
-    """Any image that a user may hold as (H, W, 3) uint8 RGB.
+    """Convert a path, PIL image, tensor or array to (H, W, 3) uint8 RGB.
 
     Raises:
         DataError: the file cannot be read, or the array has another shape or type.
@@ -231,18 +231,18 @@ def to_array(image: AnyImage) -> np.ndarray:
             return image
         raise DataError(
             f"An array to predict on must be (H, W, 3) uint8 RGB (or (H, W) grey), but this one is {image.shape} "
-            f"{image.dtype}. Scale values to 0..255, drop alpha, and turn OpenCV's BGR with image[..., ::-1]."
+            f"{image.dtype}. Scale values to 0..255, drop alpha, and convert OpenCV's BGR with image[..., ::-1]."
         )
     raise DataError(
-        f"An image must be a path, an array, a tensor or a PIL image, but this is of the type {type(image).__name__}."
+        f"An image must be a path, an array, a tensor or a PIL image, but this one is of type {type(image).__name__}."
     )
 
 
 def _from_tensor(image: torch.Tensor) -> np.ndarray:
     if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise DataError(
-            f"A tensor to predict on must be one image (3, H, W) RGB, but this one is {tuple(image.shape)}. Of a batch "
-            f"give each image: predict_all(list(batch))."
+            f"A tensor to predict on must be one image (3, H, W) RGB, but this one is {tuple(image.shape)}. For a "
+            f"batch use predict_all(list(batch))."
         )
     if image.is_floating_point():
         if not (image.isfinite().all() and image.min() >= 0 and image.max() <= 1):

@@ -1,4 +1,4 @@
-"""What `detkit infer` writes of a video: the video with what was found on it, and predictions.json by frame."""
+"""Writes the results of `detkit infer` for a video: the annotated video, and predictions.json by frame."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from detkit.data.video import VideoReader, VideoWriter
-from detkit.inference.background_io import Behind, items_ahead
+from detkit.inference.background_io import BackgroundWriter, items_ahead
 from detkit.inference.predictor import Predictor
 from detkit.io.files import make_folder, replacing
 from detkit.io.terminal import Console
@@ -21,9 +21,9 @@ from detkit.structures import Meta
 from detkit.tasks.options import PredictOptions
 
 Frame = tuple[np.ndarray, Fraction]
-"""The pixels and the time in seconds."""
+"""The pixels and the timestamp in seconds."""
 READ_AHEAD, WRITE_BEHIND = 2, 1
-"""Frames that wait to be predicted and to be written, beyond a batch of each. Those of a large video have 25 MB."""
+"""Frames queued for prediction and for writing, in addition to one batch each. A frame can take 25 MB."""
 
 
 def infer_video(
@@ -36,24 +36,24 @@ def infer_video(
     save_json: bool,
     options: PredictOptions,
 ) -> int:
-    """Predict on every frame of a video, while those behind it are read and those before it drawn and written.
+    """Predict on every frame of a video, reading later frames and drawing and writing earlier ones in parallel.
 
-    At no time more than three batches and a few frames are in memory. What was written before an error or an
-    interruption is whole: the video can be watched, and predictions.json has its frames.
+    At most three batches and a few frames are in memory at any time. After an error or an interruption the results so
+    far are valid: the video can be played, and predictions.json contains its frames.
 
-    The video is written to `output` under its own name as .mp4, in its own size and rate. In predictions.json
-    `image_id` is the number of the frame, from 0.
+    The video is written to `output` as .mp4, with the name, size and frame rate of the source. In predictions.json,
+    `image_id` is the frame number, from 0.
 
     Args:
-        batch: frames that go through the network together.
-        save_images, save_json: write the video; write predictions.json.
-        options: of the prediction.
+        batch: number of frames per batch.
+        save_images, save_json: whether to write the video and predictions.json.
+        options: prediction options.
 
     Returns:
-        How many parts of the video could not be decoded; they are passed over, and said so at the end.
+        The number of sections of the video that could not be decoded; they are skipped and reported at the end.
 
     Raises:
-        DataError: there is no such video, or none of its frames can be read.
+        DataError: the video does not exist, or none of its frames can be read.
     """
     console = Console()
     task, stem = predictor.task, Path(source).stem
@@ -69,18 +69,21 @@ def infer_video(
         def write(number: int, time: Fraction, image: np.ndarray, found: Any) -> None:
             meta = Meta(number, f"{source}, frame {number}", (image.shape[0], image.shape[1]))
             if save_images:
-                writer.aspect = reader.aspect  # known once the first frame has been read
+                writer.aspect = reader.aspect  # only known after the first frame has been read
                 writer.write(task.draw(image, found), time)
             task.write(output, f"{stem}_{number:06d}", image, found, meta, options)
             records.add(task.records(found, meta, predictor.model.classes))
             bar.update(shown, completed=number + 1)
 
         number = 0
-        with closing(items_ahead(reader.timed(), batch + READ_AHEAD)) as images, Behind(batch + WRITE_BEHIND) as behind:
+        with (
+            closing(items_ahead(reader.timed(), batch + READ_AHEAD)) as images,
+            BackgroundWriter(batch + WRITE_BEHIND) as background,
+        ):
             for frames in _chunks(images, batch):
                 found_all = predictor.run([image for image, _ in frames], options, batch)
                 for (image, time), found in zip(frames, found_all):
-                    behind.submit(write, number, time, image, found)
+                    background.submit(write, number, time, image, found)
                     number += 1
     if reader.problem:
         console.print(reader.problem)
@@ -89,7 +92,7 @@ def infer_video(
 
 
 class _Records:
-    """Writes a JSON list record by record: those of a long video would fill the memory."""
+    """Writes a JSON list record by record, since the records of a long video could exhaust memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -106,7 +109,7 @@ class _Records:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the list, also after an error: what was written until then is whole."""
+        """Close the list, also after an error, so that the file is valid JSON."""
         if self.path is not None:
             self._file.write("]")
             self._replacing.__exit__(None, None, None)

@@ -1,10 +1,10 @@
-"""Predictions of a batch; of images larger than the network's input in overlapping windows.
+"""Prediction on a batch, with overlapping windows for images larger than the network's input.
 
-Everything that predicts (evaluation, Predictor, sample images of a run) goes through here. Windows are for heads that
-name the class of every pixel, under `input.resize: crop`. They overlap by `input.overlap`; where several show a pixel,
-their logits count the more the farther the pixel is from the border of the window, beyond which a network sees nothing.
-An image not larger than the input is one window, and its prediction is exactly that of the network on it. No
-prediction in windows depends on the other images of the batch.
+All predictions (evaluation, Predictor, sample images of a run) are made here. Windows are for semantic segmentation
+heads with `input.resize: crop`. They overlap by `input.overlap`; where several windows cover a pixel, their logits are
+weighted by the distance of the pixel from the window border, beyond which the network has no context. An image not
+larger than the input is one window, and its prediction is exactly that of the network. Predictions in windows do not
+depend on the other images of the batch.
 """
 
 from collections import defaultdict
@@ -24,11 +24,11 @@ from detkit.structures import Batch, Prediction, SemanticMap, Target
 
 Size = tuple[int, int]
 Network = Callable[[Tensor, tuple[Size, ...], tuple[Tensor, ...] | None], Any]
-"""What gives the raw outputs for images, sizes and proposals, as a Model itself does."""
+"""A function from images, sizes and proposals to raw outputs, such as a Model."""
 
 
 class Window(NamedTuple):
-    """One part of one image: its index in the batch, and the first row and column."""
+    """A window of one image: the index of the image in the batch, and the first row and column."""
 
     image: int
     top: int
@@ -38,11 +38,11 @@ class Window(NamedTuple):
 def predict(
     model: Model, batch: Batch, network: Network | None = None, options: Postprocess | None = None
 ) -> Sequence[Prediction]:
-    """One prediction for each image of a batch that `model.fit` made, in pixels of the network's input.
+    """Predict on a batch made with `model.fit`: one prediction per image, in pixels of the network's input.
 
     Args:
-        network: computes the outputs instead of the model itself, such as an optimised form of it.
-        options: of decoding, for a detector.
+        network: computes the outputs instead of the model, for example an optimized version of it.
+        options: decoding options of a detector.
     """
     network = network or model
     if not _needs_windows(model, batch):
@@ -53,7 +53,7 @@ def predict(
 def predict_with_losses(
     model: Model, batch: Batch, network: Network | None = None, options: Postprocess | None = None
 ) -> tuple[Sequence[Prediction], dict[str, float]]:
-    """As `predict`, and the losses; of windows their mean."""
+    """Like `predict`, but also return the losses (with windows, their mean)."""
     if _needs_windows(model, batch):
         losses: dict[str, float] = defaultdict(float)
         return _slide(model, batch, network or model, losses), dict(losses)
@@ -66,18 +66,19 @@ def predict_with_losses(
 
 
 def decode(head: Head, outputs: Any, options: Postprocess | None) -> Sequence[Prediction]:
-    """The predictions of a head; one of another package that takes no options is not given any."""
+    """Decode raw outputs; third-party heads whose `decode` takes no options are supported if none are given."""
     return head.decode(outputs) if options is None else head.decode(outputs, options)
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows start along one side: evenly, from 0 to the last that fits; as few as overlap by `overlap`.
+    """Return the start positions of windows along one side: evenly spaced, and as few as `overlap` allows.
 
-    A side of 300 pixels, windows of 100 that overlap by a half: 0, 50, 100, 150, 200.
+    For example, windows of 100 pixels that overlap by half on a side of 300 pixels start at 0, 50, 100, 150, 200.
 
     Args:
-        length: of the side in pixels, not less than `window`.
-        overlap: in 0..1, 1 excluded, of the window.
+        length: length of the side in pixels, at least `window`.
+        window: length of a window in pixels.
+        overlap: minimum overlap as a fraction of the window, in [0, 1).
     """
     step = max(1, int(window * (1 - overlap)))
     last = length - window
@@ -86,12 +87,12 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def _needs_windows(model: Model, batch: Batch) -> bool:
-    """Whether an image is larger than the input. Style transfer, say, takes images of any size as they are."""
+    """Return whether an image is larger than the input of a head that requires windows (style transfer does not)."""
     return isinstance(model.head, SemanticHead) and model.fit.resize == "crop" and _size(batch.images) != model.fit.size
 
 
 def _slide(model: Model, batch: Batch, network: Network, losses: dict[str, float] | None) -> list[SemanticMap]:
-    """The maps of a batch, window by window; `losses`, where given, are filled with the mean of the windows'."""
+    """Predict the maps of a batch window by window; fill `losses`, if given, with the mean over the windows."""
     head, size, overlap = model.head, model.fit.size, model.experiment.input.overlap
     canvases = [_Canvas(model.fit.outer_size(inner), size) for inner in batch.sizes]
     windows = [
@@ -100,7 +101,7 @@ def _slide(model: Model, batch: Batch, network: Network, losses: dict[str, float
         for top in window_starts(canvas.size[0], size[0], overlap)
         for left in window_starts(canvas.size[1], size[1], overlap)
     ]
-    # No more of them at once than the batch has images: the memory that the user has chosen.
+    # At most as many windows at once as the batch has images, to respect the memory limit that the user has chosen.
     for chunk in _chunks(windows, len(batch)):
         sizes = tuple(_inside(batch.sizes[window.image], window, size) for window in chunk)
         images = torch.stack([_cut(batch.images[window.image], window, size) for window in chunk])
@@ -115,9 +116,9 @@ def _slide(model: Model, batch: Batch, network: Network, losses: dict[str, float
 
 
 class _Canvas:
-    """The labels of one image, whose windows come from top to bottom.
+    """Accumulates the labels of one image from windows that arrive from top to bottom.
 
-    Logits are kept only for the rows that windows to come may still change: the memory is that of one row of windows.
+    Logits are kept only for rows that later windows may still change, so that memory is bounded by one row of windows.
     """
 
     def __init__(self, size: Size, window: Size) -> None:
@@ -127,7 +128,7 @@ class _Canvas:
         self.sums: Tensor | None = None
 
     def add(self, window: Window, logits: Tensor) -> None:
-        """The logits (C, *window) of the next window."""
+        """Add the logits (C, *window) of the next window."""
         if self.size == self.window:
             self.sums = logits
             return
@@ -135,16 +136,16 @@ class _Canvas:
         if self.sums is None:
             self.sums = logits.new_zeros(len(logits), height, self.size[1])
         self._finish(window.top - self.first_row)
-        # Not divided by the sum of the weights, which is the same for all classes of a pixel.
+        # Normalizing by the sum of the weights would not change the argmax.
         self.sums[:, :, window.left : window.left + width] += logits * _weights_of(logits.device, self.window)
 
     def labels(self) -> Tensor:
-        """(H, W) uint8, after the last window."""
+        """Return the labels, (H, W) uint8, after the last window."""
         assert self.sums is not None
         return torch.cat([*self.finished, labels_of(self.sums)])
 
     def _finish(self, rows: int) -> None:
-        """Turn the first `rows` into labels, and make room for as many below."""
+        """Convert the first `rows` rows to labels and shift the buffer down by as many."""
         if not rows:
             return
         assert self.sums is not None
@@ -156,7 +157,7 @@ class _Canvas:
 
 
 def _weights(size: Size) -> Tensor:
-    """(H, W) in 0..1: 1 in the middle of a window, falling linearly to its border, never 0."""
+    """Return weights (H, W) in 0..1: 1 at the centre of a window, decreasing linearly to the border, never 0."""
     rows, columns = (_tent(length) for length in size)
     return rows[:, None] * columns
 
@@ -183,7 +184,7 @@ def _cut_target(target: Target, window: Window, size: Size) -> Target:
 
 
 def _inside(inner: Size, window: Window, size: Size) -> Size:
-    """(height, width) of the image's part of a window; a window may reach into the padding of a small image."""
+    """Return (height, width) of the image inside a window, which may extend into the padding of a small image."""
     return min(size[0], inner[0] - window.top), min(size[1], inner[1] - window.left)
 
 

@@ -99,7 +99,7 @@ class TestBadInput:
         )
         assert status == 0
         assert "1 image," in output
-        assert "2 left out" in output
+        assert "2 skipped" in output
         assert "p0.jpg" in output
         assert "empty.jpg" in output
 
