@@ -1,1 +1,1 @@
-"""What surrounds the heads of one kind: pixels of the source, scores, images and files; one module a task."""
+"""Tasks: mapping to source pixels, scoring, drawing and output files for heads of one kind; one module per task."""

@@ -1,6 +1,6 @@
-"""The contract of a task: what the trainer, the evaluation and the command line need to know of its predictions.
+"""The task interface through which trainer, evaluation and command line handle predictions.
 
-A head names its task, and a task is a class registered in detkit.registry.tasks, in a file of its own in this package.
+A head names its task. A task is a class registered in detkit.registry.tasks, one per file.
 """
 
 from abc import ABC, abstractmethod
@@ -24,43 +24,43 @@ P_contra = TypeVar("P_contra", contravariant=True)
 
 
 class Scores(Protocol):
-    """The figures of a whole data set."""
+    """Metrics of a whole data set."""
 
     @property
     def remark(self) -> str:
-        """Behind the figures of an epoch: why there is nothing to see; empty where all is well."""
+        """A remark appended to the metrics of an epoch, such as why there are none; usually empty."""
         ...
 
     def as_dict(self) -> dict[str, float | int]:
-        """Every figure under one flat name, nan where no ground truth supports it."""
+        """Return all metrics by flat name; nan if there is no ground truth to compute one."""
         ...
 
     def table(self) -> Table:
-        """For the terminal."""
+        """Return a table for the terminal."""
         ...
 
 
 class Evaluator(Protocol[P_contra]):
-    """Collects predictions and ground truths, and scores them."""
+    """Accumulates predictions and targets, and scores them."""
 
     def update(self, predictions: Sequence[P_contra], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
-        """Add images, all in pixels of their sources."""
+        """Add images; predictions and targets are in pixels of the source images."""
         ...
 
     def compute(self) -> Scores:
-        """Score all that was added."""
+        """Compute the scores of all images added so far."""
         ...
 
     def results(self) -> list[dict[str, Any]]:
-        """All predictions as `Task.records` writes them."""
+        """Return all predictions in the format of `Task.records`."""
         ...
 
 
 class Task(ABC, Generic[P]):
-    """What surrounds the heads of one kind.
+    """Base class of tasks.
 
     Attributes:
-        noun: what predictions.json holds, in the plural: "detections".
+        noun: what predictions.json contains, in the plural: "detections".
         options: the names in PredictOptions that apply to this task.
     """
 
@@ -69,90 +69,86 @@ class Task(ABC, Generic[P]):
 
     @abstractmethod
     def figures(self, head: Head) -> tuple[str, ...]:
-        """Names in `Scores.as_dict` that are shown after each epoch; the first decides which checkpoint is the best."""
+        """Return the names in `Scores.as_dict` to show after each epoch; the first selects the best checkpoint."""
 
     def score(self, scores: Scores, head: Head) -> float:
-        """The figure by which checkpoints are compared, the larger the better."""
+        """Return the metric by which checkpoints are compared; higher is better."""
         return scores.as_dict()[self.figures(head)[0]]
 
     def keep(self, head: Head, scores: Scores) -> None:
-        """Put what the evaluation found out and predictions need (a threshold) into the head, to be saved with it."""
+        """Store results of the evaluation that prediction needs (such as a threshold) in the head's state."""
 
     def scored(self, scores: Scores, losses: Mapping[str, float]) -> Scores:
-        """The figures of a data set, given its mean losses as well; for tasks whose figures these are."""
+        """Return the scores, given the mean losses too, for tasks that use losses as metrics."""
         return scores
 
     @abstractmethod
     def evaluator(self, classes: ClassList, head: Head) -> Evaluator[P]:
-        """What scores one data set."""
+        """Create the evaluator of a data set."""
 
     def scoring(self, classes: ClassList, head: Head, max_dets: int | None) -> tuple[Evaluator[P], Postprocess | None]:
-        """The evaluator of a data set, and the options by which the head decodes for it.
+        """Create the evaluator of a data set, with the decoding options to use for it.
 
         Args:
             classes: the classes of the data set.
             head: the head.
-            max_dets: the number of detections of each class in an image that count; None for the usual one.
+            max_dets: number of detections per class and image that count; None for the default.
         """
         self.check_max_dets(max_dets)
         return self.evaluator(classes, head), None
 
     def check_max_dets(self, max_dets: int | None) -> None:
-        """Refuse `train.max_dets` for predictions that are not detections.
-
-        Raises:
-            ConfigError: it is given.
-        """
+        """Raise ConfigError if `train.max_dets` is set for a task that does not give detections."""
         if max_dets is not None:
             raise ConfigError(f"'train.max_dets' does not apply to this model, which gives {self.noun}. Remove it.")
 
     @abstractmethod
     def undo(self, prediction: P, meta: Meta, class_names: tuple[str, ...]) -> P:
-        """A prediction in the network's pixels as one in the source's own, with its class names."""
+        """Map a prediction from network pixels to source pixels and add its class names."""
 
     @abstractmethod
     def describe(self, prediction: P) -> str:
-        """One line for people: "3 RBC, 1 WBC"."""
+        """Summarize a prediction in one line: "3 RBC, 1 WBC"."""
 
     @abstractmethod
     def records(self, prediction: P, meta: Meta, classes: ClassList) -> list[dict[str, Any]]:
-        """What predictions.json says of one image."""
+        """Return the entries of one image in predictions.json."""
 
     @abstractmethod
     def draw(self, image: np.ndarray, prediction: P) -> np.ndarray:
-        """The image (H, W, 3) with the prediction on it."""
+        """Draw the prediction on a copy of the image (H, W, 3)."""
 
     @abstractmethod
     def draw_target(self, image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        """The image (H, W, 3) with the ground truth on it."""
+        """Draw the ground truth on a copy of the image (H, W, 3)."""
 
     def check_options(self, head: Head, options: PredictOptions) -> None:
-        """Refuse options that do not apply to this task or this head.
+        """Check that all given options apply to this task and head.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: an option does not apply.
         """
         valid = self.options - (DECODING - head.decode_options)
         for name in options.given():
             if name not in valid:
-                hint = nearest(name, valid) if valid else "It has no options of its own."
+                hint = nearest(name, valid) if valid else "It has no prediction options."
                 raise ConfigError(f"'{name}' does not apply to this model, which gives {self.noun}. {hint}")
 
     def prepared(self, predictor: Any, options: PredictOptions, batch: int) -> PredictOptions:
-        """The options with everything read that they name.
+        """Load the files that the options refer to, and return the options with their contents.
 
         Args:
             predictor: the detkit.inference.predictor.Predictor that is about to run.
             options: as the user gave them.
-            batch: images in a batch.
+            batch: batch size.
 
         Raises:
-            DetkitError: something that an option names cannot be read.
+            DetkitError: a file that an option refers to cannot be read.
         """
         return options
 
     def decoding(self, head: Head, options: PredictOptions, class_names: tuple[str, ...]) -> Postprocess | None:
-        """The options by which the head decodes for a prediction; None for its own.
+        """Return the decoding options of a prediction; None for the head's defaults.
 
         Raises:
             ConfigError: the model has no class of that name.
@@ -160,48 +156,48 @@ class Task(ABC, Generic[P]):
         return None
 
     def select(self, prediction: P, head: Head, options: PredictOptions, class_names: tuple[str, ...]) -> P:
-        """The part of a prediction, in pixels of its source, that the options ask for."""
+        """Select the part of a prediction, in source pixels, that the options request."""
         return prediction
 
     def shown(self, prediction: P) -> P:
-        """What of a prediction a person wants to see in an image."""
+        """Select the part of a prediction to draw in sample images."""
         return prediction
 
     def compare(self, image: np.ndarray, prediction: P, target: Target, class_names: Sequence[str]) -> np.ndarray:
-        """Ground truth and prediction side by side."""
+        """Draw ground truth and prediction side by side."""
         ground_truth = self.draw_target(image, target, class_names)
         return side_by_side(
             ground_truth, self.draw(image, prediction), "target", f"predicted: {self.describe(prediction)}"
         )
 
     def enlarged(self, prediction: P, factor: int) -> P:
-        """The prediction on an image whose pixels are each repeated `factor` times in both directions."""
+        """Scale a prediction to its image enlarged by `factor` in both directions (pixels repeated)."""
         return prediction
 
     def write(
         self, output: Path, name: str, image: np.ndarray, prediction: P, meta: Meta, options: PredictOptions
     ) -> None:
-        """Write what `options` ask for besides image and predictions.json."""
+        """Write the files that `options` request in addition to the image and predictions.json."""
 
     def plot(self, scores: Scores, folder: Path) -> None:
-        """Write images of the figures of a whole data set, where this task has such."""
+        """Write plots of the metrics of a data set, if this task has any."""
 
     def check_head(self, head: Head, dataset: Dataset) -> None:
-        """Refuse data from which this head, as it was built, cannot learn.
+        """Check that this head, as configured, can be trained on the data.
 
         Raises:
-            DataError: naming the image.
+            DataError: it cannot; names the image.
         """
 
     def check_data(self, dataset: Dataset, split: str) -> None:
-        """Refuse data that have nothing to learn or to score.
+        """Check that a split has something to learn or to score.
 
         Raises:
-            DataError: naming the split.
+            DataError: it does not; names the split.
         """
 
 
 def task_of(head: Head | type[Head]) -> Task[Any]:
-    """The task of a head."""
+    """Return the task of a head."""
     task: Task[Any] = tasks.build({"name": head.task}, "head")
     return task

@@ -1,8 +1,8 @@
-"""Images of detections and ground truths: boxes with readable labels, masks, side by side, as a sheet, and to a file.
+"""Drawing of detections and targets: boxes with labels, masks, side-by-side views, contact sheets and image files.
 
-Images are (H, W, 3) uint8 RGB throughout, and no function changes the image that it is given. Lines and text grow
-with the image, so that it looks the same at any size. A class has the same colour in every image; where there are
-masks, each object has a colour of its own instead, so that neighbours of one class can be told apart.
+Images are (H, W, 3) uint8 RGB throughout, and no function modifies its input image. Lines and text scale with the
+image. A class has the same colour in every image; objects with masks are coloured individually instead, so that
+neighbouring objects of one class can be distinguished.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of the first twenty labels; the colours of the others are computed. Neighbours differ in hue and in brightness, and
-# none is close to grey or to the background below.
+# Colours of the first twenty labels; the others are computed. Consecutive ones differ in hue and brightness, and none
+# is close to grey or to BACKGROUND.
 FIRST_COLORS = (
     *("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#911eb4", "#42d4f4", "#f58231", "#f032e6", "#bfef45", "#9a6324"),
     *("#469990", "#fabed4", "#800000", "#aaffc3", "#000075", "#ffd8b1", "#808000", "#dcbeff", "#00a8ff", "#ff7f50"),
 )
 BACKGROUND = 32
-"""The grey, 0..255, of captions and of the padding in a sheet."""
+"""Grey value, 0..255, of captions and sheet padding."""
 MASK_OPACITY = 0.45
 MOVED_LABELS = 100
-"""Up to this number of objects, labels are moved apart from each other; it takes time that grows with the square of the
-number. Beyond it a label stays at its box, where there is no room to move it to anyway."""
+"""Maximum number of objects whose labels are moved apart, which takes quadratic time. With more objects there would be
+no room to move labels anyway, so they stay at their boxes."""
 
 
 def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: bool = True) -> np.ndarray:
-    """Draw detections with class name, score and mask; the best scores are drawn last, on top.
+    """Draw detections with class name, score and mask; higher scores are drawn on top.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        detections: boxes in pixels of `image`, masks of its size; without class names, the label's number is shown.
+        detections: boxes in pixels of `image`, masks of its size; without class names, label numbers are shown.
         show_scores: "cat 0.93" instead of "cat".
 
     Returns:
@@ -64,7 +64,7 @@ def draw_detections(image: np.ndarray, detections: Detections, *, show_scores: b
 
 
 def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the ground truth; of crowd regions and difficult objects only corners and outline, and the label says so.
+    """Draw the ground truth; crowd regions and difficult objects get only corners and outlines, and are labelled so.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -85,7 +85,7 @@ def draw_targets(image: np.ndarray, target: Target, class_names: Sequence[str]) 
 
 
 def compare(image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str]) -> np.ndarray:
-    """The ground truth on the left and the detections on the right, each below a caption with their number.
+    """Draw ground truth (left) and detections (right) side by side, captioned with their numbers.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -94,7 +94,7 @@ def compare(image: np.ndarray, detections: Detections, target: Target, class_nam
         class_names: names by label.
 
     Returns:
-        A new uint8 RGB image, more than twice as wide and a little higher.
+        A new uint8 RGB image, slightly more than twice as wide and slightly higher.
 
     Raises:
         ValueError: `image` has another shape or type.
@@ -105,24 +105,24 @@ def compare(image: np.ndarray, detections: Detections, target: Target, class_nam
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, left_caption: str, right_caption: str) -> np.ndarray:
-    """Two (H, W, 3) uint8 RGB images of one size as one, each below its caption."""
+    """Join two (H, W, 3) uint8 RGB images of the same size horizontally, each below its caption."""
     gap = _line_width(left.shape) * 2
     left, right = _captioned(left, left_caption), _captioned(right, right_caption)
     return np.concatenate([left, np.full((len(left), gap, 3), BACKGROUND, dtype=np.uint8), right], axis=1)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """A sheet of images, row by row; those smaller than the largest are centred in their cell, not scaled.
+    """Arrange images in a grid, row by row; smaller images are centred in their cell, not scaled.
 
     Args:
-        images: each (H, W, 3) uint8 RGB, of any sizes.
-        columns: how many stand side by side.
+        images: each (H, W, 3) uint8 RGB, of any size.
+        columns: number of images per row.
 
     Returns:
         A new uint8 RGB image of ceil(number / columns) rows.
 
     Raises:
-        ValueError: there is no image, an image has another shape or type, or `columns` is below 1.
+        ValueError: there are no images, an image has another shape or type, or `columns` is below 1.
     """
     if not images or columns < 1:
         raise ValueError(f"a sheet needs images and at least one column, but got {len(images)} and {columns}")
@@ -145,7 +145,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an image in the format that the suffix names: .jpg, .png, .webp, .bmp, .tiff ...
 
     Args:
-        path: its folder is made, and a file that is there is replaced.
+        path: the file to write; its folder is created, and an existing file is replaced.
         image: (H, W, 3) uint8 RGB.
 
     Raises:
@@ -159,14 +159,14 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     format_name = Image.registered_extensions().get(path.suffix.lower())
     if format_name not in Image.SAVE:
         raise DetkitError(
-            f"The image cannot be written to {path}: the suffix '{path.suffix}' names no image format. "
+            f"The image cannot be written to {path}: the suffix '{path.suffix}' is not a supported image format. "
             f"Use .jpg, .png, .webp, .bmp or .tiff."
         )
     encoded = BytesIO()
     try:
-        # Quality and subsampling are JPEG's: its defaults smear thin coloured lines. Other formats ignore them.
+        # JPEG's default quality and subsampling blur thin coloured lines. Other formats ignore these options.
         Image.fromarray(image).save(encoded, format=format_name, quality=95, subsampling=0)
-    # Pillow raises any of these for sides that a format does not have, such as 65,500 pixels for JPEG.
+    # Pillow raises any of these for sides that a format does not support, such as more than 65,500 pixels for JPEG.
     except (OSError, ValueError, SyntaxError, struct.error) as error:
         height, width = image.shape[:2]
         raise DetkitError(
@@ -178,11 +178,11 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 def _annotate(
     image: np.ndarray, objects: Detections | Target, texts: list[str], order: np.ndarray, corners_only: np.ndarray
 ) -> np.ndarray:
-    """`image` with objects, a text for each.
+    """Draw objects with their texts on a copy of `image`.
 
     Args:
-        order: (N,) indices, the one to be drawn on top last.
-        corners_only: (N,) bool: of the box only its corners, of the mask only its outline.
+        order: (N,) indices in drawing order; the last is on top.
+        corners_only: (N,) bool, whether to draw only the corners of the box and the outline of the mask.
     """
     import cv2
     import supervision
@@ -192,7 +192,7 @@ def _annotate(
         return image.copy()
     height, width = image.shape[:2]
     labels = objects.labels.numpy()
-    # With masks, the object on top has the first colour, the one below it the second ...
+    # With masks, colours follow the drawing order: the object on top gets the first one.
     colors = labels if objects.masks is None else len(order) - 1 - order.argsort()
     palette = _palette(int(colors.max()) + 1)
     boxes = _inside(objects.boxes.numpy(), height, width)
@@ -201,7 +201,7 @@ def _annotate(
     def chosen(indices: np.ndarray) -> supervision.Detections:
         return supervision.Detections(xyxy=boxes[indices], class_id=colors[indices])
 
-    # Supervision takes arrays to be BGR.
+    # supervision expects BGR.
     scene = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
     if objects.masks is not None:
         scene = _paint_masks(scene, boxes, objects.masks.numpy(), palette, colors, corners_only)
@@ -237,14 +237,14 @@ def _paint_masks(
     colors: np.ndarray,
     outlines_only: np.ndarray,
 ) -> np.ndarray:
-    """Masks (N, H, W) with their outlines, the smaller on top of the larger; some only as outlines."""
+    """Draw masks (N, H, W) with their outlines, smaller ones on top; some as outlines only."""
     import supervision
 
     if masks.shape[1:] != scene.shape[:2]:
         raise ValueError(f"the masks are {masks.shape[1:]}, but the image is {scene.shape[:2]}")
     everything = supervision.Detections(xyxy=boxes, class_id=colors, mask=masks)
     filled = everything
-    # Only where there is need: copying masks takes longer than painting them.
+    # Only if needed, since copying masks takes longer than drawing them.
     if outlines_only.any():
         inside = ~outlines_only
         filled = supervision.Detections(xyxy=boxes[inside], class_id=colors[inside], mask=masks[inside])
@@ -254,7 +254,7 @@ def _paint_masks(
 
 
 def _captioned(image: np.ndarray, text: str) -> np.ndarray:
-    """`image` below a strip with `text`."""
+    """Add a strip with `text` above `image`."""
     from PIL import Image, ImageDraw
 
     size = text_size(image.shape, 1)
@@ -264,7 +264,7 @@ def _captioned(image: np.ndarray, text: str) -> np.ndarray:
 
 
 def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Boxes clipped to the last pixel, so that the right and bottom lines of a box at the border are seen."""
+    """Clip boxes to the last pixel, so that the right and bottom edges of a box at the border are visible."""
     return boxes.clip(0, [width - 1, height - 1, width - 1, height - 1])
 
 
@@ -273,30 +273,30 @@ def _line_width(shape: tuple[int, ...]) -> int:
 
 
 def text_size(shape: tuple[int, ...], count: int) -> int:
-    """Height of the font in pixels: 12 in an image of 640 x 480, 11 where it holds many objects."""
+    """Return the font height in pixels: 12 for an image of 640 x 480, 10 if it has many objects."""
     share = 0.025 if count <= 30 else 0.021
     return max(9, round(min(shape[:2]) * share))
 
 
 def _palette(count: int) -> supervision.ColorPalette:
-    """The colour of every label below `count`; that of a label does not depend on `count`."""
+    """Return the colours of all labels below `count`; the colour of a label does not depend on `count`."""
     import supervision
 
     colors = [supervision.Color.from_hex(color) for color in FIRST_COLORS[:count]]
     for label in range(len(colors), count):
-        # Steps of the golden ratio around the circle of hues never come close to each other soon.
+        # Golden-ratio steps around the hue circle keep hues well separated.
         hue, saturation, value = label * 0.618034 % 1, (0.9, 0.55, 0.75)[label % 3], (0.95, 1.0, 0.6)[label % 3]
         colors.append(supervision.Color(*(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))))
     return supervision.ColorPalette(colors)
 
 
 def label_colors(count: int) -> np.ndarray:
-    """(count, 3) uint8 RGB: the colour of every label below `count`, as boxes of that class have it."""
+    """Return (count, 3) uint8 RGB, the box colours of all labels below `count`."""
     return np.array([color.as_rgb() for color in _palette(count).colors], dtype=np.uint8).reshape(-1, 3)
 
 
 def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
-    """Black on the light colours of `palette`, white on the dark ones."""
+    """Choose black text for the light colours of `palette` and white for the dark ones."""
     import supervision
 
     luminance = [0.299 * color.r + 0.587 * color.g + 0.114 * color.b for color in palette.colors]
@@ -305,8 +305,8 @@ def _text_colors(palette: supervision.ColorPalette) -> supervision.ColorPalette:
 
 
 def _default_font_path() -> str:
-    # Pillow's own font and OpenCV's have ASCII only; matplotlib, which supervision needs, brings DejaVu Sans. It takes
-    # longer to import than an image to draw, and where it keeps its fonts can be told without.
+    # The built-in fonts of Pillow and OpenCV are ASCII only; matplotlib, a dependency of supervision, includes DejaVu
+    # Sans. Importing matplotlib takes longer than drawing an image, so its usual font path is tried first.
     font = Path("fonts", "ttf", "DejaVuSans.ttf")
     package = importlib.util.find_spec("matplotlib")
     assert package is not None
@@ -320,14 +320,14 @@ def _default_font_path() -> str:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of captions and legends, `size` pixels high."""
+    """Load the font of captions and legends, `size` pixels high."""
     from PIL import ImageFont
 
     return ImageFont.truetype(_default_font_path(), size)
 
 
 def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
-    """A font with every character of `texts`; where the system has none, some names give way to the label's number."""
+    """Find a font with every character of `texts`; if there is none, replace unprintable names by label numbers."""
     default = _default_font_path()
     together = "".join(texts)
     missing = set() if together.isascii() and together.isprintable() else _missing(default, together)
@@ -337,12 +337,12 @@ def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
     from matplotlib import font_manager
 
     for entry in font_manager.fontManager.ttflist:
-        # The Last Resort font claims to have every character, and draws all of them as boxes.
+        # The Last Resort font claims to have every character, but draws all of them as boxes.
         if not entry.name.startswith("Last Resort") and not _missing(entry.fname, "".join(texts)):
             return entry.fname, texts
     logger.warning(
-        "No font on this system can draw %r, so images show the number of the class instead. Install a font that "
-        "can, such as Noto Sans CJK.",
+        "No font on this system can draw %r, so images show the class number instead. Install a font that can, such "
+        "as Noto Sans CJK.",
         "".join(sorted(missing)),
     )
     remaining = ["".join(character for character in text if character not in missing).strip() for text in texts]
@@ -352,7 +352,7 @@ def readable(texts: list[str], labels: np.ndarray) -> tuple[str, list[str]]:
 
 
 def _missing(font_path: str, text: str) -> set[str]:
-    """The characters of `text` that a font does not have."""
+    """Return the characters of `text` that are missing from a font."""
     from matplotlib.ft2font import FT2Font
 
     font = FT2Font(font_path)
@@ -360,10 +360,6 @@ def _missing(font_path: str, text: str) -> set[str]:
 
 
 def check_image(image: np.ndarray) -> None:
-    """Refuse what is not (H, W, 3) uint8.
-
-    Raises:
-        ValueError: naming what it is.
-    """
+    """Raise ValueError if an array is not (H, W, 3) uint8."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an image must be (H, W, 3) uint8, but is {image.shape} {image.dtype}")

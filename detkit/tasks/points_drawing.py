@@ -1,4 +1,4 @@
-"""Draws landmarks: a dot for each point, with its number."""
+"""Drawing of landmarks as numbered dots."""
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ def draw_points(image: np.ndarray, points: Tensor, visible: Tensor | None, numbe
         image: (H, W, 3) uint8 RGB.
         points: (N, K, 2) x and y in pixels of `image`, for N objects.
         visible: (N, K) bool, the points to draw; None for all.
-        numbers: write the number of each point, from 0, beside it.
+        numbers: whether to write the index of each point beside it.
 
     Returns:
         A new (H, W, 3) uint8 RGB image.
