@@ -1,4 +1,4 @@
-"""A model: backbone, neck and head as one network, with its classes, its input, and its file of weights."""
+"""The model: backbone, neck and head as one network, with its classes, input transform and checkpoint file."""
 
 import hashlib
 import json
@@ -23,18 +23,18 @@ from detkit.structures import ClassList, Inputs, Target
 
 FORMAT = "detkit 1"
 METADATA = frozenset({"format", "experiment", "class_names", "raw_ids"})
-"""Keys of the metadata that every checkpoint has."""
+"""Metadata keys of every checkpoint."""
 LATER_METADATA = frozenset({"checksum", "run", "epoch"})
-"""Keys that checkpoints have had since there are checksums; `run` and `epoch` only those that a training wrote."""
+"""Metadata keys added later; `run` and `epoch` are only in checkpoints written by a training run."""
 PARTS = ("backbone", "neck", "head")
 
 
 class Model(nn.Module):
-    """From images in 0..1 to the raw outputs of the head.
+    """A network from images in 0..1 to the raw outputs of its head.
 
     Args:
-        experiment: what the parts were built from; it travels with the weights.
-        classes: the data set's classes, which the labels index.
+        experiment: the config that the parts were built from; saved with the weights.
+        classes: the classes of the data set, indexed by labels.
     """
 
     mean: Tensor
@@ -46,10 +46,11 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.experiment, self.classes = experiment, classes
-        # The last, since a head may have a backbone of its own (R-CNN's, for the pixels of each region).
+        # The last one, since a head may have its own backbone (R-CNN's reads the pixels of each region).
         reader = [module for module in self.modules() if isinstance(module, Backbone)][-1]
         fitting = experiment.input
-        # Cells that divide the input evenly keep their size only if the input is whole strides, and what is left of it.
+        # Cells that divide the input evenly keep their size only if the full and the trimmed input are multiples of the
+        # stride.
         stride = max(1, *(backbone if neck is None else neck).strides)
         whole = BATCH_STRIDE % stride == 0 and all(side % stride == 0 for side in fitting.size)
         trim = fitting.trim_padding and head.trims_padding and whole
@@ -65,13 +66,13 @@ class Model(nn.Module):
         features: tuple[Tensor, ...] | None = None,
         targets: tuple[Target, ...] | None = None,
     ) -> Any:
-        """The head's raw outputs.
+        """Compute the head's raw outputs.
 
         Args:
             images: (B, 3, H, W) float32 RGB in 0..1.
             sizes: (height, width) of each image inside the tensor.
             proposals: (P, 4) float32 xyxy pixels of `images` for each image, for a head that needs them.
-            features: `maps` of the images, where they are known; of `images` only the size counts then.
+            features: precomputed `maps` of the images; only the size of `images` is then used.
             targets: of each image, in training; see Inputs.
         """
         maps = self.maps(images) if features is None else list(features)
@@ -80,12 +81,11 @@ class Model(nn.Module):
         return self.head(maps, Inputs((images.shape[2], images.shape[3]), sizes, proposals, targets))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The backbone's maps [(B, C_i, h_i, w_i)] of images (B, 3, H, W) float32 RGB in 0..1."""
+        """Compute the backbone's maps [(B, C_i, h_i, w_i)] of images (B, 3, H, W) float32 RGB in 0..1."""
         return self.backbone((images - self.mean) / self.std)
 
     def freeze(self, stages: int | Literal["all"], norms: bool) -> None:
-        """Keep the first `stages` of the backbone, or the whole of it, as they are, and with `norms` all batch norms of
-        all backbones."""
+        """Freeze the first `stages` (or all) of the backbone and, with `norms`, the batch norms of all backbones."""
         for module in self.modules():
             if isinstance(module, Backbone) and norms:
                 module.freeze(module.frozen_stages, norms=True)
@@ -95,10 +95,10 @@ class Model(nn.Module):
             self.backbone.freeze(stages, norms)
 
     def parameter_groups(self, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for an optimiser: the backbone apart from the rest, and no decay for biases and norms.
+        """Return optimizer parameter groups: the backbone separate from the rest, no weight decay for biases and norms.
 
-        Decay is for the weights of convolutions and linear layers; a bias or the scale of a norm has one
-        dimension, and pulling it to zero only hurts.
+        Decay applies to the weights of convolutions and linear layers; biases and the scales of norms, recognized by
+        having one dimension, should not be pulled towards zero.
         """
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
@@ -114,16 +114,16 @@ class Model(nn.Module):
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write weights, experiment and classes to a .safetensors file, whole or not at all.
+        """Write weights, experiment and classes atomically to a .safetensors file.
 
         Raises:
-            WriteError: the file cannot be written; an earlier one is left as it was.
+            WriteError: the file cannot be written; an existing file is left unchanged.
         """
         with replacing(path) as file:
             file.write(self.serialize()[0])
 
     def serialize(self, **origin: str) -> tuple[bytes, str]:
-        """The content of the .safetensors file, and the checksum in its metadata.
+        """Return the content of the .safetensors file and the checksum in its metadata.
 
         Args:
             origin: `run` and `epoch` that the weights come from.
@@ -143,15 +143,15 @@ class Model(nn.Module):
 
 
 def build_model(experiment: Experiment, classes: ClassList, load_weights: bool = True) -> Model:
-    """The model that a config describes, with random weights but for what the backbone loads.
+    """Build the model that a config describes, randomly initialized except for the pretrained weights it loads.
 
     Args:
-        load_weights: load what the config says about weights to start from; needless for a model whose weights come
-            from a checkpoint, which may be used where those are not at hand.
+        load_weights: whether to load the pretrained weights named in the config; false for a model whose weights come
+            from a checkpoint, so that it works where the pretrained weights are not available.
 
     Raises:
         ConfigError: a part or option is unknown, or the parts do not fit together.
-        CheckpointError: the backbone's weights is not available.
+        CheckpointError: the pretrained weights are not available.
     """
     with nullcontext() if load_weights else without_weights():
         backbone: Backbone = backbones.build(experiment.backbone, "backbone")
@@ -164,9 +164,9 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
     whole_image = not head.any_size and bool(head.needs & {"boxes", "points", "image_labels"})
     if experiment.input.resize == "crop" and whole_image:
         raise ConfigError(
-            f"'input.resize' crop is for heads that say something of each pixel, but the head "
-            f"'{experiment.head['name']}' says something of the whole image. Set input.resize to stretch, letterbox "
-            f"or short_side."
+            f"'input.resize' crop is for heads that predict for each pixel, but the head "
+            f"'{experiment.head['name']}' predicts for the whole image. Set input.resize to stretch, letterbox or "
+            f"short_side."
         )
     model = Model(backbone, neck, head, experiment, classes)
     if load_weights:
@@ -177,16 +177,19 @@ def build_model(experiment: Experiment, classes: ClassList, load_weights: bool =
 
 
 def load_model(path: str | Path) -> Model:
-    """The model of a checkpoint, on the CPU: a run's folder or file, or published weights (see detkit.published), which
-    are torchvision's by name or file, YOLOX's `.pth` files and Darknet's `.weights` files.
+    """Load a model from a checkpoint onto the CPU.
+
+    Args:
+        path: a run folder, a checkpoint file, or published weights (see detkit.published): torchvision's by name or
+            file, YOLOX `.pth` files and Darknet `.weights` files.
 
     Raises:
-        CheckpointError: the file is missing, is no checkpoint of detkit, or does not fit its own config.
+        CheckpointError: the file is missing, is not a detkit checkpoint, or does not match its own config.
     """
     tensors, experiment, classes = read_checkpoint(path)
     try:
         model = build_model(experiment, classes, load_weights=False)
-    # The options come from the file, and a part may fail in any way on values that nobody has tried.
+    # The options come from the file, and a part may fail in any way on arbitrary values.
     except Exception as error:
         raise CheckpointError(f"The model that '{path}' describes cannot be built: {_described(error)}") from error
     load_tensors(model, tensors, str(path))
@@ -194,10 +197,10 @@ def load_model(path: str | Path) -> Model:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """The tensors of a checkpoint file, the experiment that trained them, and its classes.
+    """Read the tensors of a checkpoint file, the experiment that trained them, and its classes.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is not a checkpoint of detkit.
+        CheckpointError: the file is missing, damaged or not a detkit checkpoint.
     """
     path = resolve_checkpoint(path)
     if is_published(path):
@@ -207,28 +210,28 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Cl
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a checkpoint file of detkit, which match its checksum.
+    """Read the tensors and metadata of a detkit checkpoint file and verify its checksum.
 
-    A file of an earlier version, which has no checksum, gets one in the metadata returned.
+    If the file was written before checksums existed, one is added to the returned metadata.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is not a checkpoint of detkit.
+        CheckpointError: the file is missing, damaged or not a detkit checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    # Names that are not UTF-8 are a ValueError, types that torch does not have an AttributeError or a KeyError.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    # Non-UTF-8 names raise ValueError, dtypes unknown to torch AttributeError or KeyError.
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"The checkpoint '{path}' cannot be read: {_described(error)}. It may be cut off; use another one."
+            f"The checkpoint '{path}' cannot be read: {_described(error)}. It may be truncated; use another one."
         ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"'{path}' is a safetensors file, but not a checkpoint of detkit: its format is "
-            f"{metadata.get('format')!r}, not '{FORMAT}'. Weights of a backbone alone go to --backbone.weights."
+            f"'{path}' is a safetensors file, but not a detkit checkpoint: its format is {metadata.get('format')!r}, "
+            f"not '{FORMAT}'. To load weights of a backbone alone, use --backbone.weights."
         )
     for key in sorted(METADATA ^ metadata.keys()):
         if key not in LATER_METADATA:
@@ -243,7 +246,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def described_model(path: str | Path, metadata: Mapping[str, str]) -> tuple[Experiment, ClassList]:
-    """The experiment and the classes in the metadata of a checkpoint.
+    """Parse the experiment and the classes from the metadata of a checkpoint.
 
     Raises:
         CheckpointError: they are not valid.
@@ -256,7 +259,7 @@ def described_model(path: str | Path, metadata: Mapping[str, str]) -> tuple[Expe
         if not isinstance(values, list) or any(type(value) is not kind for value in values):
             raise CheckpointError(f"The metadata '{key}' of the checkpoint '{path}' is not a list of {kind.__name__}.")
     if not isinstance(options, dict):
-        raise CheckpointError(f"The metadata 'experiment' of the checkpoint '{path}' does not hold keys and values.")
+        raise CheckpointError(f"The metadata 'experiment' of the checkpoint '{path}' is not a mapping.")
     try:
         return experiment_from_dict(options), ClassList(tuple(names), tuple(ids))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -266,7 +269,7 @@ def described_model(path: str | Path, metadata: Mapping[str, str]) -> tuple[Expe
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of the names, types, shapes and values of tensors, and of all metadata but the checksum."""
+    """Compute the SHA-256 of the tensors (names, dtypes, shapes, values) and of all metadata but the checksum."""
     names = sorted(tensors)
     described = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
     others = sorted((key, value) for key, value in metadata.items() if key != "checksum")
@@ -277,19 +280,23 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _described(error: Exception) -> str:
-    """An error of a library in one line, with its kind where its text alone would say little."""
+    """Format a library's error in one line, with its type if the text alone says little."""
     text = printable(" ".join(str(error).split()))
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load all of `tensors` into `module`; a name or shape that does not fit is a CheckpointError naming it."""
+    """Load `tensors` into `module`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
     expected = module.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise CheckpointError(f"'{source}' lacks the tensor '{name}', which this model needs.")
         if name not in expected:
-            raise CheckpointError(f"'{source}' has a tensor '{name}', for which this model has no place.")
+            raise CheckpointError(f"'{source}' has a tensor '{name}', which this model does not have.")
         if tensors[name].shape != expected[name].shape:
             raise CheckpointError(
                 f"The tensor '{name}' of '{source}' is {tuple(tensors[name].shape)}, but this model's is "
@@ -299,7 +306,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 
 
 def check_classes(model: ClassList, data: ClassList, source: str) -> None:
-    """Refuse a checkpoint whose labels mean other classes than the data set's."""
+    """Raise CheckpointError if the classes of a checkpoint differ from those of the data set."""
     if model.names == data.names:
         return
     missing = [name for name in data.names if name not in model.names]
@@ -316,11 +323,11 @@ def check_classes(model: ClassList, data: ClassList, source: str) -> None:
 
 
 def _start_from(model: Model, path: str, parts: tuple[str, ...]) -> None:
-    """Load `parts` (backbone, neck, head) of a detkit checkpoint into a model about to be trained.
+    """Initialize `parts` (backbone, neck, head) of a model from a detkit checkpoint.
 
     Raises:
-        CheckpointError: the weights do not fit, or the head is asked for and has other classes.
-        ConfigError: a part has an unknown name.
+        CheckpointError: the weights do not fit, or `parts` contains the head and its classes differ.
+        ConfigError: a part is unknown.
     """
     for part in parts:
         if part not in PARTS:

@@ -22,7 +22,7 @@ def test_figures_are_printed_and_written(run: Run, checkpoint: Path, tmp_path: P
     assert figures["parameters"] == sum(parameter.numel() for parameter in load_model(checkpoint).parameters())
     assert (figures["input"], figures["device"], figures["precision"]) == ([64, 64], "cpu", "fp32")
     assert figures["processor"] in output
-    assert f"{figures['median_ms']:.2f} ms an image" in output
+    assert f"{figures['median_ms']:.2f} ms per image" in output
     assert f"{figures['images_per_second']:.1f} images per second" in output
     assert re.search(r"0\.0\d M parameters, input 64 x 64", output)
     assert run("bench", checkpoint, *given)[0] == 0  # its own results may be replaced

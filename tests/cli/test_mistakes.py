@@ -41,7 +41,7 @@ class TestBadInput:
         fails(run("infer", checkpoint, "--source", "x", "--conf", "abc"), "conf", "abc")
         fails(run("eval"), "needs a run folder")
         fails(run("eval", checkpoint, "--head.nms_threshold", "0.3"), "'--head.nms_threshold' cannot be changed")
-        fails(run("train", tiny_config, "--resume", ""), "--resume needs the folder")
+        fails(run("train", tiny_config, "--resume", ""), "--resume needs a run folder")
         fails(run("infer", checkpoint, "--source", tiny_config.parent), "no images")
 
     def test_a_misspelt_key_in_a_config(self, run: Run, tiny_config: Path) -> None:

@@ -146,7 +146,7 @@ def test_detectors_refuse_to_be_trained_on_crops(tmp_path: Path, capsys: pytest.
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY + f"runs: {tmp_path / 'runs'}\n")
     assert main(["train", str(config), "--head", "{name: ssd}", "--augment", "[]"]) == 1
-    assert "'input.resize' crop is for heads that say something of each pixel" in capsys.readouterr().err
+    assert "'input.resize' crop is for heads that predict for each pixel" in capsys.readouterr().err
 
 
 def test_mixes_are_refused_before_the_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
