@@ -1,4 +1,4 @@
-"""What every head promises, whatever its task: one forward, then a loss or predictions from its raw outputs."""
+"""The head interface: one forward pass, then a loss or predictions from its raw outputs."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,23 +14,24 @@ from detkit.errors import ConfigError, DetkitError
 from detkit.structures import Detections, Inputs, Prediction, Target
 
 ALL = 1_000_000_000
-"""For Postprocess.max_candidates."""
+"""Value of Postprocess.max_candidates for no limit."""
 DECODING = frozenset({"conf", "iou", "max_det"})
-"""The options of a prediction that `Head.decode` may read."""
+"""The prediction options that `Head.decode` can read."""
 SLACK = 1e-4
-"""Part of the score threshold; rounding moves a score by less, also one of thousands of classes."""
+"""Relative margin below the score threshold; larger than the rounding error of a score, even with thousands of
+classes."""
 
 
 @dataclass(frozen=True)
 class Postprocess:
-    """Which candidates become detections.
+    """Selection of detections from candidates: score threshold, top-k per class, NMS, top-k per image.
 
     Args:
-        score_threshold: a candidate needs a higher score.
-        iou_threshold: of two detections of one class that overlap more, the one with the lower score goes.
-        max_candidates: the best of each class and image that enter suppression. SSD's default; heads with a second
-            stage have all their proposals enter.
-        max_detections: the best of each image that are kept.
+        score_threshold: only candidates with a higher score are kept.
+        iou_threshold: of two detections of one class with a higher IoU, the lower-scoring one is removed.
+        max_candidates: number of candidates per class and image that enter NMS. The default is SSD's; two-stage heads
+            do not limit it.
+        max_detections: number of detections per image that are kept.
     """
 
     score_threshold: float = 0.01
@@ -43,53 +44,53 @@ class Postprocess:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"The {name.replace('_', ' ')} must lie in 0..1, but is {getattr(self, name)}.")
         if min(self.max_candidates, self.max_detections) < 1:
-            raise ConfigError(f"At least one detection must be allowed, but it is {self.max_detections}.")
+            raise ConfigError(f"The maximum number of detections must be at least 1, but is {self.max_detections}.")
 
     @property
     def least_logit(self) -> float:
-        """Every logit whose sigmoid is above the score threshold is above it, however the sigmoid is rounded."""
+        """A lower bound of the logits whose sigmoid is above the score threshold, robust to rounding of the sigmoid."""
         score = self.score_threshold * (1 - SLACK)
         return math.log(score / (1 - score)) if score else -math.inf
 
-    def promising(self, limits: Tensor) -> Tensor:
-        """(K,) indices, ascending, of the rows whose scores are worth computing.
+    def above_threshold(self, limits: Tensor) -> Tensor:
+        """Return the indices (K,), ascending, of the rows that may have a score above the threshold.
 
         Args:
-            limits: (A,) for each row a number whose sigmoid none of its scores is above; not finite where a score may
-                not be a number, which `candidates` is to see.
+            limits: (A,) logits, each an upper bound of its row's scores after the sigmoid; not finite if a score may
+                be NaN. Such rows are included, so that `candidates` can report them.
         """
         return ((limits > self.least_logit) | ~limits.isfinite()).nonzero().flatten()
 
     def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which entries of one image's (A, C) scores may become detections: rows, labels and scores, (K,) each.
+        """Select the entries of one image's (A, C) scores that enter NMS: rows, labels and scores, (K,) each.
 
         Raises:
-            DetkitError: a score is not a number.
+            DetkitError: a score is NaN.
         """
-        # Of most rows no score is above the threshold: they are not looked at again. The maximum with NaN is NaN.
-        promising = (~(scores.amax(1) <= self.score_threshold)).nonzero().flatten()
-        scores = scores[promising]
+        # Most rows have no score above the threshold and are dropped first. The maximum propagates NaN.
+        rows_above = (~(scores.amax(1) <= self.score_threshold)).nonzero().flatten()
+        scores = scores[rows_above]
         if scores.numel() and scores.max().isnan():
             raise DetkitError(
-                "The network's scores are not numbers (NaN): its weights are broken, as after a training that "
-                "diverged, or half precision overflowed. Use another checkpoint, or train.precision 32-true."
+                "The network's scores are NaN: its weights are broken, for example because training diverged, or half "
+                "precision overflowed. Use another checkpoint, or train.precision 32-true."
             )
         above = scores > self.score_threshold
-        # Sorting takes longer than all else: only of classes that have too many.
+        # Sorting dominates the run time, so only classes with too many candidates are sorted.
         crowded = (above.count_nonzero(0) > self.max_candidates).nonzero().flatten()
         if not len(crowded):
             rows, labels = above.nonzero(as_tuple=True)
-            return promising[rows], labels, scores[rows, labels]
+            return rows_above[rows], labels, scores[rows, labels]
         best, best_rows = scores.index_select(1, crowded).topk(self.max_candidates, dim=0)
         rows, labels = above.index_fill_(1, crowded, False).nonzero(as_tuple=True)
         return (
-            promising[torch.cat((rows, best_rows.flatten()))],
+            rows_above[torch.cat((rows, best_rows.flatten()))],
             torch.cat((labels, crowded.expand_as(best).flatten())),
             torch.cat((scores[rows, labels], best.flatten())),
         )
 
     def detections(self, candidates: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Detections]:
-        """Suppress the candidates of a batch in one call.
+        """Run NMS on the candidates of a batch in one call.
 
         Args:
             candidates: boxes (K, 4), scores (K,) and labels (K,) of each image.
@@ -114,29 +115,29 @@ class Postprocess:
 
 
 def check_count(targets: tuple[Target, ...], sizes: tuple[tuple[int, int], ...]) -> None:
-    """Refuse a batch that has not one target for each image."""
+    """Raise ValueError if a batch does not have exactly one target per image."""
     if len(targets) != len(sizes):
         raise ValueError(f"{len(sizes)} images but {len(targets)} targets")
 
 
 class Head(nn.Module, ABC):
-    """A task on top of feature maps.
+    """Base class of heads: the task-specific part of a model, on top of feature maps.
 
     The constructor takes `channels` and `strides` of the maps and `num_classes`, then options. `forward` never
-    reads `self.training`, so that one forward serves the validation loss and the predictions.
+    reads `self.training`, so the same forward pass serves the validation loss and the predictions.
 
     Attributes:
-        task: what it does, out of detkit.registry.tasks, and the name of the folder of its runs: "detect".
-        needs: the fields of Target that its loss reads; checked against the data set at the start.
-        postprocess: the default options of `decode` of a detector.
-        decode_options: the options of a prediction that `decode` reads, out of DECODING.
-        unmixed_losses: the losses that training counts as 0 in epochs whose images are mixed (mosaic, mixup).
-        reads_sizes: `forward` computes with the sizes of the images; it may pass them on to `decode` without.
-        full_precision: half precision would move its results by more than some thousandths.
-        open_set: it compares images of any classes, and so may be scored on others than it was trained on.
-        any_size: it finds objects in images of any size as they are, and so can go with input.resize crop.
-        trims_padding: what it says of a place depends on the maps around it and not on the size of the input, so that
-            at prediction letterboxed images need no more padding than up to a multiple of 32.
+        task: its name in detkit.registry.tasks, also the name of the folder of its runs: "detect".
+        needs: the fields of Target that its loss reads; checked against the data set before training.
+        postprocess: the default decoding options of a detector.
+        decode_options: the prediction options that `decode` reads, a subset of DECODING.
+        unmixed_losses: losses that training sets to 0 in epochs with mixed images (mosaic, mixup).
+        reads_sizes: whether `forward` computes with the image sizes, rather than only passing them to `decode`.
+        full_precision: whether half precision would change its results by more than a few thousandths.
+        open_set: whether it can be evaluated on classes it was not trained on, because it only compares images.
+        any_size: whether it processes images of any size unscaled and therefore supports input.resize crop.
+        trims_padding: whether its output at a location depends only on the surrounding features, not on the input
+            size, so that at prediction letterboxed images are padded only to a multiple of 32.
     """
 
     task: ClassVar[str]
@@ -151,26 +152,27 @@ class Head(nn.Module, ABC):
     postprocess: Postprocess
 
     def prepare(self) -> None:
-        """Take in what else than weights a new head starts from, such as the image whose style it learns. Called once
-        before training; what it computes belongs to the checkpoint, and is not asked for again.
+        """Load external input of a new head other than weights, such as the image whose style it learns.
+
+        Called once before training; the result is saved in the checkpoint and not loaded again.
 
         Raises:
-            DetkitError: it is not available.
+            DetkitError: the input is not available.
         """
         return
 
     @abstractmethod
     def forward(self, features: list[Tensor], inputs: Inputs) -> Any:
-        """Raw outputs for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute raw outputs from feature maps [(B, C_i, h_i, w_i)]."""
 
     @abstractmethod
     def loss(self, outputs: Any, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """Scalars by name, to be summed; finite also when no image has an object."""
+        """Return scalar losses by name, to be summed; finite even if no image has an object."""
 
     @abstractmethod
     def decode(self, outputs: Any, options: Postprocess | None = None) -> Sequence[Prediction]:
-        """One result for each image, a list, in pixels of the network's input.
+        """Return a list with one prediction per image, in pixels of the network's input.
 
         Args:
-            options: of a detector, the candidates to keep; None for `self.postprocess`.
+            options: decoding options of a detector; None for `self.postprocess`.
         """

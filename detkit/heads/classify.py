@@ -1,4 +1,4 @@
-"""Classification of whole images: one class each, or any number of them."""
+"""Classification of whole images, single-label or multi-label."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,26 +31,25 @@ class ClassifyOutputs(NamedTuple):
 
 @heads.register("classify")
 class Classify(Head):
-    """A classifier of whole images on the coarsest map: average pooling, hidden layers where asked for, one linear
-    layer.
+    """An image classifier on the coarsest map: average pooling, optional hidden layers and a linear layer.
 
-    Without hidden layers it is that of NiN, GoogLeNet, ResNet and DenseNet; {pool: 5, widths: [120, 84], activation:
-    tanh} is LeNet's, {pool: 6, widths: [4096, 4096], dropout: 0.5} AlexNet's, and with pool 7 VGG's.
+    Without hidden layers it is the classifier of NiN, GoogLeNet, ResNet and DenseNet; {pool: 5, widths: [120, 84],
+    activation: tanh} is LeNet's, {pool: 6, widths: [4096, 4096], dropout: 0.5} AlexNet's, and with pool 7 VGG's.
 
     Args:
-        channels, strides: of the feature maps, of which the last is read, and those in `auxiliary`.
+        channels, strides: of the feature maps; the last map and those in `auxiliary` are read.
         num_classes: C.
-        pool: rows and columns of the means that a map is reduced to, without its padding.
-        widths: outputs of the hidden, fully connected layers.
-        activation: behind each of them.
-        dropout: part of the inputs left out in training, before the last layer and every hidden one but the first.
-        multi_label: an image has any number of classes (binary cross-entropy) instead of exactly one (softmax
+        pool: side of the grid that a map, excluding its padding, is average-pooled to.
+        widths: widths of the hidden fully connected layers.
+        activation: activation after each hidden layer.
+        dropout: dropout probability before the last layer and every hidden one but the first.
+        multi_label: whether an image has any number of classes (binary cross-entropy) instead of exactly one (softmax
             cross-entropy).
-        label_smoothing: what part of the ground truth is spread evenly over all classes (Szegedy et al. 2016, section
-            7); over yes and no with multi_label.
-        auxiliary: indices of earlier maps that get a classifier of their own, for training only (Szegedy et al. 2015,
-            section 5); their number is that in the backbone's `levels`, from 0.
-        auxiliary_weight: factor of each of their losses.
+        label_smoothing: fraction of the target distributed uniformly over all classes (Szegedy et al. 2016, section
+            7), or over yes and no with multi_label.
+        auxiliary: indices of earlier maps (positions in the backbone's `levels`, from 0) with an auxiliary classifier
+            for training only (Szegedy et al. 2015, section 5).
+        auxiliary_weight: factor of each auxiliary loss.
     """
 
     task: ClassVar[str] = "classify"
@@ -79,16 +78,16 @@ class Classify(Head):
             raise ConfigError(f"'head.widths' must hold positive numbers, but is {list(widths)}.")
         if len(set(auxiliary)) < len(auxiliary) or not set(auxiliary) <= set(range(len(channels) - 1)):
             raise ConfigError(
-                f"'head.auxiliary' must hold numbers of maps before the last one, each once, but is {list(auxiliary)}: "
+                f"'head.auxiliary' must list distinct indices of maps before the last one, but is {list(auxiliary)}: "
                 f"there are {len(channels)} maps, so 0 to {len(channels) - 2} can be given."
                 if len(channels) > 1
-                else "'head.auxiliary' needs maps before the last one, but the backbone gives one map only. Give it "
-                "more 'levels'."
+                else "'head.auxiliary' needs maps before the last one, but the backbone has only one. Give it more "
+                "'levels'."
             )
         if num_classes < 2 and not multi_label:
             raise ConfigError(
-                "The data have one class only, which every image then shows. Give data with more classes, or set "
-                "head.multi_label to true to ask whether an image shows that class."
+                "The data has only one class, so every image shows it. Use data with more classes, or set "
+                "head.multi_label to true to predict whether an image shows that class."
             )
         self.multi_label, self.label_smoothing, self.pool = multi_label, label_smoothing, pool
         self.auxiliary_maps, self.auxiliary_weight = tuple(auxiliary), auxiliary_weight
@@ -103,19 +102,18 @@ class Classify(Head):
         self.auxiliary = nn.ModuleList(_Auxiliary(channels[index], num_classes) for index in auxiliary)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> ClassifyOutputs:
-        """Logits of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute the logits of each image from feature maps [(B, C_i, h_i, w_i)]."""
         logits = self.predictor(self.hidden(pooled_images(features[-1], inputs, self.pool))).float()
         found = [head(features[index], inputs) for index, head in zip(self.auxiliary_maps, self.auxiliary)]
         return ClassifyOutputs(logits, torch.stack(found).float() if found else logits.new_zeros(0, *logits.shape))
 
     def loss(self, outputs: ClassifyOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`class`, the mean cross-entropy, and `auxiliary`, that of the auxiliary classifiers, weighted.
+        """Compute `class`, the mean cross-entropy, and `auxiliary`, the weighted sum over auxiliary classifiers.
 
-        An image without a class takes no part, unless it is to have any number of them.
+        Unless multi_label, images without a class are ignored.
 
         Raises:
-            ValueError: there is not one target for each image, an image has no image_labels, or several where one is
-                asked for.
+            ValueError: the number of targets is wrong, or an image has no image_labels, or several without multi_label.
         """
         if len(targets) != len(outputs.logits):
             check_count(targets, ((0, 0),) * len(outputs.logits))
@@ -134,7 +132,7 @@ class Classify(Head):
             ground_truth = ground_truth * (1 - self.label_smoothing) + self.label_smoothing / 2
             return F.binary_cross_entropy_with_logits(logits, ground_truth)
         if max(len(present) for present in labels) > 1:
-            raise ValueError("an image has several classes, but the head takes one; set head.multi_label")
+            raise ValueError("an image has several classes, but the head expects one; set head.multi_label")
         counted = [image for image, present in enumerate(labels) if len(present)]
         ground_truth = torch.cat(labels)
         total = F.cross_entropy(logits[counted], ground_truth, reduction="sum", label_smoothing=self.label_smoothing)
@@ -142,14 +140,14 @@ class Classify(Head):
 
     @torch.no_grad()
     def decode(self, outputs: ClassifyOutputs, options: Postprocess | None = None) -> list[Classification]:
-        """The probability of every class, for each image."""
+        """Return the probability of every class for each image."""
         scores = outputs.logits.sigmoid() if self.multi_label else outputs.logits.softmax(-1)
         return [Classification(image) for image in scores]
 
 
 class _Auxiliary(nn.Module):
-    """A classifier of an earlier map, of the size that Szegedy et al. 2015 give it in section 5, with a batch norm and
-    adaptive pooling as in torchvision."""
+    """An auxiliary classifier with the layer sizes of Szegedy et al. 2015, section 5, plus batch norm and adaptive
+    pooling as in torchvision."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()

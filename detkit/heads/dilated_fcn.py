@@ -1,4 +1,4 @@
-"""Torchvision's FCN on a dilated network: one fine map, one small classifier, bilinear interpolation."""
+"""Torchvision's FCN on a dilated network: one fine map, a small classifier, bilinear interpolation."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,22 @@ from detkit.structures import Inputs, Target
 
 @heads.register("dilated_fcn")
 class DilatedFCN(SemanticHead):
-    """A 3x3 convolution to a quarter of the channels of the last map, batch norm, ReLU, dropout, a 1x1 convolution, and
-    bilinear interpolation to the size of the input; the head of torchvision's `fcn_resnet50`.
+    """The head of torchvision's `fcn_resnet50`: a 3x3 convolution to a quarter of the channels of the last map, batch
+    norm, ReLU, dropout, a 1x1 convolution, and bilinear interpolation to the input size.
 
-    It wants a fine last map, as of `{name: resnet50, output_stride: 8}` (Chen et al. 2015, "Semantic Image Segmentation
-    with Deep Convolutional Nets": dilated convolutions keep the map fine). A second classifier on the map before helps
-    to train (Zhao et al. 2017, PSPNet, section 3.3) and is not used afterwards.
+    It needs a fine last map, as from `{name: resnet50, output_stride: 8}` (Chen et al. 2015, "Semantic Image
+    Segmentation with Deep Convolutional Nets": dilated convolutions keep the resolution). An auxiliary classifier on
+    the second-to-last map supports training (Zhao et al. 2017, PSPNet, section 3.3) and is not used for prediction.
 
     Args:
         channels, strides: of the feature maps.
-        num_classes: of the data set, "background" among them where the data has it.
-        auxiliary_weight: of the second classifier's loss; 0 for none.
-        dropout: part of the channels left out in training.
+        num_classes: number of classes of the data set, including "background" if the data has it.
+        auxiliary_weight: factor of the auxiliary classifier's loss; 0 for no auxiliary classifier.
+        dropout: dropout probability.
         class_weights: see `SemanticHead`.
 
     Raises:
-        ConfigError: an option is out of its range, or there is no map for the second classifier.
+        ConfigError: an option is out of range, or there is no map for the auxiliary classifier.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class DilatedFCN(SemanticHead):
         check_range("head", 0, 1, dropout=dropout)
         if auxiliary_weight and len(channels) < 2:
             raise ConfigError(
-                "The head 'dilated_fcn' has a second classifier on the map before the last, but gets one map only. Add "
-                "one to backbone.levels, or set head.auxiliary_weight to 0."
+                "The head 'dilated_fcn' has an auxiliary classifier on the second-to-last map, but gets only one map. "
+                "Add one to backbone.levels, or set head.auxiliary_weight to 0."
             )
         self.classifier = _classifier(channels[-1], num_classes, dropout)
         self.auxiliary_weight = auxiliary_weight
@@ -57,7 +57,7 @@ class DilatedFCN(SemanticHead):
         return SemanticOutputs(logits, inputs.sizes, features[-2] if self.auxiliary is not None else None)
 
     def loss(self, outputs: SemanticOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`pixel` as of every semantic head, and `auxiliary`, the same of the second classifier times its weight."""
+        """Compute `pixel`, as in every semantic head, and `auxiliary`, the weighted loss of the auxiliary classifier."""
         losses = super().loss(outputs, targets)
         if self.auxiliary is not None:
             assert outputs.features is not None

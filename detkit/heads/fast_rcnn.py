@@ -1,4 +1,4 @@
-"""Detectors on proposals from outside: R-CNN, SPPNet and Fast R-CNN are one head with other region features."""
+"""Detectors on external proposals: R-CNN, SPPNet and Fast R-CNN, one head with different region features."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +15,7 @@ from detkit.structures import Detections, Inputs, Target
 
 
 class FastRCNNOutputs(NamedTuple):
-    """What the second stage works on.
+    """Inputs of the second stage.
 
     Args:
         features: maps [(B, C_i, h_i, w_i)].
@@ -32,14 +32,14 @@ class FastRCNNOutputs(NamedTuple):
 class FastRCNN(Head):
     """A class and a box for each proposal (Girshick, "Fast R-CNN", 2015).
 
-    With `regions: {features: {name: spp}}` it is SPPNet (He et al. 2014); with `warp` and `classifier: hinge` R-CNN
-    (Girshick et al. 2014), but in one training instead of three.
+    With `regions: {features: {name: spp}}` it is SPPNet (He et al. 2014); with `warp` and `classifier: hinge` it is
+    R-CNN (Girshick et al. 2014), trained in one stage instead of three.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C, without background.
         regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 
     task: ClassVar[str] = "detect"
@@ -59,8 +59,8 @@ class FastRCNN(Head):
         super().__init__()
         if not 0 < min(strides) <= max(strides) <= COARSEST_STRIDE:
             raise ConfigError(
-                f"'fast_rcnn' reads feature maps of strides up to {COARSEST_STRIDE}, and nothing would read the "
-                f"others: the strides are {list(strides)}. Set neck.extra_levels to 0, or choose other 'levels'."
+                f"'fast_rcnn' reads feature maps of strides up to {COARSEST_STRIDE} only, so other maps would be "
+                f"unused: the strides are {list(strides)}. Set neck.extra_levels to 0, or choose other 'levels'."
             )
         self.postprocess = Postprocess(score_threshold, nms_threshold, ALL, max_detections)
         self.regions: RegionStage = build_part(
@@ -74,7 +74,7 @@ class FastRCNN(Head):
         )
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> FastRCNNOutputs:
-        """The feature maps beside the proposals.
+        """Return the feature maps with the proposals.
 
         Raises:
             ValueError: the inputs have no proposals.
@@ -84,11 +84,11 @@ class FastRCNN(Head):
         return FastRCNNOutputs(tuple(features), tuple(inputs.proposals), inputs.sizes)
 
     def loss(self, outputs: FastRCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`class` and `box` of a random choice of the proposals."""
+        """Compute `class` and `box` on a random sample of the proposals."""
         check_count(targets, outputs.sizes)
         return self.regions.loss(outputs.features, self.regions.sample(outputs.proposals, targets), targets)
 
     @torch.no_grad()
     def decode(self, outputs: FastRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input."""
+        """Return detections after per-class NMS, in pixels of the network's input."""
         return self.regions.decode(outputs.features, outputs.proposals, outputs.sizes, options or self.postprocess)

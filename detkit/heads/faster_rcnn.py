@@ -1,4 +1,4 @@
-"""Faster R-CNN: proposals from a network on the same features, then a class and a box for each (Ren et al. 2015)."""
+"""Faster R-CNN: a region-proposal network, then a class and a box for each proposal (Ren et al. 2015)."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +14,7 @@ from detkit.structures import Detections, Inputs, Target
 
 
 class FasterRCNNOutputs(NamedTuple):
-    """Raw outputs of the first stage, and what the second works on.
+    """Raw outputs of the first stage and inputs of the second.
 
     Args:
         features: maps [(B, C_i, h_i, w_i)].
@@ -27,18 +27,18 @@ class FasterRCNNOutputs(NamedTuple):
 
 @heads.register("faster_rcnn")
 class FasterRCNN(Head):
-    """Both stages, trained jointly; no gradient flows through the coordinates of proposals (approximate joint
+    """Faster R-CNN with both stages trained jointly; no gradient flows through proposal coordinates (approximate joint
     training, section 3.2 of the paper).
 
-    On one feature map of stride 16 it is the original, with `resnet_layer4` as trunk of the regions its "C4" form; on
-    a feature pyramid it is that of Lin et al. 2017.
+    On one feature map of stride 16 it is the original detector (with `resnet_layer4` as region trunk, the "C4"
+    variant); on a feature pyramid it is the detector of Lin et al. 2017.
 
     Args:
         channels, strides: of the feature maps, which must have the same channels.
         num_classes: C, without background.
         rpn: options of the first stage; see detkit.heads.parts.rpn.RegionProposalNetwork.
         regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 
     task: ClassVar[str] = "detect"
@@ -72,22 +72,22 @@ class FasterRCNN(Head):
         )
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> FasterRCNNOutputs:
-        """Objectness and offsets of all anchors, for feature maps [(B, C, h_i, w_i)]."""
+        """Compute objectness and offsets of all anchors from feature maps [(B, C, h_i, w_i)]."""
         return FasterRCNNOutputs(tuple(features), self.rpn(features, inputs))
 
     def loss(self, outputs: FasterRCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`objectness` and `proposal_box` of the first stage, `class` and `box` of the second."""
+        """Compute `objectness` and `proposal_box` of the first stage, and `class` and `box` of the second."""
         check_count(targets, outputs.proposals.sizes)
         losses = self.rpn.loss(outputs.proposals, targets)
         if not torch.stack(list(losses.values())).isfinite().all():
-            return losses  # the trainer stops at them and names the images; there is nothing to propose from
+            return losses  # no proposals can be made; the trainer stops and names the images
         proposals = self.rpn.propose(outputs.proposals, self.rpn.train_amounts)
         sampled = self.regions.sample(proposals, targets)
         return losses | self._region_losses(outputs.features, sampled, targets)
 
     @torch.no_grad()
     def decode(self, outputs: FasterRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input."""
+        """Return detections after per-class NMS, in pixels of the network's input."""
         proposals = self.rpn.propose(outputs.proposals, self.rpn.amounts)
         return self.regions.decode(outputs.features, proposals, outputs.proposals.sizes, options or self.postprocess)
 

@@ -1,5 +1,7 @@
-"""Fully convolutional networks, FCN-32s, -16s and -8s (Long, Shelhamer and Darrell, "Fully Convolutional Networks for
-Semantic Segmentation", CVPR 2015), on any backbone."""
+"""Fully convolutional networks FCN-32s, -16s and -8s on any backbone.
+
+Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,27 +18,26 @@ from detkit.structures import Inputs
 
 @heads.register("fcn")
 class FCN(SemanticHead):
-    """Scores of each map by a 1x1 convolution, the coarser ones added to the finer ones, and the sum enlarged.
+    """Per-map class scores by 1x1 convolutions, fused from coarse to fine and upsampled to the input size.
 
-    From the coarsest map on scores are enlarged by a transposed convolution, which starts as bilinear interpolation and
-    learns, to the next finer map, whose own scores are added (section 4.2: the "skips"). The last enlargement, to the
-    size of the input, stays bilinear interpolation. Score layers start at 0.
+    Starting at the coarsest map, scores are upsampled to the next finer map by a learned transposed convolution,
+    initialized as bilinear interpolation, and added to that map's own scores (the "skips" of section 4.2). The final
+    upsampling to the input size is fixed bilinear interpolation. Score layers are initialized to 0.
 
-    VGG's fully connected layers, which the paper turns into convolutions on the coarsest map (section 3.1), are here
-    one 3x3 convolution with batch norm, ReLU and dropout: `hidden`.
+    The paper converts VGG's fully connected layers to convolutions on the coarsest map (section 3.1); here `hidden`, a
+    3x3 convolution with batch norm, ReLU and dropout, takes their place.
 
     Args:
         channels, strides: of the feature maps.
-        num_classes: of the data set, "background" among them where the data has it.
-        finest_stride: of the finest map that is used, together with all coarser ones: 8 is FCN-8s where the coarsest
-            map has a stride of 32, 32 is FCN-32s.
+        num_classes: number of classes of the data set, including "background" if the data has it.
+        finest_stride: stride of the finest map to use, with all coarser ones; with a coarsest stride of 32, 8 gives
+            FCN-8s and 32 gives FCN-32s.
         hidden: channels of the layer between the coarsest map and its scores; null for none.
-        dropout: part of these channels left out in training.
+        dropout: dropout probability after this layer.
         class_weights: see `SemanticHead`.
 
     Raises:
-        ConfigError: no map has that stride, or the strides from there on do not double (or go on by other whole, even
-            factors).
+        ConfigError: no map has that stride, or the strides from there on do not grow by even integer factors.
     """
 
     def __init__(
@@ -53,15 +54,15 @@ class FCN(SemanticHead):
         if finest_stride not in strides:
             raise ConfigError(
                 f"'head.finest_stride' is {finest_stride}, but the feature maps have the strides {list(strides)}. Use "
-                f"one of these, or let backbone.levels give the map of that stride."
+                f"one of these, or add the map of that stride to backbone.levels."
             )
         used = [level for level, stride in enumerate(strides) if stride >= finest_stride]
         self.levels = tuple(used)
         steps = [strides[coarse] / strides[fine] for fine, coarse in pairwise(used)]
         if any(step != int(step) or int(step) % 2 for step in (*steps, finest_stride)):
             raise ConfigError(
-                f"The head 'fcn' enlarges maps by even factors, but gets maps of the strides "
-                f"{[strides[level] for level in used]}. Use maps of strides such as 8, 16 and 32 (backbone.levels)."
+                f"The head 'fcn' upsamples maps by even factors, but the feature maps have the strides "
+                f"{[strides[level] for level in used]}. Use strides such as 8, 16 and 32 (backbone.levels)."
             )
         check_range("head", 0, 1, dropout=dropout)
         widths = [channels[level] for level in used]
@@ -81,10 +82,10 @@ class FCN(SemanticHead):
     kernel: Tensor
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> SemanticOutputs:
-        """Logits of the size of the input.
+        """Compute logits at the input size.
 
-        A map covers the input from its top left corner on; where sizes are no multiples of the strides, scores are cut
-        at the right and bottom, or (networks that round sizes down) continued by their last row and column.
+        Maps are aligned with the input at the top left corner. If sizes are not multiples of the strides, scores are
+        cropped at the right and bottom, or (for networks that round sizes down) padded by replication.
         """
         maps = [features[level] for level in self.levels]
         if self.hidden is not None:
@@ -101,15 +102,15 @@ class FCN(SemanticHead):
 
 
 def bilinear_kernel(factor: int) -> Tensor:
-    """(2·factor, 2·factor) float32: as a transposed convolution of that stride, with padding factor / 2, it
-    interpolates bilinearly; outside of the map it sees 0."""
+    """Return a kernel (2·factor, 2·factor) float32 with which a transposed convolution of stride `factor` and padding
+    factor / 2 interpolates bilinearly, with zeros outside the map."""
     offsets = torch.arange(2 * factor) + 0.5 - factor
     line = 1 - offsets.abs() / factor
     return torch.outer(line, line)
 
 
 def fitted(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, h, w) cut at the right and bottom to (height, width) `size`, or continued by their last row and column."""
+    """Crop scores (B, C, h, w) at the right and bottom to `size` (height, width), or pad them by replication."""
     scores = scores[:, :, : size[0], : size[1]]
     bottom, right = size[0] - scores.shape[2], size[1] - scores.shape[3]
     return F.pad(scores, (0, right, 0, bottom), mode="replicate") if bottom or right else scores
@@ -122,7 +123,7 @@ def _hidden(channels: int, width: int, dropout: float) -> nn.Sequential:
 
 
 def _enlargement(num_classes: int, factor: int) -> nn.ConvTranspose2d:
-    """A transposed convolution that starts as bilinear interpolation of each class on its own."""
+    """Create a transposed convolution that is initialized as bilinear interpolation of each class separately."""
     layer = nn.ConvTranspose2d(num_classes, num_classes, 2 * factor, stride=factor, padding=factor // 2, bias=False)
     with torch.no_grad():
         layer.weight.zero_()

@@ -1,4 +1,4 @@
-"""Mask R-CNN: Faster R-CNN with a third branch that says which pixels of a box are the object (He et al. 2017)."""
+"""Mask R-CNN: Faster R-CNN with a third branch that predicts a mask for each box (He et al. 2017)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,15 +19,15 @@ from detkit.structures import Detections, Target
 
 
 class MaskBranch(nn.Module):
-    """Convolutions on the features of a region, then a mask of twice their size for each class.
+    """Convolutions on region features, then a mask of twice their size for each class.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C.
-        features: `name` of the kind of region features and its options; default roi_align of 14 x 14.
-        depth: 3x3 convolutions.
-        width: their channels.
-        norm: batch norm behind each.
+        features: `name` and options of the region features; default 14 x 14 roi_align.
+        depth: number of 3x3 convolutions.
+        width: channels of the convolutions.
+        norm: whether each convolution is followed by batch norm.
         weight: factor of the loss.
     """
 
@@ -51,7 +51,8 @@ class MaskBranch(nn.Module):
         )
         if len(self.features.shape) != 3:
             raise ConfigError(
-                "The mask branch needs features with rows and columns. Use head.mask.features: {name: roi_align}."
+                "The mask branch needs region features with spatial dimensions. Use head.mask.features: "
+                "{name: roi_align}."
             )
         incoming, rows, columns = self.features.shape
         self.size = (2 * rows, 2 * columns)
@@ -62,13 +63,13 @@ class MaskBranch(nn.Module):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """(R, m, m) logits of the masks of `labels` (R,), for `regions` as in RegionFeatures."""
+        """Compute mask logits (R, m, m) for the classes `labels` (R,), with `regions` as in RegionFeatures."""
         features = self.convolutions(self.features(maps, regions))
         logits = self.predictor(F.relu(self.upsample(features)))
         return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
     def loss(self, maps: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: Sequence[Target]) -> Tensor:
-        """The mean binary cross-entropy over all pixels of the masks of the regions that show an object."""
+        """Compute the mean binary cross-entropy over all mask pixels of the positive regions."""
         positives = [regions.boxes[regions.positive] for regions in sampled]
         ground_truths = [regions.target_index[regions.positive] for regions in sampled]
         labels = torch.cat([target.labels[ground_truth] for target, ground_truth in zip(targets, ground_truths)])
@@ -81,12 +82,12 @@ class MaskBranch(nn.Module):
         return self.weight * total / max(logits.numel(), 1)
 
     def _crop(self, target: Target, boxes: Tensor, ground_truth: Tensor) -> Tensor:
-        """(S, m, m) of the ground truths' masks inside the boxes, in 0..1."""
+        """Crop the ground-truth masks to the boxes: (S, m, m) in 0..1."""
         if target.masks is None:
             raise ValueError("mask_rcnn needs targets with masks")
         from torchvision.ops import roi_align
 
-        # Each object is cast to floats once, however many regions show it.
+        # Cast each object to float only once, even if several regions match it.
         used, position = ground_truth.unique(return_inverse=True)
         rows = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
         return roi_align(target.masks[used][:, None].to(boxes.dtype), rows, self.size, 1.0)[:, 0]
@@ -94,7 +95,7 @@ class MaskBranch(nn.Module):
 
 @heads.register("mask_rcnn")
 class MaskRCNN(FasterRCNN):
-    """Boxes and masks.
+    """Mask R-CNN: Faster R-CNN with a mask branch.
 
     Args:
         channels, strides: of the feature maps, which must have the same channels.
@@ -102,7 +103,7 @@ class MaskRCNN(FasterRCNN):
         rpn: options of the first stage; see detkit.heads.parts.rpn.RegionProposalNetwork.
         regions: options of the second stage; see detkit.heads.parts.regions.RegionStage.
         mask: options of the mask branch; see MaskBranch.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"boxes", "labels", "masks"})
@@ -133,7 +134,7 @@ class MaskRCNN(FasterRCNN):
 
     @torch.no_grad()
     def decode(self, outputs: FasterRCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections with `mask_patches` of the probabilities inside their boxes."""
+        """Return detections with `mask_patches`, the mask probabilities inside their boxes."""
         found = super().decode(outputs, options)
         labels = torch.cat([detections.labels for detections in found])
         patches = self.mask(outputs.features, [detections.boxes for detections in found], labels).sigmoid()
@@ -145,6 +146,6 @@ class MaskRCNN(FasterRCNN):
     def _region_losses(
         self, features: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: tuple[Target, ...]
     ) -> dict[str, Tensor]:
-        """Those of Faster R-CNN, and `mask`."""
+        """Compute the losses of Faster R-CNN, and `mask`."""
         losses = super()._region_losses(features, sampled, targets)
         return losses | {"mask": self.mask.loss(features, sampled, targets)}

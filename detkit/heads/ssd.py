@@ -176,9 +176,9 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, scores and labels of one image that may become detections."""
     # Softmax over a class and background alone is more than over all.
-    promising = options.promising(logits[:, 1:].amax(1) - logits[:, 0])
-    rows, labels, scores = options.candidates(logits[promising].softmax(-1)[:, 1:])
-    rows = promising[rows]
+    kept = options.above_threshold(logits[:, 1:].amax(1) - logits[:, 0])
+    rows, labels, scores = options.candidates(logits[kept].softmax(-1)[:, 1:])
+    rows = kept[rows]
     return clip(decode(offsets[rows], anchors[rows]), size), scores, labels
 
 

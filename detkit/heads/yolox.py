@@ -194,7 +194,7 @@ def _candidates(outputs: YOLOXOutputs, image: int, options: Postprocess) -> tupl
     """Boxes, scores and labels of one image that may become detections."""
     classes, objectness = outputs.class_logits[image], outputs.objectness[image]
     # Not a number, and so looked at everywhere, where a logit of a class is not finite.
-    cells = options.promising(objectness + 0 * classes.sum())
+    cells = options.above_threshold(objectness + 0 * classes.sum())
     scores, labels = (classes[cells].sigmoid() * objectness[cells, None].sigmoid()).max(1)
     chosen, _, scores = options.candidates(scores[:, None])
     cells, labels = cells[chosen], labels[chosen]

@@ -86,20 +86,20 @@ def test_a_score_that_is_no_number_is_an_error(most: int) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-7, 0.01, 0.3, 0.5, 0.9999, 1.0])
-def test_promising_rows_are_all_those_above_and_few_below(threshold: float) -> None:
+def test_rows_above_the_threshold_are_all_found_with_few_below(threshold: float) -> None:
     limits = torch.logit(torch.tensor(threshold, dtype=torch.float64)).clamp(-100, 100)
     near = torch.cat((torch.linspace(-110, 110, 2001), (limits + torch.linspace(-1e-3, 1e-3, 20001)).float()))
     postprocess = Postprocess(threshold)
-    found = set(postprocess.promising(near).tolist())
+    found = set(postprocess.above_threshold(near).tolist())
     above = set((near.sigmoid() > threshold).nonzero().flatten().tolist())
     assert above <= found
     kept = near[sorted(found)].double().sigmoid()
     assert bool((kept > threshold * (1 - 2e-4)).all())
 
 
-def test_promising_rows_are_those_too_whose_scores_may_be_no_numbers() -> None:
+def test_rows_above_the_threshold_include_those_whose_scores_may_be_nan() -> None:
     limits = torch.tensor([-50.0, math.nan, math.inf, -math.inf, 50.0])
-    assert Postprocess(0.5).promising(limits).tolist() == [1, 2, 3, 4]
+    assert Postprocess(0.5).above_threshold(limits).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -214,10 +214,10 @@ def decode_places(
     for values, size in zip(outputs.values, outputs.sizes):
         objectness, classes = values[:, 4], values[:, 5:]
         # Not a number, and so looked at everywhere, where a value of a class is not finite.
-        promising = postprocess.promising(objectness + 0 * classes.sum())
-        scores = objectness[promising, None].sigmoid() * probabilities(classes[promising])
+        kept = postprocess.above_threshold(objectness + 0 * classes.sum())
+        scores = objectness[kept, None].sigmoid() * probabilities(classes[kept])
         rows, labels, best = postprocess.candidates(scores)
-        rows = promising[rows]
+        rows = kept[rows]
         boxes = clip(predicted_boxes(values[rows], outputs.cells[rows], outputs.anchors[rows]), size)
         found.append((boxes, best, labels))
     return postprocess.detections(found)
