@@ -57,7 +57,7 @@ class DilatedFCN(SemanticHead):
         return SemanticOutputs(logits, inputs.sizes, features[-2] if self.auxiliary is not None else None)
 
     def loss(self, outputs: SemanticOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """Compute `pixel`, as in every semantic head, and `auxiliary`, the weighted loss of the auxiliary classifier."""
+        """Compute `pixel`, as in every semantic head, and `auxiliary`, the weighted auxiliary loss."""
         losses = super().loss(outputs, targets)
         if self.auxiliary is not None:
             assert outputs.features is not None

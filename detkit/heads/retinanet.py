@@ -23,18 +23,18 @@ from detkit.structures import Detections, Inputs, Target
 
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
 BETA = 1 / 9  # of smooth L1, as in the region-proposal network
-PARTS = 16  # of the scores of a level, whose maximum is looked at first
-NORM_WIDTH = 8  # channels of one group of the group norm: 32 groups of 256 channels
+PARTS = 16  # number of parts of a level's scores, over which maxima are computed first
+NORM_WIDTH = 8  # channels per group of the group norm: 32 groups for 256 channels
 
 
 class RetinaNetOutputs(NamedTuple):
     """Raw outputs of RetinaNet.
 
     Args:
-        logits: (B, A, C), one yes or no for each class; there is no background.
+        logits: (B, A, C), one binary classifier per class; there is no background class.
         offsets: (B, A, 4), see detkit.boxes.coding, with deviations 1.
         anchors: (A, 4) xyxy pixels of the network's input.
-        level_counts: how many of the A anchors each level has.
+        level_counts: number of anchors of each level; their sum is A.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -47,28 +47,28 @@ class RetinaNetOutputs(NamedTuple):
 
 @heads.register("retinanet")
 class RetinaNet(Head):
-    """Two towers of convolutions, one for classes and one for boxes, that all levels share.
+    """Two convolutional towers, one for classes and one for boxes, shared by all levels.
 
-    The neck that goes with it is `{name: fpn, extra_levels: 2}` on C3 to C5. Anchors that reach over the border of the
-    image take part in training, and a ground truth's best anchor is positive whatever its overlap, as in torchvision.
+    The paper's neck is `{name: fpn, extra_levels: 2}` on C3 to C5. As in torchvision, anchors that cross the image
+    border take part in training, and the best anchor of each ground-truth box is positive whatever its IoU.
 
     Args:
         channels, strides: of the feature maps, which must have the same channels.
         num_classes: C, without background.
-        anchors: `name` of an anchor layout and its options; default the paper's nine, of 4, 5.04 and 6.35 strides and
-            ratios 1:2, 1:1 and 2:1.
-        depth: 3x3 convolutions in each tower.
-        norm: group norm behind each of them, groups of 8 channels.
-        prior: the score that an untrained network gives every anchor and class, so that the many that are background
-            do not swamp the first steps.
-        alpha: weight of the right class in the focal loss; all that is background weighs 1 - alpha.
-        gamma: how much less the focal loss counts what is easy; see detkit.heads.parts.losses.sigmoid_focal_loss.
-        foreground_from: an anchor that overlaps a ground truth this much is an object.
-        background_below: one that overlaps every ground truth less is background; between them it does not count.
+        anchors: `name` and options of an anchor layout; default the paper's nine anchors, with sides of 4, 5.04 and
+            6.35 strides and ratios 1:2, 1:1 and 2:1.
+        depth: number of 3x3 convolutions in each tower.
+        norm: whether each of them is followed by group norm with groups of 8 channels.
+        prior: initial score of every anchor and class, low so that the many background anchors do not dominate the
+            first steps.
+        alpha: weight of positives in the focal loss; negatives are weighted by 1 - alpha.
+        gamma: focusing parameter of the focal loss; see detkit.heads.parts.losses.sigmoid_focal_loss.
+        foreground_from: IoU with a ground-truth box from which an anchor is positive.
+        background_below: IoU below which an anchor is negative; anchors between the two are ignored.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
-        candidates: pairs of an anchor and a class, of each level and image, that enter suppression.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
+        candidates: number of anchor-class pairs per level and image that enter NMS.
     """
 
     task: ClassVar[str] = "detect"
@@ -110,7 +110,9 @@ class RetinaNet(Head):
         self.anchors = PerSize(self.layout)
         counts = self.layout.per_location(len(strides))
         if len(set(counts)) != 1:
-            raise ConfigError(f"'head.anchors' must give each level as many anchors, but they give {counts}.")
+            raise ConfigError(
+                f"'head.anchors' must give the same number of anchors per location on each level, but gives {counts}."
+            )
         self.foreground_from, self.background_below = foreground_from, background_below
         self.alpha, self.gamma = alpha, gamma
         self.box_loss: BoxLoss = box_loss
@@ -127,7 +129,7 @@ class RetinaNet(Head):
         nn.init.constant_(self.class_predictor.bias, math.log(prior / (1 - prior)))  # type: ignore[arg-type]
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> RetinaNetOutputs:
-        """Logits and offsets of all anchors, for feature maps [(B, width, h_i, w_i)]."""
+        """Compute logits and offsets of all anchors from feature maps [(B, width, h_i, w_i)]."""
         logits = [
             _per_anchor(self.class_predictor(self.class_tower(feature)), self.num_classes) for feature in features
         ]
@@ -140,12 +142,12 @@ class RetinaNet(Head):
         )
 
     def loss(self, outputs: RetinaNetOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`class` (focal) and `box`, each summed and divided by the positives of the batch.
+        """Compute `class` (focal) and `box`, each summed and divided by the number of positives in the batch.
 
-        Images without objects are weighed as detkit.heads.parts.losses.weigh_background says.
+        Images without objects are weighted by detkit.heads.parts.losses.weigh_background.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         anchors = outputs.anchors
@@ -175,7 +177,7 @@ class RetinaNet(Head):
 
     @torch.no_grad()
     def decode(self, outputs: RetinaNetOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input."""
+        """Return detections after per-class NMS, in pixels of the network's input."""
         options = options or self.postprocess
         return options.detections(
             [
@@ -187,13 +189,13 @@ class RetinaNet(Head):
     def _candidates(
         self, logits: Tensor, offsets: Tensor, outputs: RetinaNetOutputs, size: tuple[int, int], options: Postprocess
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and labels of one image that may become detections."""
+        """Return the boxes, scores and labels of one image that enter NMS."""
         chosen, chosen_scores, start = [], [], 0
         for level in logits.split(outputs.level_counts):
             pairs = level.flatten()
             above = _above(pairs, options.least_logit)
             pair_scores = pairs[above].sigmoid()
-            if len(above) > options.max_candidates:  # for which all classes of a level compete
+            if len(above) > options.max_candidates:  # the limit applies to all classes of a level together
                 pair_scores, best = pair_scores.topk(options.max_candidates)
                 above = above[best]
             candidates, _, pair_scores = options.candidates(pair_scores[:, None])
@@ -207,24 +209,24 @@ class RetinaNet(Head):
 
 
 def _common_width(channels: Sequence[int], norm: bool) -> int:
-    """The channels of every map."""
+    """Return the number of channels, which must be the same for all maps."""
     if len(set(channels)) != 1:
         raise ConfigError(
-            f"RetinaNet shares its convolutions between levels, so that all must have the same channels, but they have "
-            f"{list(channels)}. Put a neck before the head ({{name: fpn}}), or give the backbone one level."
+            f"RetinaNet shares its convolutions between levels, so all maps must have the same number of channels, but "
+            f"they have {list(channels)}. Add a neck ({{name: fpn}}), or use a single backbone level."
         )
     if norm and channels[0] % NORM_WIDTH:
         raise ConfigError(
-            f"'head.norm' makes groups of {NORM_WIDTH} channels, but the maps have {channels[0]}. Give the neck a "
-            f"'width' that {NORM_WIDTH} divides."
+            f"'head.norm' uses groups of {NORM_WIDTH} channels, but the maps have {channels[0]} channels. Set the "
+            f"'width' of the neck to a multiple of {NORM_WIDTH}."
         )
     return channels[0]
 
 
 def _above(values: Tensor, bound: float) -> Tensor:
-    """(K,) indices, ascending, of those of (N,) values that are above the bound or not a number: few of millions."""
+    """Return the indices (K,), ascending, of values (N,) above the bound or NaN; fast when few of millions are."""
     length = len(values) // PARTS
-    peaks = values[: PARTS * length].view(PARTS, length).amax(0)  # of values that lie far from each other
+    peaks = values[: PARTS * length].view(PARTS, length).amax(0)  # strided, since high scores cluster
     peaks = (~(peaks <= bound)).nonzero().flatten()
     if PARTS * len(peaks) > length:
         return (~(values <= bound)).nonzero().flatten()
@@ -243,16 +245,16 @@ def _tower(width: int, depth: int, norm: bool) -> nn.Sequential:
 
 
 def _per_anchor(prediction: Tensor, values: int) -> Tensor:
-    """(B, anchors * values, h, w) to (B, h * w * anchors, values)."""
+    """Reshape (B, anchors * values, h, w) to (B, h * w * anchors, values)."""
     return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
 
 
 def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
-    """The nine anchors of the paper, section 4: three sizes an octave, from 32 pixels on a map of stride 8."""
+    """Return the paper's nine anchors (section 4): three sizes per octave, starting at 32 pixels for stride 8."""
     if min(strides) < 1:
         raise ConfigError(
             f"RetinaNet has no default anchors for a map pooled from the whole image (strides {list(strides)}). "
-            f"Give 'head.anchors', or leave that map out."
+            f"Set 'head.anchors', or remove that map."
         )
     sizes = [[4 * stride * 2 ** (third / 3) for third in range(3)] for stride in strides]
     return {"name": "pyramid", "sizes": sizes}

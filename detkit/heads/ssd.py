@@ -1,4 +1,4 @@
-"""The single-shot detector: a class and four offsets for every anchor of every feature map (Liu et al. 2016)."""
+"""SSD, the single-shot detector: a class and four offsets for every anchor of every feature map (Liu et al. 2016)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ MATCHERS = {"ssd": match_ssd, "bipartite": match_bipartite}
 
 
 class SSDOutputs(NamedTuple):
-    """Raw outputs of the SSD head; a tuple, which wrappers for devices and precision know how to walk through.
+    """Raw outputs of the SSD head; a tuple, so that device and precision wrappers can traverse it.
 
     Args:
         logits: (B, A, C + 1), column 0 is background.
@@ -44,17 +44,19 @@ class SSDOutputs(NamedTuple):
 class SSD(Head):
     """Class and box predictors, one 3x3 convolution each, on every feature map.
 
-    Args: channels, strides: of the feature maps. num_classes: C, without background. anchors: `name` of an anchor
-        layout (default_boxes, per_pixel, pyramid) and its options. matching: ssd gives every ground truth its best
-        anchor and every anchor a ground truth it overlaps enough; bipartite
-            assigns greedily one to one first (Dive into Deep Learning, 14.4.3).
-        iou_threshold: an anchor that overlaps a ground truth at least this much becomes positive.
-        negatives_per_positive: negatives with the highest loss that count; null counts all of them.
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: C, without background.
+        anchors: `name` (default_boxes, per_pixel or pyramid) and options of an anchor layout.
+        matching: ssd matches every ground-truth box to its best anchor, and every anchor to a box with sufficient IoU;
+            bipartite first assigns boxes and anchors greedily one to one (Dive into Deep Learning, 14.4.3).
+        iou_threshold: IoU with a ground-truth box from which an anchor is positive.
+        negatives_per_positive: number of highest-loss negatives per positive that count; null for all.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
-        tower: convolutions with batch norm before the predictors on each level.
+        tower: number of convolutions with batch norm before the predictors of each level.
         tower_width: their channels.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 
     task: ClassVar[str] = "detect"
@@ -103,7 +105,7 @@ class SSD(Head):
             nn.init.zeros_(predictor.bias)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> SSDOutputs:
-        """Logits and offsets of all anchors, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute logits and offsets of all anchors from feature maps [(B, C_i, h_i, w_i)]."""
         logits, offsets = [], []
         for level, feature in enumerate(features):
             logits.append(
@@ -112,17 +114,17 @@ class SSD(Head):
             offsets.append(_per_anchor(self.box_predictors[level](self.box_towers[level](feature)), 4))
         map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
         anchors = self.anchors(features[0].device, map_sizes, inputs.size, self.strides)
-        # Softmax, exponentials and sums over thousands of anchors lose too much in half precision.
+        # Half precision is not accurate enough for softmax, exponentials and sums over thousands of anchors.
         return SSDOutputs(torch.cat(logits, 1).float(), torch.cat(offsets, 1).float(), anchors, inputs.sizes)
 
     def loss(self, outputs: SSDOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`class` (cross-entropy) and `box`, each summed and divided by the positives of the batch.
+        """Compute `class` (cross-entropy) and `box`, each summed and divided by the number of positives in the batch.
 
-        Negatives of images without objects are weighed as detkit.heads.parts.losses.weigh_empty_images says;
-        torchvision has none.
+        Negatives of images without objects are weighted by detkit.heads.parts.losses.weigh_empty_images; torchvision
+        uses no such negatives.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         anchors = outputs.anchors
@@ -153,15 +155,15 @@ class SSD(Head):
         return self.match(anchors, target.boxes, target.ignored, threshold=self.iou_threshold)
 
     def _negatives(self, losses: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-        """(B, A) bool: the background anchors whose loss counts."""
+        """Select the background anchors (B, A) bool whose loss counts."""
         if self.negatives_per_positive is None:
             return ~(positive | ignored)
-        # An image without objects has no positives to count by; its worst anchors still teach background.
+        # Images without objects have no positives; their hardest anchors still count as background.
         return hard_negatives(losses, positive, ignored, self.negatives_per_positive, minimum=MINIMUM_NEGATIVES)
 
     @torch.no_grad()
     def decode(self, outputs: SSDOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input."""
+        """Return detections after per-class NMS, in pixels of the network's input."""
         options = options or self.postprocess
         return options.detections(
             [
@@ -174,8 +176,8 @@ class SSD(Head):
 def _candidates(
     logits: Tensor, offsets: Tensor, anchors: Tensor, size: tuple[int, int], options: Postprocess
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of one image that may become detections."""
-    # Softmax over a class and background alone is more than over all.
+    """Return the boxes, scores and labels of one image that enter NMS."""
+    # The softmax over one class and background is an upper bound of the softmax over all classes.
     kept = options.above_threshold(logits[:, 1:].amax(1) - logits[:, 0])
     rows, labels, scores = options.candidates(logits[kept].softmax(-1)[:, 1:])
     rows = kept[rows]
@@ -191,12 +193,12 @@ def _tower(channels: int, width: int, depth: int) -> nn.Sequential:
 
 
 def _per_anchor(prediction: Tensor, values: int) -> Tensor:
-    """(B, anchors * values, h, w) to (B, h * w * anchors, values)."""
+    """Reshape (B, anchors * values, h, w) to (B, h * w * anchors, values)."""
     return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values)
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The head's part of torchvision's `ssd300_vgg16` under detkit's names, and its number of classes.
+    """Convert the head weights of torchvision's `ssd300_vgg16` to detkit's names; also return the number of classes.
 
     Torchvision's predictors have the same layout: anchor by anchor, background first.
 
@@ -210,7 +212,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], in
             continue
         found = re.fullmatch(r"head\.(classification_head|regression_head)\.module_list\.(\d+\.(?:weight|bias))", name)
         if found is None:
-            raise CheckpointError(f"'{name}' is no tensor of torchvision's ssd300_vgg16.")
+            raise CheckpointError(f"'{name}' is not a tensor of torchvision's ssd300_vgg16.")
         renamed[f"{kinds[found[1]]}.{found[2]}"] = tensor
     try:
         anchors = len(renamed["box_predictors.0.bias"]) // 4

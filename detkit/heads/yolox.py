@@ -1,4 +1,4 @@
-"""The head of YOLOX: anchor-free, with classes and boxes on paths of their own, and SimOTA to assign ground truths.
+"""The YOLOX head: anchor-free and decoupled (separate class and box branches), with SimOTA label assignment.
 
 Ge, Liu, Wang, Li and Sun, "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430.
 """
@@ -23,21 +23,21 @@ from detkit.registry import heads
 from detkit.structures import Detections, Inputs, Match, Target
 
 PRIOR = 0.01
-"""Probability of each class and of an object that an untrained network predicts, as in RetinaNet."""
+"""Initial probability of each class and of an object, as in RetinaNet."""
 LARGEST_LOG_SIDE = 10.0
-"""Of predicted sides in cells, against overflow: larger than 20,000 cells no box is."""
+"""Upper bound of the logarithm of predicted sides in cells, against overflow; no box is larger than 20,000 cells."""
 SMALLEST_SIDE = 1e-8
 
 
 class YOLOXOutputs(NamedTuple):
-    """Raw outputs of the head of YOLOX.
+    """Raw outputs of the YOLOX head.
 
     Args:
         class_logits: (B, A, C).
         objectness: (B, A) logits.
-        offsets: (B, A, 4) the centre from the corner of the cell and the logarithms of width and height, in cells.
-        corners: (A, 2) left and top of the cells in pixels of the network's input.
-        strides: (A,) sides of the cells in pixels.
+        offsets: (B, A, 4), the centre relative to the cell's corner and the logarithms of width and height, in cells.
+        corners: (A, 2), left and top of the cells in pixels of the network's input.
+        strides: (A,), sides of the cells in pixels.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -49,24 +49,29 @@ class YOLOXOutputs(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
 
     def boxes(self) -> Tensor:
-        """(B, A, 4) xyxy pixels."""
+        """Decode the boxes, (B, A, 4) xyxy pixels."""
         return _decode(self.offsets, self.corners, self.strides)
 
 
 @heads.register("yolox")
 class YOLOX(Head):
-    """On each level a 1x1 convolution, then two 3x3 for the classes and two for box and objectness.
+    """On each level a 1x1 convolution, then two 3x3 convolutions for classes and two for box and objectness.
 
     Layers are named as in the published weights.
 
-    Args: channels, strides: of the feature maps. num_classes: C. width: channels of the convolutions; null for those of
-        the finest map, as published. depthwise: 3x3 convolutions become a depthwise and a pointwise one. centre_radius:
-        half the side, in cells, of the square around a ground truth's centre in which cells may be positive.
-        candidates: predictions whose IoUs say how many cells answer for a ground truth (see detkit.boxes.sim_ota).
-        box_weight: factor of the box loss, 1 - IoU squared. l1_weight: factor of the L1 loss of the offsets, which
-        counts only in epochs without mosaic and mixup
-            (train.unmixed_epochs); the authors' is 1, for the last 15 of 300 epochs.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+    Args:
+        channels, strides: of the feature maps.
+        num_classes: C.
+        width: channels of the convolutions; null for those of the finest map, as published.
+        depthwise: whether to replace 3x3 convolutions by depthwise and pointwise ones.
+        centre_radius: half the side, in cells, of the square around the centre of a ground-truth box in which cells may
+            be positive.
+        candidates: number of predictions whose summed IoUs determine how many cells are assigned to a ground-truth box
+            (see detkit.boxes.sim_ota).
+        box_weight: factor of the box loss, 1 - IoU².
+        l1_weight: factor of the L1 loss of the offsets, which counts only in epochs without mosaic and mixup
+            (train.unmixed_epochs); 1 in the paper, for the last 15 of 300 epochs.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
     Raises:
         ConfigError: an option is out of range, or a map has no stride.
@@ -99,7 +104,7 @@ class YOLOX(Head):
         if min(strides) < 1:
             raise ConfigError(
                 f"The head 'yolox' has no cells on a map pooled from the whole image (strides {list(strides)}). "
-                f"Choose other maps by the 'levels' of the backbone."
+                f"Select other maps with the backbone's 'levels'."
             )
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.cells = PerSize(_cells)
@@ -117,7 +122,7 @@ class YOLOX(Head):
             nn.init.constant_(predictor.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> YOLOXOutputs:
-        """Logits and offsets of all cells, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute logits and offsets of all cells from feature maps [(B, C_i, h_i, w_i)]."""
         classes, objects, offsets = [], [], []
         for level, feature in enumerate(features):
             stem = self.stems[level](feature)
@@ -127,7 +132,7 @@ class YOLOX(Head):
             offsets.append(_per_cell(self.reg_preds[level](box_features)))
         map_sizes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
         corners, strides = self.cells(features[0].device, map_sizes, self.strides)
-        # Sigmoids and exponentials lose too much in half precision.
+        # Half precision is not accurate enough for sigmoids and exponentials.
         return YOLOXOutputs(
             torch.cat(classes, 1).float(),
             torch.cat(objects, 1).squeeze(-1).float(),
@@ -138,13 +143,14 @@ class YOLOX(Head):
         )
 
     def loss(self, outputs: YOLOXOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the positives of the batch.
+        """Compute `box`, `objectness`, `class` and, with an `l1_weight`, `l1`, each divided by the number of positives
+        in the batch.
 
-        The classes of a positive are to be as probable as its box overlaps the ground truth. Images without objects are
-        weighed as detkit.heads.parts.losses.weigh_background says.
+        The class target of a positive is its IoU with the ground-truth box. Images without objects are weighted by
+        detkit.heads.parts.losses.weigh_background.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         boxes = outputs.boxes()
@@ -185,15 +191,15 @@ class YOLOX(Head):
 
     @torch.no_grad()
     def decode(self, outputs: YOLOXOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input; each cell has its best class."""
+        """Return detections after per-class NMS, in pixels of the network's input; each cell has its best class."""
         options = options or self.postprocess
         return options.detections([_candidates(outputs, image, options) for image in range(len(outputs.sizes))])
 
 
 def _candidates(outputs: YOLOXOutputs, image: int, options: Postprocess) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of one image that may become detections."""
+    """Return the boxes, scores and labels of one image that enter NMS."""
     classes, objectness = outputs.class_logits[image], outputs.objectness[image]
-    # Not a number, and so looked at everywhere, where a logit of a class is not finite.
+    # The added term is NaN if any class logit is not finite, so that `candidates` reports it.
     cells = options.above_threshold(objectness + 0 * classes.sum())
     scores, labels = (classes[cells].sigmoid() * objectness[cells, None].sigmoid()).max(1)
     chosen, _, scores = options.candidates(scores[:, None])
@@ -207,12 +213,12 @@ def _tower(width: int, depthwise: bool) -> nn.Sequential:
 
 
 def _per_cell(prediction: Tensor) -> Tensor:
-    """(B, values, h, w) to (B, h * w, values)."""
+    """Reshape (B, values, h, w) to (B, h * w, values)."""
     return prediction.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _cells(map_sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(A, 2) left and top corners of the cells of all levels in pixels, row by row, and (A,) their sides."""
+    """Return the top left corners (A, 2) of the cells of all levels in pixels, row by row, and their sides (A,)."""
     corners, sides = [], []
     for (height, width), stride in zip(map_sizes, strides):
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -222,14 +228,14 @@ def _cells(map_sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> tupl
 
 
 def _decode(offsets: Tensor, corners: Tensor, strides: Tensor) -> Tensor:
-    """(..., A, 4) xyxy pixels of the boxes that offsets (..., A, 4) make of cells; see YOLOXOutputs."""
+    """Decode offsets (..., A, 4) of cells to boxes (..., A, 4) xyxy pixels; see YOLOXOutputs."""
     centres = corners + offsets[..., :2] * strides[:, None]
     sides = offsets[..., 2:].clamp(max=LARGEST_LOG_SIDE).exp() * strides[:, None]
     return cxcywh_to_xyxy(torch.cat((centres, sides), dim=-1))
 
 
 def _encode(targets: Tensor, outputs: YOLOXOutputs, positive: Tensor) -> Tensor:
-    """(P, 4) the offsets that would give the ground truths of the P positive cells of (B, A)."""
+    """Encode the targets (P, 4) xyxy of the P positive cells of (B, A) as offsets (P, 4)."""
     cells = positive.nonzero()[:, 1]
     strides = outputs.strides[cells, None]
     boxes = xyxy_to_cxcywh(targets)

@@ -130,7 +130,7 @@ def test_the_published_classes_are_vocs_and_background_and_101_layers_are_known(
 
 def test_other_state_dicts_are_refused(reference: nn.Module) -> None:
     state = reference.state_dict()
-    with pytest.raises(CheckpointError, match=r"'head\.x' is no tensor of torchvision's fcn_resnet50"):
+    with pytest.raises(CheckpointError, match=r"'head\.x' is not a tensor of torchvision's fcn_resnet50"):
         convert_fcn({**state, "head.x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"lacks classifier\.4\.bias"):
         convert_fcn({k: v for k, v in state.items() if k != "classifier.4.bias"})

@@ -158,7 +158,7 @@ def test_nothing_above_the_threshold_is_no_detection() -> None:
     quiet = outputs._replace(logits=torch.full_like(outputs.logits, -10))
     assert [len(found) for found in network.decode(quiet)] == [0, 0]
     broken = outputs._replace(logits=torch.full_like(outputs.logits, math.nan))
-    with pytest.raises(DetkitError, match="scores are not numbers"):
+    with pytest.raises(DetkitError, match="scores are NaN"):
         network.decode(broken)
 
 
@@ -174,8 +174,14 @@ def test_group_norm_has_groups_of_eight_channels() -> None:
     [
         ({"channels": (8, 16)}, r"same channels, but they have \[8, 16\]. Put a neck"),
         ({"strides": (8, 0)}, "no default anchors for a map pooled"),
-        ({"channels": (12, 12), "norm": True}, r"'head\.norm' makes groups of 8 channels, but the maps have 12"),
-        ({"anchors": {"name": "pyramid", "sizes": [[16.0], [32.0, 40.0]]}}, "each level as many anchors"),
+        (
+            {"channels": (12, 12), "norm": True},
+            r"'head\.norm' uses groups of 8 channels, but the maps have 12 channels",
+        ),
+        (
+            {"anchors": {"name": "pyramid", "sizes": [[16.0], [32.0, 40.0]]}},
+            "the same number of anchors per location on each level",
+        ),
         ({"depth": -1}, r"'head\.depth' must be at least 0"),
         ({"alpha": 1.5}, r"'head\.alpha' must be in 0\.\.1"),
         ({"gamma": -1.0}, r"'head\.gamma' must be at least 0"),
