@@ -40,10 +40,11 @@ def tables(folder: Path) -> dict[str, str]:
     """Markdown by the name of a table: inference, train_step, yolo, learning, scaling; empty where nothing is measured.
 
     Args:
-        folder: whose *.json are read; those of quick runs and of other benchmarks are left out.
+        folder: whose *.json are read; those of quick runs, of other benchmarks and of other programs are left out.
     """
     records = [{**json.loads(path.read_text(encoding="utf-8")), "file": path} for path in sorted(folder.glob("*.json"))]
-    records = sorted((r for r in records if not r["options"].get("quick")), key=lambda record: record["date"])
+    measured = (record for record in records if "benchmark" in record and not record["options"].get("quick"))
+    records = sorted(measured, key=lambda record: record["date"])
 
     def of(benchmark: str, wanted: Callable[[Record], bool] = lambda case: True) -> list[tuple[Record, Record]]:
         """(record, case), the earliest first."""

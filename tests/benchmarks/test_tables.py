@@ -67,6 +67,7 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
     )
     write(tmp_path, "d", "inference", [case("ssd300_vgg16", ssd(1, 1))], options={"quick": True}, date="2026-01-09")
     write(tmp_path, "e", "nms", [])
+    (tmp_path / "f.json").write_text('{"command": "another program", "seconds": 1}', encoding="utf-8")
     table = tables(tmp_path)["inference"]
     assert rows_of(table) == [
         ["an image", "", "torchvision", "detkit, fp32", "detkit, bf16, compiled"],
