@@ -23,13 +23,14 @@ BENCHMARKS: dict[str, tuple[str, type[options.BenchOptions]]] = {
     "model_table": ("Runs and configs: parameters, FLOPs, time per image, scores.", options.ModelTableOptions),
     "scaling": ("Growth of time and memory with pixels, batch, objects, classes and data.", options.ScalingOptions),
 }
+PAGES = Path(__file__).parents[1] / "docs" / "pages"
 TABLES = "tables"
 LINES = "lines"
 DOCUMENTS = {
     TABLES: "Put the results of benchmarks/results into the tables of docs/pages/benchmarks.md.",
-    LINES: "Count the lines of detkit, for docs/pages/developing.md.",
+    LINES: "Count the lines of detkit, and put the figures into docs/pages/developing.md.",
 }
-"""The commands that measure no time."""
+"""The commands that measure no time, but put figures into the documents."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,9 +86,7 @@ def _run(given: list[str]) -> None:
     elif given == [TABLES]:
         _rewrite_tables()
     elif given == [LINES]:
-        from benchmarks.count_lines import report
-
-        Console().print(report())
+        _count_lines()
     elif not given:
         _print_help()
         raise DetkitError(f"The name of a benchmark comes first, for example: {PROGRAM} nms --quick")
@@ -108,9 +107,15 @@ def _rewrite_tables() -> None:
     from benchmarks.report import RESULTS
     from benchmarks.tables import rewrite
 
-    page = Path("docs", "pages", "benchmarks.md")
-    changed = rewrite(Path(__file__).parents[1] / page, RESULTS)
-    Console().print(f"{page}: {'its tables are new' if changed else 'nothing changed'}")
+    changed = rewrite(PAGES / "benchmarks.md", RESULTS)
+    Console().print(f"benchmarks.md: {'its tables are new' if changed else 'nothing changed'}")
+
+
+def _count_lines() -> None:
+    from benchmarks.count_lines import report, rewrite
+
+    changed = rewrite(PAGES / "developing.md")
+    Console().print(f"{report()}\n\ndeveloping.md: {'its figures are new' if changed else 'nothing changed'}")
 
 
 def _fail(text: str, status: int) -> int:

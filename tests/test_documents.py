@@ -15,7 +15,7 @@ from PIL import Image
 
 import detkit
 from benchmarks import __main__ as benchmarks
-from benchmarks.count_lines import core_files, count, files_without_zoo
+from benchmarks.count_lines import core_files, count, files_without_zoo, rewrite
 from detkit.cli import commands, main
 from detkit.cli.infer import InferOptions
 from detkit.cli.parser import leading_configs, parse_options, take_option
@@ -218,6 +218,15 @@ def test_figures_of_the_readme_stand_among_the_results() -> None:
         known = next(line for line in results.splitlines() if line.startswith(f"| `{name}.yaml`"))
         values = [cell.strip() for cell in cells.split("|")[1:] if cell.strip()]
         assert set(values) <= {cell.strip() for cell in known.split("|")}, name
+
+
+def test_figures_of_the_size_are_written_into_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "developing.md"
+    page.write_text("| core: files | 1 |\n| all of detkit without the zoo | 1,000 |\n", encoding="utf-8")
+    assert rewrite(page)
+    figures = (f"{round(count(files), -2):,}" for files in (core_files(), files_without_zoo()))
+    assert read(page) == "| core: files | {} |\n| all of detkit without the zoo | {} |\n".format(*figures)
+    assert not rewrite(page)
 
 
 def test_figures_of_the_size_are_those_of_the_script() -> None:
