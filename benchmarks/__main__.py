@@ -23,8 +23,14 @@ BENCHMARKS: dict[str, tuple[str, type[options.BenchOptions]]] = {
     "model_table": ("Runs and configs: parameters, FLOPs, time per image, scores.", options.ModelTableOptions),
     "scaling": ("Growth of time and memory with pixels, batch, objects, classes and data.", options.ScalingOptions),
 }
-README = "readme"
-"""The command that measures nothing: it writes the results into the tables of the README."""
+PAGES = Path(__file__).parents[1] / "docs" / "pages"
+TABLES = "tables"
+LINES = "lines"
+DOCUMENTS = {
+    TABLES: "Put the results of benchmarks/results into the tables of docs/pages/benchmarks.md.",
+    LINES: "Count the lines of detkit, and put the figures into docs/pages/developing.md.",
+}
+"""The commands that measure no time, but put figures into the documents."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,31 +83,39 @@ def _run(given: list[str]) -> None:
         bench(parse(name, arguments), f"{PROGRAM} {shlex.join(given)}")
     elif wants_help:
         _print_help()
-    elif given == [README]:
-        _rewrite_readme()
+    elif given == [TABLES]:
+        _rewrite_tables()
+    elif given == [LINES]:
+        _count_lines()
     elif not given:
         _print_help()
         raise DetkitError(f"The name of a benchmark comes first, for example: {PROGRAM} nms --quick")
-    elif name == README:
-        raise DetkitError(f"{PROGRAM} {README} takes no arguments, but got '{arguments[0]}'.")
+    elif name in DOCUMENTS:
+        raise DetkitError(f"{PROGRAM} {name} takes no arguments, but got '{arguments[0]}'.")
     else:
-        raise DetkitError(f"There is no benchmark '{name}'. {nearest(name, [*BENCHMARKS, README])}")
+        raise DetkitError(f"There is no benchmark '{name}'. {nearest(name, [*BENCHMARKS, *DOCUMENTS])}")
 
 
 def _print_help() -> None:
-    summaries = {name: summary for name, (summary, _) in BENCHMARKS.items()}
-    summaries[README] = "Put the results of benchmarks/results into the tables of the README."
+    summaries = {name: summary for name, (summary, _) in BENCHMARKS.items()} | DOCUMENTS
     lines = [f"  {name:11} {summary}" for name, summary in summaries.items()]
     usage = f"usage: {PROGRAM} BENCHMARK [--OPTION VALUE ...]"
     Console().print("\n".join([usage, "", *lines, "", f"`{PROGRAM} BENCHMARK --help` lists its options."]))
 
 
-def _rewrite_readme() -> None:
-    from benchmarks.readme import rewrite
+def _rewrite_tables() -> None:
     from benchmarks.report import RESULTS
+    from benchmarks.tables import rewrite
 
-    changed = rewrite(Path(__file__).parents[1] / "README.md", RESULTS)
-    Console().print(f"README.md: {'its tables are new' if changed else 'nothing changed'}")
+    changed = rewrite(PAGES / "benchmarks.md", RESULTS)
+    Console().print(f"benchmarks.md: {'its tables are new' if changed else 'nothing changed'}")
+
+
+def _count_lines() -> None:
+    from benchmarks.count_lines import report, rewrite
+
+    changed = rewrite(PAGES / "developing.md")
+    Console().print(f"{report()}\n\ndeveloping.md: {'its figures are new' if changed else 'nothing changed'}")
 
 
 def _fail(text: str, status: int) -> int:

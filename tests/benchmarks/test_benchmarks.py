@@ -155,8 +155,8 @@ def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):
         (["nms", "--kinds", "detectr"], "--kinds holds 'detectr'. Did you mean 'detector'?"),
         (["nms", "--size", "3"], "'--size' is not a valid option of python -m benchmarks nms"),
         (["iou", "--sizes", "3"], "which is not two numbers"),
-        (["readm"], "There is no benchmark 'readm'. Did you mean 'readme'?"),
-        (["readme", "--quick"], "python -m benchmarks readme takes no arguments, but got '--quick'"),
+        (["table"], "There is no benchmark 'table'. Did you mean 'tables'?"),
+        (["tables", "--quick"], "python -m benchmarks tables takes no arguments, but got '--quick'"),
         (["nms", "20"], "'20' is not an option"),
         (["nms", "--rounds", "{class_path: subprocess.Popen}"], "'--rounds' must be a whole number or null"),
         (["proposals", "--data", "{class_path: subprocess.Popen}"], "'data' needs a 'name'"),
@@ -190,7 +190,7 @@ def test_without_a_gpu_cuda_is_refused(capsys):
 def test_help(capsys):
     assert main(["--help"]) == 0
     output = capsys.readouterr().out
-    assert all(f"  {name} " in output for name in (*BENCHMARKS, "readme"))
+    assert all(f"  {name} " in output for name in (*BENCHMARKS, "tables", "lines"))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -203,12 +203,12 @@ def test_help_of_a_benchmark(capsys, name):
     assert callable(getattr(module, f"bench_{name}"))
 
 
-def test_the_readme_is_rewritten_from_the_results(capsys, monkeypatch):
+def test_the_page_is_rewritten_from_the_results(capsys, monkeypatch):
     given = []
-    monkeypatch.setattr("benchmarks.readme.rewrite", lambda *paths: given.extend(paths))
-    assert main(["readme"]) == 0
-    assert given == [CHECKOUT / "README.md", CHECKOUT / "benchmarks" / "results"]
-    assert "README.md: nothing changed" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.tables.rewrite", lambda *paths: given.extend(paths))
+    assert main(["tables"]) == 0
+    assert given == [CHECKOUT / "docs" / "pages" / "benchmarks.md", CHECKOUT / "benchmarks" / "results"]
+    assert "benchmarks.md: nothing changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

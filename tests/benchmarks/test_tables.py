@@ -1,4 +1,4 @@
-"""The README's tables are made from the results that are kept beside it, and from nothing else."""
+"""The tables of docs/pages/benchmarks.md are made from the results that are committed, and from nothing else."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import rewrite, tables, with_tables
+from benchmarks.tables import rewrite, tables, with_tables
 from detkit.errors import DetkitError
 
 ROOT = Path(__file__).parents[2]
@@ -15,9 +15,9 @@ NAMES = ("inference", "yolo", "train_step", "learning", "scaling")
 EMPTY = dict.fromkeys(NAMES, "")
 
 
-def test_the_readme_has_the_tables_of_the_results_that_are_committed() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(text, tables(ROOT / "benchmarks" / "results")) == text, "run python -m benchmarks readme"
+def test_the_page_has_the_tables_of_the_results_that_are_committed() -> None:
+    text = (ROOT / "docs" / "pages" / "benchmarks.md").read_text(encoding="utf-8")
+    assert with_tables(text, tables(ROOT / "benchmarks" / "results")) == text, "run python -m benchmarks tables"
 
 
 def write(folder: Path, name: str, benchmark: str, cases: list[dict[str, Any]], **more: Any) -> None:
@@ -67,6 +67,7 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
     )
     write(tmp_path, "d", "inference", [case("ssd300_vgg16", ssd(1, 1))], options={"quick": True}, date="2026-01-09")
     write(tmp_path, "e", "nms", [])
+    (tmp_path / "f.json").write_text('{"command": "another program", "seconds": 1}', encoding="utf-8")
     table = tables(tmp_path)["inference"]
     assert rows_of(table) == [
         ["an image", "", "torchvision", "detkit, fp32", "detkit, bf16, compiled"],
@@ -75,7 +76,7 @@ def test_runs_of_one_machine_are_one_table_and_the_latest_counts(tmp_path: Path)
         ["`retinanet_resnet50_fpn`, 300 px", "time", "1.00 s", "500 ms (2.00x)", ""],
         ["", "peak memory", "302MB", "246MB", ""],
     ]
-    assert "A CPU, 2 cores (family 7 model 8), 2 threads; a.png ([a](benchmarks/results/a.json), [b](" in table
+    assert "A CPU, 2 cores (family 7 model 8), 2 threads; a.png ([a](../../benchmarks/results/a.json), [b](" in table
 
 
 def test_machines_threads_and_images_have_tables_of_their_own(tmp_path: Path) -> None:
@@ -138,24 +139,24 @@ def test_a_folder_without_results_leaves_the_places_empty(tmp_path: Path) -> Non
     assert tables(tmp_path) == EMPTY
 
 
-PLACES = "".join(f"Before.\n<!-- benchmarks/readme.py: {name} -->\nold\n<!-- end -->\nBetween.\n" for name in NAMES)
+PLACES = "".join(f"Before.\n<!-- benchmarks/tables.py: {name} -->\nold\n<!-- end -->\nBetween.\n" for name in NAMES)
 
 
 def test_a_table_replaces_what_stands_in_its_place(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(PLACES)
+    page = tmp_path / "benchmarks.md"
+    page.write_text(PLACES)
     write(tmp_path, "a", "train_step", [case("ssd300_vgg16", [row("torchvision", 20), row("detkit", 10)])])
-    assert rewrite(readme, tmp_path)
-    text = readme.read_text()
+    assert rewrite(page, tmp_path)
+    text = page.read_text()
     assert "old" not in text
     assert text.count("Before.\n") == text.count("Between.\n") == 5
     assert "10.0 ms (2.00x) |\n<!-- end -->" in text
-    assert not rewrite(readme, tmp_path)
+    assert not rewrite(page, tmp_path)
 
 
 @pytest.mark.parametrize(
     "text", [PLACES.replace(": scaling", ": scalin"), PLACES.replace("<!-- end -->\n", "", 1), PLACES + PLACES, ""]
 )
 def test_a_place_that_is_unknown_or_missing_is_an_error(text: str) -> None:
-    with pytest.raises(DetkitError, match=r"A place is a line <!-- benchmarks/readme\.py: NAME -->"):
+    with pytest.raises(DetkitError, match=r"A place is a line <!-- benchmarks/tables\.py: NAME -->"):
         with_tables(text, EMPTY)

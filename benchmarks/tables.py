@@ -1,4 +1,4 @@
-"""`python -m benchmarks readme`: the README's tables of whole networks, made from the results of benchmarks.
+"""`python -m benchmarks tables`: the tables of whole networks in docs/pages/benchmarks.md, made from the results.
 
 There is a table for each machine, number of threads and set of images. Of several measurements of the same thing the
 latest counts.
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.report import hardware_name, short_count, short_time
 from detkit.errors import DetkitError, counted
 
-PLACE = re.compile(r"(<!-- benchmarks/readme\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- benchmarks/tables\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VARIANTS = [f"{precision}{rest}" for rest in ("", ", compiled") for precision in ("fp32", "bf16", "fp16", "auto")]
 REFERENCES = ("torchvision", "ultralytics")
 Record = dict[str, Any]
@@ -40,10 +40,11 @@ def tables(folder: Path) -> dict[str, str]:
     """Markdown by the name of a table: inference, train_step, yolo, learning, scaling; empty where nothing is measured.
 
     Args:
-        folder: whose *.json are read; those of quick runs and of other benchmarks are left out.
+        folder: whose *.json are read; those of quick runs, of other benchmarks and of other programs are left out.
     """
     records = [{**json.loads(path.read_text(encoding="utf-8")), "file": path} for path in sorted(folder.glob("*.json"))]
-    records = sorted((r for r in records if not r["options"].get("quick")), key=lambda record: record["date"])
+    measured = (record for record in records if "benchmark" in record and not record["options"].get("quick"))
+    records = sorted(measured, key=lambda record: record["date"])
 
     def of(benchmark: str, wanted: Callable[[Record], bool] = lambda case: True) -> list[tuple[Record, Record]]:
         """(record, case), the earliest first."""
@@ -68,17 +69,17 @@ def with_tables(text: str, found: dict[str, str]) -> str:
     places = [name for _, name, _ in PLACE.findall(text)]
     if sorted(places) != sorted(found):
         raise DetkitError(
-            f"The README has places for the tables {places}, but there are {list(found)}. A place is a line "
-            f"<!-- benchmarks/readme.py: NAME --> and further down a line <!-- end -->, once for each."
+            f"The page has places for the tables {places}, but there are {list(found)}. A place is a line "
+            f"<!-- benchmarks/tables.py: NAME --> and further down a line <!-- end -->, once for each."
         )
     return PLACE.sub(lambda match: match[1] + found[match[2]] + match[3], text)
 
 
-def rewrite(readme: Path, folder: Path) -> bool:
-    """Put the tables of a folder's results into a README; whether that changed it."""
-    before = readme.read_text(encoding="utf-8")
+def rewrite(page: Path, folder: Path) -> bool:
+    """Put the tables of a folder's results into a page; whether that changed it."""
+    before = page.read_text(encoding="utf-8")
     after = with_tables(before, tables(folder))
-    readme.write_text(after, encoding="utf-8")
+    page.write_text(after, encoding="utf-8")
     return after != before
 
 
@@ -217,9 +218,9 @@ def _machine(record: Record, case: Record) -> str:
 
 
 def _links(files: Sequence[Path]) -> str:
-    """To the files, as the README reaches them."""
+    """Links to the files from docs/pages."""
     distinct = dict.fromkeys(files)
-    return ", ".join(f"[{file.stem}](benchmarks/results/{file.name})" for file in distinct)
+    return ", ".join(f"[{file.stem}](../../benchmarks/results/{file.name})" for file in distinct)
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
