@@ -40,12 +40,13 @@ runs: {runs}
 """
 
 
-ANCHORS = "{name: pyramid, sizes: [[18.0, 25.0], [36.0, 50.0], [72.0]], ratios: [0.6, 1.0, 1.67]}"
+ANCHORS = "{{name: pyramid, sizes: [[18.0, 25.0], [36.0, 50.0], {}], ratios: [0.6, 1.0, 1.67]}}"
+LEVELS = ANCHORS.format("[72.0, 100.0]")  # as many anchors on each level, which shared layers need
 HEADS = {
-    "ssd": f"{{name: ssd, anchors: {ANCHORS}}}",
-    "retinanet": f"{{name: retinanet, anchors: {ANCHORS.replace('[72.0]', '[72.0, 100.0]')}}}",
+    "ssd": f"{{name: ssd, anchors: {ANCHORS.format('[72.0]')}}}",
+    "retinanet": f"{{name: retinanet, anchors: {LEVELS}}}",
     "yolox": "{name: yolox}",
-    "faster_rcnn": f"{{name: faster_rcnn, rpn: {{anchors: {ANCHORS}}}}}",
+    "faster_rcnn": f"{{name: faster_rcnn, rpn: {{anchors: {LEVELS}}}}}",
 }
 
 
