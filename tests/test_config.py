@@ -144,7 +144,7 @@ def test_options_of_parts_are_strict(config: Path, overrides: list[str], message
 
 
 FOLDER = Path(__file__).parents[1] / "configs"
-# style.yaml trains nothing and has a schema of its own; tests/test_style_transfer.py reads it.
+# style.yaml trains nothing and has a schema of its own; tests/zoo/style/test_style_transfer.py reads it.
 CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if path.name != "style.yaml"]
 
 

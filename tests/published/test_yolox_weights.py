@@ -239,7 +239,7 @@ def test_every_size_is_told_from_its_shapes_and_its_config_trains_the_same_netwo
     assert parameters == pytest.approx(PARAMETERS[name], rel=0.01)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes
-    config = load_experiment([str(Path(__file__).parents[1] / "configs" / f"{name}.yaml")], ["--data.root", "/nowhere"])
+    config = load_experiment([str(Path(__file__).parents[2] / "configs" / f"{name}.yaml")], ["--data.root", "/nowhere"])
     # Sizes that only training varies are no part of a published network; its authors predict with all of the padding.
     published_input = replace(config.input, multi_scale=None, trim_padding=False)
     assert (config.name, published_input) == (experiment.name, experiment.input)

@@ -11,7 +11,7 @@ from detkit.data import masks
 from detkit.data.formats.coco import Coco
 from detkit.errors import DataError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 TRIANGLE = [10, 10, 40, 10, 10, 40]
 

@@ -8,7 +8,7 @@ from detkit.data.formats.voc import Voc
 from detkit.errors import DataError
 from detkit.registry import datasets
 
-BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+BCCD = Path(__file__).parents[4] / "shared" / "data" / "bccd"
 
 
 def obj(name, *box, extra=""):

@@ -23,7 +23,7 @@ from detkit.tasks.detection.metrics import (
     coco_results,
 )
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 COCO_NAMES = [
     *("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),

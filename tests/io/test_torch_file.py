@@ -22,7 +22,7 @@ import detkit
 from detkit.errors import CheckpointError
 from detkit.io.torch_file import LEGACY_MAGIC, Foreign, read_torch
 
-PACKAGE = Path(__file__).parents[1] / "detkit"
+PACKAGE = Path(__file__).parents[2] / "detkit"
 BASE = torch.arange(24.0).reshape(4, 6)
 
 

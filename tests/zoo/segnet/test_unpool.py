@@ -67,14 +67,14 @@ def test_padding_of_images_is_the_encoders_mean() -> None:
     from detkit.model import build_model
     from detkit.structures import ClassList
 
-    config = load_experiment([str(Path(__file__).parents[2] / "configs" / "unpool_shapes.yaml")])
+    config = load_experiment([str(Path(__file__).parents[3] / "configs" / "unpool_shapes.yaml")])
     model = build_model(config, ClassList.from_names(list("abcde")), load_weights=False)
     assert model.fit.padding == backbones.build({"name": "vgg11"}, "backbone").mean
 
 
 @pytest.mark.slow
 def test_training_finds_the_shapes(tmp_path: Path) -> None:
-    config = str(Path(__file__).parents[2] / "configs" / "unpool_shapes.yaml")
+    config = str(Path(__file__).parents[3] / "configs" / "unpool_shapes.yaml")
     fewer = ["--train.epochs", "10", "--train.validate_every", "10", "--train.workers", "0"]
     folder = train(load_experiment([config], ["--runs", str(tmp_path), *fewer]))
     assert folder is not None

@@ -20,7 +20,7 @@ from detkit.io.files import write_json
 from detkit.structures import ClassList, Detections, Meta, Target
 from detkit.tasks.detection.metrics import DetectionEvaluator, DetectionScores, coco_results
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 Case = tuple[list[Detections], list[Target], list[Meta], ClassList]
 
 

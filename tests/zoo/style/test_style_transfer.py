@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_config_in_the_repository_is_one_of_style_transfer() -> None:
-    values = config_values(StyleOptions, str(Path(__file__).parents[1] / "configs" / "style.yaml"), "style")
+    values = config_values(StyleOptions, str(Path(__file__).parents[3] / "configs" / "style.yaml"), "style")
     arguments = ["--content", "a.jpg", "--style", "b.jpg"]
     options = parse_options(StyleOptions, "style", arguments, positional=False, values=values)
     assert options is not None

@@ -20,7 +20,7 @@ from detkit.errors import DataError
 from detkit.structures import IGNORED_PIXEL, ClassList
 
 SEMANTIC = frozenset({"semantic"})
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def semantic_of(dataset: Dataset, index: int = 0) -> np.ndarray:

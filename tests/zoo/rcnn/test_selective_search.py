@@ -17,7 +17,7 @@ from detkit.zoo.rcnn.kernels.grouping_numba import ONE, feature_bins, group
 from detkit.zoo.rcnn.kernels.segmentation_numba import LEVELS, STEPS, segment, sorted_edges
 from detkit.zoo.rcnn.selective_search import SelectiveSearch, _ranks, in_space, selective_search, shrink
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 ALL_SIMILARITIES = [(1, 1, 1, 1), (0, 1, 1, 1), (0, 0, 0, 1), (0, 0, 1, 0), (1, 0, 0, 0)]
 
 
