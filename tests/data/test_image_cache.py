@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from zoo_cases import zoo_cases
 
 from detkit.data import cache as module
 from detkit.data import dataset as reading
@@ -24,7 +25,6 @@ from detkit.engine.train import train
 from detkit.errors import ConfigError, WriteError
 from detkit.model import read_checkpoint
 from detkit.structures import Sample, Target
-from detkit.zoo.faces.dataset import Faces
 
 SIZES = [(20, 30), (16, 16), (40, 24), (9, 50), (33, 17), (24, 24)]
 
@@ -76,16 +76,16 @@ def test_an_image_is_decoded_once_and_is_the_same_afterwards(
     assert not list((tmp_path / "new").glob("*")), "the file has a name, and would stay behind"
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        Shapes("train", 4, 2, 32),
-        Faces("train", train_count=4, size=32),
-        Crops("train", {"name": "shapes", "train_count": 3, "size": 48}),
-    ],
-    ids=["shapes", "faces", "crops"],
-)
-def test_any_data_set_can_be_cached(dataset: Any) -> None:
+DATASETS: dict[str, Any] = {
+    "shapes": Shapes("train", 4, 2, 32),
+    "crops": Crops("train", {"name": "shapes", "train_count": 3, "size": 48}),
+    **zoo_cases("DATASETS"),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_any_data_set_can_be_cached(name: str) -> None:
+    dataset = DATASETS[name]
     wrapped = cached(dataset)
     for _ in range(2):
         for index in range(len(dataset)):

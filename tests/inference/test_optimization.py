@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError, InductorError
+from zoo_cases import zoo_cases
 
 from detkit.boxes.iou import pairwise_iou
 from detkit.config import load_experiment
@@ -33,8 +34,8 @@ FAMILIES: dict[str, list[str]] = {
         *["--backbone", "{name: csp_darknet, width: 0.125}", "--neck", "{name: pafpn}", "--head.name", "yolox"],
         *["--input.resize", "letterbox"],
     ],
-    "yolov3": ["--backbone", "{name: darknet_tiny}", "--head", "{name: yolov2}"],
     "timm": ["--backbone", "{name: timm, network: tf_efficientnet_lite0}", "--head.name", "ssd"],
+    **zoo_cases("OPTIMISED"),
 }
 
 
@@ -148,7 +149,9 @@ def agree(one: Detections, other: Detections, overlap: float, difference: float)
 
 
 @pytest.mark.skipif(not bf16_instructions(CPU), reason="this processor has no instructions for bf16")
-@pytest.mark.parametrize("family", ["ssd", "yolox", "yolov3"])  # random weights of many layers make much of rounding
+@pytest.mark.parametrize(
+    "family", ["ssd", "yolox", *zoo_cases("OPTIMISED")]
+)  # random weights of many layers make much of rounding
 def test_half_precision_finds_the_same(family: str) -> None:
     whole = Predictor(build(family), "cpu")
     half = Predictor(build(family), "cpu", precision="bf16")
@@ -304,7 +307,7 @@ def test_what_was_compiled_is_kept_for_the_next_run(tmp_path: Path, monkeypatch:
     for number in (1, 2):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        Predictor(build("yolov3"), "cpu", compile=True).predict(picture())
+        Predictor(build("yolox"), "cpu", compile=True).predict(picture())
         counted = torch._dynamo.utils.counters["inductor"]
         assert bool(counted["fxgraph_cache_miss"]) == (number == 1)
         assert bool(counted["fxgraph_cache_hit"]) == (number == 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from zoo_cases import zoo_cases
 
 import detkit
 from detkit.boxes import pairwise_iou
@@ -164,11 +165,7 @@ def test_an_unknown_device_is_refused(tiny: Any) -> None:
 
 
 YOLO = {
-    "yolov2": ["--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 8, 8, 8]}"],
-    "yolov3": [
-        *("--backbone", "{name: darknet_tiny, levels: [3, 4, 5], widths: [4, 8, 8, 8, 8, 8, 8]}"),
-        *("--neck", "{name: yolov3_neck, widths: [8, 8, 8], depths: [1]}"),
-    ],
+    **zoo_cases("TRIMMED"),
     "yolox": [
         *("--backbone", "{name: csp_darknet, depth: 0.33, width: 0.125}"),
         *("--neck", "{name: pafpn, depth: 0.33}"),

@@ -24,7 +24,7 @@ from detkit.structures import ClassList, Detections, Target
 SIZE = (64, 96)
 CLASSES = ClassList.from_names(("a", "b"))
 MAPS = [torch.zeros(2, 4, 8, 12)]
-TARGETS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60], [60, 2, 80, 20]])
+OBJECTS = torch.tensor([[5.0, 5, 45, 50], [40, 10, 90, 60], [60, 2, 80, 20]])
 
 
 def build(num_classes: int = 3, **options: Any) -> RegionStage:
@@ -36,7 +36,7 @@ def build(num_classes: int = 3, **options: Any) -> RegionStage:
 def random_proposals(seed: int, count: int = 150) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=generator) * torch.tensor([70.0, 45])
-    around = TARGETS[torch.randint(len(TARGETS), (count,), generator=generator)]
+    around = OBJECTS[torch.randint(len(OBJECTS), (count,), generator=generator)]
     random = torch.cat((corners, corners + 3 + 40 * torch.rand(count, 2, generator=generator)), 1)
     moved = around + 6 * torch.randn(count, 4, generator=generator)
     moved[:, 2:] = torch.maximum(moved[:, 2:], moved[:, :2] + 1)
@@ -44,7 +44,7 @@ def random_proposals(seed: int, count: int = 150) -> Tensor:
 
 
 def target(**options: Any) -> Target:
-    return Target(TARGETS, torch.tensor([0, 2, 1]), **options)
+    return Target(OBJECTS, torch.tensor([0, 2, 1]), **options)
 
 
 def replaced(stage: RegionStage, logits: Tensor, offsets: Tensor) -> RegionStage:
@@ -67,13 +67,13 @@ class TestSample:
             torch.manual_seed(seed)
             proposals = random_proposals(seed)
             (sampled,) = stage.sample([proposals], [target()])
-            best, truth = box_iou(sampled.boxes, TARGETS).max(1)
+            best, truth = box_iou(sampled.boxes, OBJECTS).max(1)
             assert len(sampled.boxes) == 40
             assert int(sampled.positive.sum()) == 12
             assert sampled.positive[:12].all()
             assert torch.equal(sampled.positive, best >= 0.5)
             assert torch.equal(sampled.target_index[:12], truth[:12])
-            among = torch.cat((proposals, TARGETS))
+            among = torch.cat((proposals, OBJECTS))
             assert (sampled.boxes[:, None] == among[None]).all(-1).any(1).all()
 
     def test_with_room_for_all_each_region_is_there_once(self) -> None:
@@ -81,35 +81,35 @@ class TestSample:
         stage = build(samples=10**6, positive_fraction=1.0, foreground_from=0.6, background_below=0.4)
         proposals = random_proposals(1)
         (sampled,) = stage.sample([proposals], [target()])
-        among = torch.cat((proposals, TARGETS))
-        best = box_iou(among, TARGETS).max(1).values
+        among = torch.cat((proposals, OBJECTS))
+        best = box_iou(among, OBJECTS).max(1).values
         positive, negative = among[best >= 0.6], among[best < 0.4]
         assert ((best >= 0.4) & (best < 0.6)).any()
         assert len(positive) + len(negative) == len(sampled.boxes)
         assert sorted(sampled.boxes[sampled.positive].tolist()) == sorted(positive.tolist())
         assert sorted(sampled.boxes[~sampled.positive].tolist()) == sorted(negative.tolist())
-        for box in TARGETS:
+        for box in OBJECTS:
             assert (sampled.boxes[sampled.positive] == box).all(1).any()
 
     def test_targets_train_where_the_proposals_miss_them_all(self) -> None:
         (sampled,) = build().sample([torch.zeros(0, 4)], [target()])
-        assert sorted(sampled.boxes.tolist()) == sorted(TARGETS.tolist())
+        assert sorted(sampled.boxes.tolist()) == sorted(OBJECTS.tolist())
         assert sampled.positive.all()
 
     def test_ignored_targets_are_neither_chosen_nor_background(self) -> None:
         ignored = torch.tensor([False, True, False])
         stage = build(samples=10**6, positive_fraction=1.0)
         for flags in ({"crowd": ignored}, {"difficult": ignored}):
-            proposals = torch.cat((random_proposals(2), TARGETS))
+            proposals = torch.cat((random_proposals(2), OBJECTS))
             (sampled,) = stage.sample([proposals], [target(**flags)])
             assert not (sampled.target_index[sampled.positive] == 1).any()
-            assert not (sampled.boxes == TARGETS[1]).all(1).any()
+            assert not (sampled.boxes == OBJECTS[1]).all(1).any()
             negative = sampled.boxes[~sampled.positive]
             assert len(negative) > 10
-            assert (box_iou(negative, TARGETS[1:2]) < 0.5).all()
+            assert (box_iou(negative, OBJECTS[1:2]) < 0.5).all()
             width, height = (negative[:, 2:] - negative[:, :2]).unbind(1)
-            top_left = torch.maximum(negative[:, :2], TARGETS[1, :2])
-            inside = (torch.minimum(negative[:, 2:], TARGETS[1, 2:]) - top_left).clamp(min=0).prod(1)
+            top_left = torch.maximum(negative[:, :2], OBJECTS[1, :2])
+            inside = (torch.minimum(negative[:, 2:], OBJECTS[1, 2:]) - top_left).clamp(min=0).prod(1)
             assert (inside < 0.5 * width * height).all()
 
     @pytest.mark.parametrize("lowest", [0.1, 0.25])
@@ -117,8 +117,8 @@ class TestSample:
         stage = build(samples=10**6, positive_fraction=1.0, background_from=lowest)
         for seed in range(5):
             proposals = random_proposals(seed)
-            among = torch.cat((proposals, TARGETS))
-            best = box_iou(among, TARGETS).max(1).values
+            among = torch.cat((proposals, OBJECTS))
+            best = box_iou(among, OBJECTS).max(1).values
             assert (best < lowest).any()
             (sampled,) = stage.sample([proposals], [target()])
             wanted = among[(best >= lowest) & (best < 0.5)]
@@ -128,7 +128,7 @@ class TestSample:
     def test_background_from_does_not_count_in_images_without_objects(self) -> None:
         stage = build(samples=20, background_from=0.1)
         proposals = random_proposals(3)
-        crowd = Target(TARGETS[:1], torch.tensor([0]), crowd=torch.tensor([True]))
+        crowd = Target(OBJECTS[:1], torch.tensor([0]), crowd=torch.tensor([True]))
         empty, crowded = stage.sample([proposals, proposals], [Target.empty(), crowd])
         assert len(empty.boxes) == len(crowded.boxes) == 20
         assert not empty.positive.any()
@@ -138,7 +138,7 @@ class TestSample:
         """A region that touches only a crowd, too little to be ignored, overlaps the objects less than 0.1."""
         crowded = target(crowd=torch.tensor([False, True, False]))
         region = torch.tensor([[70.0, 30, 110, 70]])  # IoU with the crowd 0.17, with the others 0
-        assert 0.1 < box_iou(region, TARGETS[1:2]) < 0.5
+        assert 0.1 < box_iou(region, OBJECTS[1:2]) < 0.5
         (sampled,) = build(background_from=0.1).sample([region], [crowded])
         assert not (sampled.boxes == region).all(1).any()
 
@@ -168,7 +168,7 @@ class TestLoss:
         labels = [torch.zeros(count, dtype=torch.int64) for count in counts]
         positive = sampled[0].positive
         labels[0][positive] = targets[0].labels[sampled[0].target_index[positive]] + 1
-        matched = [TARGETS[torch.where(positive, sampled[0].target_index, 0)], torch.zeros(counts[1], 4)]
+        matched = [OBJECTS[torch.where(positive, sampled[0].target_index, 0)], torch.zeros(counts[1], 4)]
         expected_offsets = reference.box_coder.encode(matched, [regions.boxes for regions in sampled])
         # a row for the background's box, which torchvision's network predicts and nothing reads
         with_background = torch.cat((torch.zeros(sum(counts), 1, 4), offsets), 1).flatten(1)
@@ -328,7 +328,7 @@ def experiment(backbone: dict[str, Any], head: dict[str, Any]) -> Experiment:
 
 IMAGES = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(5))
 TARGETS = (
-    Target(TARGETS, torch.tensor([0, 1, 1]), masks=torch.ones(3, *SIZE, dtype=torch.bool)),
+    Target(OBJECTS, torch.tensor([0, 1, 1]), masks=torch.ones(3, *SIZE, dtype=torch.bool)),
     replace(Target.empty(), masks=torch.zeros(0, *SIZE, dtype=torch.bool)),
 )
 PROPOSALS = (random_proposals(1, 10), random_proposals(2, 10))

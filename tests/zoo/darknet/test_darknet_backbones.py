@@ -150,3 +150,9 @@ def test_wrong_widths() -> None:
     for widths in ([8, 8], [0] * 7):
         with pytest.raises(ConfigError, match="seven positive 'widths'"):
             build({"name": "darknet_tiny", "widths": widths})
+
+
+def test_a_file_of_torch_is_no_file_of_darknet(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match=r"b\.pth' is not a file of Darknet's weights.*torch\.save"):
+        backbones.build({"name": "darknet_tiny", "weights": str(tmp_path / "b.pth")}, "backbone")
