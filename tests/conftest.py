@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1")
 # The networks are tiny, and threads that wait for one another on a busy machine cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from zoo_cases import zoo_cases
 
 from detkit.config import Experiment, load_experiment
 
@@ -45,6 +48,28 @@ def pytest_sessionfinish() -> None:
 def empty_working_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may depend on what lies in the working folder, such as the runs of an earlier training."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Every way to weights that are not in the checkpoint fails, and is noted."""
+    attempts: list[str] = []
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        attempts.append(str(arguments))
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    monkeypatch.setattr(socket, "create_connection", fail)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("detkit.backbones.weights.read_tensors", fail)
+    for reader in zoo_cases("WEIGHT_READERS").values():
+        monkeypatch.setattr(reader, fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    return attempts
 
 
 @pytest.fixture(scope="session")

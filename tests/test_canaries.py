@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
+from zoo_cases import zoo_cases
 
 import detkit
 from detkit.cli import main
@@ -207,16 +208,15 @@ def test_options_of_a_command_run_nothing(
     refused(capsys, "infer", tiny_config.with_name("none.safetensors"), "--source", "x", "--proposals", text)
 
 
-def test_a_config_of_style_transfer_runs_nothing(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = {
-        "head": {"name": "style", "network": {"name": "vgg11", "layers": ["conv1_1"]}, "style_maps": [0]},
-        "steps": 1,
-        "size": 32,
-    }
-    config = trace.with_name("style.yaml")
-    for place in [*places(good), ("head", "network", "weights"), ("optimizer",), ("class_path",)]:
+@pytest.mark.parametrize("name", zoo_cases("CONFIGS_OF_COMMANDS"))
+def test_a_config_of_a_command_of_the_zoo_runs_nothing(
+    trace: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    good, others, more_places = zoo_cases("CONFIGS_OF_COMMANDS")[name]
+    config = trace.with_name(f"{name}.yaml")
+    for place in [*places(good), *more_places, ("optimizer",), ("class_path",)]:
         for payload in payloads(trace):
-            config.write_text(yaml.safe_dump({"content": "a.jpg", "style": "b.jpg", **replaced(good, place, payload)}))
+            config.write_text(yaml.safe_dump({**others, **replaced(good, place, payload)}))
             refused(capsys, "infer", config)
 
 
@@ -238,8 +238,8 @@ def test_an_experiment_of_any_json_is_an_error_or_itself(trace: Path) -> None:
 def test_a_checkpoint_does_not_say_where_a_cache_is_made(tmp_path: Path) -> None:
     from detkit.data.proposals.dataset import without_new_cache
 
-    options = {"name": "selective_search", "cache": str(tmp_path / "new")}
-    assert without_new_cache(options) == {"name": "selective_search"}
+    options = {"name": "file", "cache": str(tmp_path / "new")}
+    assert without_new_cache(options) == {"name": "file"}
     assert without_new_cache({**options, "cache": str(tmp_path)}) == {**options, "cache": str(tmp_path)}
     assert without_new_cache({"name": "file", "path": "x"}) == {"name": "file", "path": "x"}
     assert without_new_cache(None) is None

@@ -1,13 +1,13 @@
 """Opening a checkpoint needs nothing but the checkpoint: no download, no other file, whatever the defaults name."""
 
+import functools
 import inspect
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from zoo_cases import zoo_cases
 
 from detkit.backbones.base import Backbone
 from detkit.config import experiment_from_dict, experiment_to_dict
@@ -18,34 +18,13 @@ from detkit.registry import backbones, heads, necks, without_weights
 from detkit.structures import ClassList
 
 DATA = {"name": "coco"}
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Every way to weights that are not in the checkpoint fails, and is noted."""
-    attempts: list[str] = []
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        attempts.append(str(arguments))
-        raise OSError("no network")
-
-    monkeypatch.setattr(socket.socket, "connect", fail)
-    monkeypatch.setattr(socket, "create_connection", fail)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setattr("detkit.backbones.weights.read_tensors", fail)
-    monkeypatch.setattr("detkit.zoo.darknet.backbones.read_floats", fail)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
-    return attempts
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def experiment(**parts: Any) -> Any:
     return experiment_from_dict({"data": DATA, "input": {"size": [64, 64]}, **parts})
 
 
-STYLE = {"backbone": {"name": "pixels"}, "head": {"name": "style", "width": 4, "blocks": 1}}
 NESTED = {
     "backbone": {"name": "resnet18", "levels": [4], "weights": "imagenet"},
     "head": {
@@ -57,24 +36,6 @@ NESTED = {
         },
     },
 }
-
-
-def test_a_style_checkpoint_loads_without_its_default_weights(no_network: list[str], tmp_path: Path) -> None:
-    """The head's loss network is VGG-19 with its ImageNet weights, unless a config names another."""
-    with pytest.raises(CheckpointError, match=r"ImageNet weights of 'vgg19' could not be downloaded"):
-        build_model(experiment(**STYLE), ClassList((), ()))
-    assert no_network
-    no_network.clear()
-    model = build_model(experiment(**STYLE), ClassList((), ()), load_weights=False)
-    nn.init.normal_(model.head.network.features[0].weight)  # type: ignore[union-attr,index,arg-type]
-    model.save(tmp_path / "style.safetensors")
-    loaded = load_model(tmp_path / "style.safetensors")
-    assert torch.equal(
-        loaded.head.network.features[0].weight,
-        model.head.network.features[0].weight,  # type: ignore[union-attr,index]
-    )
-    assert loaded.experiment == model.experiment
-    assert not no_network
 
 
 def names_with_weights() -> list[tuple[Any, str]]:
@@ -146,13 +107,6 @@ def test_parts_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         backbones.build({"name": "foreign"}, "backbone")
 
 
-def test_what_the_name_of_the_weights_sets_stays() -> None:
-    """GoogLeNet's ImageNet weights have a normalisation of their own, which a checkpoint trained from them needs."""
-    with without_weights():
-        assert backbones.build({"name": "googlenet", "weights": "imagenet"}, "backbone").mean == (0.5, 0.5, 0.5)
-        assert backbones.build({"name": "googlenet"}, "backbone").mean == (0.485, 0.456, 0.406)
-
-
 def test_an_experiment_keeps_its_weights() -> None:
     """So that the run's config says what it began from."""
     model = build_model(experiment(**NESTED), ClassList.from_names(["cell"]), load_weights=False)
@@ -197,9 +151,10 @@ def test_a_file_in_the_cache_of_downloads_runs_nothing(monkeypatch: pytest.Monke
         lambda: load_model("torchvision:resnet18"),
         lambda: backbones.build({"name": "resnet18", "weights": "imagenet"}, "backbone"),
         lambda: backbones.build({"name": "vgg11", "weights": "imagenet"}, "backbone"),
-        lambda: backbones.build({"name": "alexnet", "weights": "imagenet"}, "backbone"),
-        lambda: backbones.build({"name": "googlenet", "weights": "imagenet"}, "backbone"),
-        lambda: backbones.build({"name": "densenet121", "weights": "imagenet"}, "backbone"),
+        *(
+            functools.partial(backbones.build, {"name": name, "weights": "imagenet"}, "backbone")
+            for name in zoo_cases("WITH_IMAGENET_WEIGHTS")
+        ),
         lambda: region_trunks.build({"name": "resnet_layer4", "weights": "imagenet"}, "trunk", shape=(1024, 14, 14)),
     ):
         given.clear()

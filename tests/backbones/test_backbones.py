@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from zoo_cases import zoo_cases
 
 from detkit.backbones.base import Backbone, Neck
 from detkit.errors import ConfigError
@@ -16,10 +17,6 @@ OPTIONS = {
     "small_ssd": [{}, {"widths": [8, 16], "level_channels": 24}],
     "vgg11": [{}, {"levels": [1, 3], "batch_norm": True}],
     "vgg16": [{"levels": [4, 5], "ceil_mode": True}],
-    "alexnet": [{"levels": [2, 3, 4, 5]}],
-    "nin": [{"levels": [1, 2, 3]}],
-    "googlenet": [{}, {"levels": ["conv3", "inception4a"]}],
-    "densenet121": [{"levels": [2, 3]}, {"levels": [5]}],
     "resnet18": [{}, {"levels": [3, 4]}, {"levels": [5]}],
     "timm": [
         {"network": "tf_efficientnet_lite0"},
@@ -27,9 +24,10 @@ OPTIONS = {
         {"network": "resnet10t", "levels": [3, 4]},
         {"network": "convnext_atto", "levels": [2, 3]},
     ],
+    **zoo_cases("BACKBONE_OPTIONS"),
 }
 # Of their convolutions without or with little padding the maps come out smaller by up to two cells.
-LESS_PADDED = ("alexnet", "lenet", "nin")
+LESS_PADDED = zoo_cases("LESS_PADDED")
 CASES = [{"name": name, **options} for name in backbones.names() for options in OPTIONS.get(name, [{}])]
 
 
@@ -188,9 +186,3 @@ def test_level_6_of_vgg_is_the_pooled_fifth_block() -> None:
     fifth, sixth = backbone(torch.randn(1, 3, 64, 96))
     torch.testing.assert_close(sixth, nn.functional.max_pool2d(fifth, 2))
     assert backbone.strides == (16, 32)
-
-
-@pytest.mark.parametrize("levels", [[], ["inception4b"], ["inception5b", "conv3"]])
-def test_impossible_levels_of_googlenet(levels: list[str]) -> None:
-    with pytest.raises(ConfigError, match="'levels' of the backbone 'googlenet' must be some of conv3"):
-        backbones.build({"name": "googlenet", "levels": levels}, "backbone")

@@ -1,5 +1,5 @@
 """The trunk and neck of YOLOX: sizes as published, odd inputs, options out of range. Equality with a forward pass
-written from the published names is in tests/test_yolox_weights.py."""
+written from the published names is in tests/published/test_yolox_weights.py."""
 
 import math
 

@@ -19,8 +19,8 @@ from detkit.structures import ClassList
 
 CONFIG = {
     "data": {"name": "shapes"},
-    "backbone": {"name": "darknet_tiny", "levels": [4], "widths": [4] * 7},
-    "head": {"name": "yolov1", "grid": 3, "hidden": 8},
+    "backbone": {"name": "small_ssd", "widths": [4] * 3, "level_channels": 4},
+    "head": {"name": "ssd"},
     "input": {"size": [64, 96]},
 }
 METRICS = """epoch,step,lr,seconds,train_box,mAP,mAP50,mAP75

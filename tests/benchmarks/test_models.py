@@ -18,7 +18,7 @@ from benchmarks.models import (
     detkit_model,
     made_up_image,
     memory,
-    pictures,
+    photos,
     plausible_model,
 )
 from detkit.errors import DetkitError
@@ -237,11 +237,11 @@ def test_memory_counts_weights_and_calls():
 
 def test_images(tmp_path, monkeypatch, picture):
     Image.fromarray(picture).save(tmp_path / "one.png")
-    source, images = pictures(str(tmp_path))
+    source, images = photos(str(tmp_path))
     assert source == str(tmp_path)
     assert [image.shape for image in images] == [(60, 90, 3)]
     monkeypatch.setitem(sys.modules, "skimage", None)
-    source, images = pictures(None)
+    source, images = photos(None)
     assert source == "made-up images"
     for image in images:
         assert image.dtype == np.uint8

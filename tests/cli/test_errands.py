@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runs import Run, fails
+from cli_runs import Run
 
 import detkit
 from detkit.cli import commands, summary
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
 '''
 
 
-@pytest.mark.parametrize("file", ["cli/count.py", "zoo/counting/count_command.py", "zoo/style/count_command.py"])
+@pytest.mark.parametrize("file", ["cli/count.py", "zoo/counting/count_command.py"])
 def test_a_command_is_one_file(tmp_path: Path, file: str) -> None:
     source = Path(detkit.__file__).parent
     shutil.copytree(source, tmp_path / "detkit", ignore=shutil.ignore_patterns("__pycache__", "*.nb?"))
@@ -47,14 +47,9 @@ def test_a_command_is_one_file(tmp_path: Path, file: str) -> None:
     assert "Did you mean 'count'" in detkit_copy("cuont").stderr
 
 
-def test_a_command_of_the_zoo_goes_with_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert commands().keys() == {"bench", "check", "eval", "infer", "models", "style", "train"}
+def test_without_the_zoo_there_are_the_commands_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("detkit.zoo"), "__path__", [])
-    assert "style" not in commands()
-    fails(run("style", "style"), "There is no command 'style'")
-    status, _, error = run("infer", "style.yaml")
-    assert status == 1
-    assert error.endswith("Commands that take a config: detkit check, detkit train.\n")
+    assert commands().keys() == {"bench", "check", "eval", "infer", "models", "train"}
 
 
 def test_every_command_has_a_line_of_help(run: Run) -> None:

@@ -31,18 +31,6 @@ def test_proposes_anchors_in_pixels_of_the_input(tiny_config: Path, capsys: pyte
     torch.testing.assert_close(torch.tensor(proposed), expected, rtol=0, atol=0.051)
 
 
-def test_the_proposal_fits_into_the_config(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it is printed, it is an option of the heads yolov2 and yolov3."""
-    from detkit.registry import heads
-
-    output = propose(tiny_config, "--anchors=6", capsys=capsys)[1]
-    options = yaml.safe_load(output[output.index("head:") :])["head"]
-    for name, channels in (("yolov2", (4,)), ("yolov3", (4, 4))):
-        head = heads.build({"name": name, **options}, "head", channels=channels, strides=(8, 16)[: len(channels)],
-                           num_classes=2)  # fmt: skip
-        assert sum(len(level) for level in head.anchors) == 6
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [

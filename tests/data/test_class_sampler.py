@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from detkit.data.formats.crops import Crops
 from detkit.data.formats.shapes import Shapes
 from detkit.data.loader import ClassSampler, image_labels, training_loader
 from detkit.data.loader import batches as unpacked
 from detkit.data.transforms import Fit
 from detkit.errors import ConfigError
-from detkit.zoo.faces.dataset import Faces
 
 
 def batches(sampler: ClassSampler) -> np.ndarray:
@@ -56,13 +56,13 @@ def test_processes_share_an_epoch_and_epochs_differ() -> None:
 
 
 def test_the_loader_uses_it_for_images_of_one_class_each() -> None:
-    faces = Faces("train", train_count=24, size=32, persons=3)
-    loader, sampler = training_loader(faces, Fit((32, 32)), None, batch_size=8, workers=0, seed=0, per_class=4)
+    crops = Crops("train", {"name": "shapes", "train_count": 24, "size": 64})
+    loader, sampler = training_loader(crops, Fit((32, 32)), None, batch_size=8, workers=0, seed=0, per_class=4)
     assert isinstance(sampler, ClassSampler)
     for batch in unpacked(loader):
         counts = Counter(int(target.image_labels) for target in batch.targets)
         assert all(count % 4 == 0 for count in counts.values())
-    assert image_labels(faces) == [int(faces.target(index).image_labels) for index in range(24)]  # type: ignore[arg-type]
+    assert image_labels(crops) == [int(crops.target(index).image_labels) for index in range(len(crops))]  # type: ignore[arg-type]
 
 
 def test_images_of_several_classes_are_refused() -> None:

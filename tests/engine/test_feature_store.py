@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from zoo_cases import zoo_cases
 
 from detkit.data.formats.shapes import Shapes
 from detkit.engine import feature_store
@@ -20,14 +21,10 @@ HEADS = {
     "classify": (*CROPS, "--head", "{name: classify, widths: [16], dropout: 0.5}"),
     "ssd": ("--input.size", "[64, 80]"),
     "letterbox": (
-        *("--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 8, 8, 8]}"),
+        *("--backbone", "{name: csp_darknet, width: 0.0625, depth: 0.1}"),
         *("--neck", "{name: fpn, width: 8}", "--input.size", "[64, 96]", "--input.resize", "letterbox"),
     ),
-    "proposals": (
-        *("--backbone", "{name: darknet_tiny, levels: [4], widths: [4, 8, 8, 8, 8, 8, 8]}"),
-        *("--head", "{name: fast_rcnn, regions: {trunk: {name: mlp, width: 8}, features: {name: roi_align}}}"),
-        *("--proposals", "{name: selective_search}"),
-    ),
+    **zoo_cases("STORED_FEATURES"),
     "averaged": (*CROPS, "--head", "{name: classify}", "--train.ema_decay", "0.9", "--train.optimizer", "adamw"),
     "bf16": (*CROPS, "--head", "{name: classify}", "--train.precision", "bf16-mixed"),
 }

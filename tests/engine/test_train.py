@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_weights_and_workers_change_nothing(tiny: A
 
 
 MIXED_YOLOX = [
-    *("--backbone", "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 8, 8, 8]}"),
+    *("--backbone", "{name: csp_darknet, width: 0.0625, depth: 0.1}"),
     *("--head", "{name: yolox, width: 8, l1_weight: 1.0}"),
     *("--augment", "[{name: mosaic}]"),
     *("--train.unmixed_epochs", "2"),

@@ -2,8 +2,10 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import numpy as np
 import pycocotools.mask
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from zoo_cases import zoo_cases
 
 from detkit.data.image import check_image, read_image
 from detkit.registry import datasets
@@ -281,12 +286,10 @@ def pth(folder: Path) -> Case:
     return Case(path, tuple(seeds), lambda: load_model(path))
 
 
-def darknet(folder: Path) -> Case:
+def zoo_weights(name: str, folder: Path) -> Case:
     from detkit.model import load_model
 
-    path = folder / "yolov3.weights"
-    floats = np.zeros(300, dtype="<f4").tobytes()
-    seeds = (struct.pack("<3iq", 0, 2, 0, 32013312) + floats, struct.pack("<3ii", 0, 1, 0, 0) + floats)
+    path, seeds = zoo_cases("FUZZED_WEIGHTS")[name](folder)
     return Case(path, seeds, lambda: load_model(path))
 
 
@@ -333,6 +336,6 @@ READERS: dict[str, Callable[[Path], Case]] = {
     case.__name__: case
     for case in (
         *(images, voc, voc_list, coco, coco_masks, coco_points, yolo, data_yaml, yolo_list, masks, proposals),
-        *(config, metadata, checkpoint, state, pth, darknet, video),
+        *(config, metadata, checkpoint, state, pth, video),
     )
-}
+} | {name: partial(zoo_weights, name) for name in zoo_cases("FUZZED_WEIGHTS")}

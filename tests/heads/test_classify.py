@@ -2,18 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import models
+from zoo_cases import zoo_cases
 
 import detkit
 from detkit.errors import CheckpointError, ConfigError
 from detkit.heads.classify import Classify
 from detkit.model import load_model
-from detkit.registry import backbones, heads
+from detkit.registry import heads
 from detkit.structures import Inputs, Target
 
 WHOLE = Inputs((64, 64), ((64, 64),) * 2)
@@ -106,35 +108,13 @@ def test_one_class_alone_is_refused_unless_it_may_be_absent() -> None:
     heads.build({"name": "classify", "multi_label": True}, "head", **options)
 
 
-def test_lenet_has_the_sizes_of_the_paper() -> None:
-    backbone = backbones.build({"name": "lenet"}, "backbone")
-    head = heads.build(
-        {"name": "classify", "pool": 5, "widths": [120, 84], "activation": "tanh"},
-        "head", channels=backbone.channels, strides=backbone.strides, num_classes=10,
-    )  # fmt: skip
-    (features,) = backbone(torch.zeros(2, 3, 28, 28))
-    assert features.shape == (2, 16, 5, 5)
-    assert head([features], Inputs((28, 28), ((28, 28),) * 2)).logits.shape == (2, 10)
-    # 61,706 for one channel, and 2 * 6 * 25 more for three
-    assert sum(p.numel() for module in (backbone, head) for p in module.parameters()) == 61_706 + 300
-
-
-def test_nin_takes_the_mean_before_its_last_layer_as_well_as_behind() -> None:
-    backbone = backbones.build({"name": "nin"}, "backbone").eval()
-    head = heads.build({"name": "classify"}, "head", channels=(1024,), strides=(32,), num_classes=4)
-    (features,) = backbone(torch.randn(1, 3, 96, 128))
-    per_cell = F.conv2d(features, head.predictor.weight[:, :, None, None], head.predictor.bias)
-    torch.testing.assert_close(head([features], Inputs((96, 128), ((96, 128),))).logits, per_cell.mean((2, 3)))
-
-
-NETWORKS = ["alexnet", "vgg11_bn", "googlenet", "resnet18", "densenet121"]
+NETWORKS: dict[str, dict[str, Any]] = {"vgg11_bn": {}, "resnet18": {}, **zoo_cases("CLASSIFIERS")}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_torchvisions_classifiers_run_unchanged(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    options = {"init_weights": False, "transform_input": True} if name == "googlenet" else {}
-    theirs = models.get_model(name, num_classes=1000 if name == "resnet18" else 7, **options)
+    theirs = models.get_model(name, num_classes=1000 if name == "resnet18" else 7, **NETWORKS[name])
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -160,18 +140,6 @@ def test_imagenets_classes_have_names(tmp_path: Path) -> None:
     predictor = detkit.load(tmp_path / "resnet18.pth", "cpu")
     assert predictor.class_names[0] == "tench"
     assert len(predictor.class_names) == 1000
-
-
-def test_densenets_older_names_are_known(tmp_path: Path) -> None:
-    state = models.densenet121(num_classes=5).state_dict()
-    old = {
-        name.replace("norm1.", "norm.1.").replace("conv1.", "conv.1.") if "denselayer" in name else name: tensor
-        for name, tensor in state.items()
-    }
-    assert old.keys() != state.keys()
-    torch.save(old, tmp_path / "densenet121.pth")
-    model = load_model(tmp_path / "densenet121.pth")
-    assert torch.equal(model.head.predictor.weight, state["classifier.weight"])  # type: ignore[union-attr]
 
 
 def test_an_unknown_classifier_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
+from zoo_cases import zoo_cases
 
 from detkit.boxes.coding import decode
 from detkit.boxes.convert import clip
@@ -18,9 +19,6 @@ from detkit.heads.retinanet import DEVIATIONS, PARTS, RetinaNet, RetinaNetOutput
 from detkit.heads.ssd import SSD, SSDOutputs
 from detkit.heads.yolox import YOLOX, YOLOXOutputs
 from detkit.structures import Detections
-from detkit.zoo.darknet.yolo_grid import GridOutputs, lay_grid, predicted_boxes
-from detkit.zoo.darknet.yolov2 import YOLOv2
-from detkit.zoo.darknet.yolov3 import YOLOv3
 
 SIZE = (64, 96)
 
@@ -149,36 +147,12 @@ def yolox(regime: float, generator: torch.Generator) -> tuple[YOLOX, Any, Callab
     return head, outputs, plain
 
 
-def grid(head: Any, regime: float, generator: torch.Generator) -> GridOutputs:
-    maps = ((2, 3),) if isinstance(head, YOLOv2) else ((8, 12), (4, 6))
-    cells, anchors = lay_grid(maps, SIZE, head.anchors)
-    values = 2 * torch.randn(2, len(cells), 10, generator=generator)
-    values[..., 4] -= regime
-    return GridOutputs(values, cells, anchors, maps, SIZE, (SIZE, (60, 80)))
-
-
-def yolov2(regime: float, generator: torch.Generator) -> tuple[YOLOv2, Any, Callable[..., Any]]:
-    head = YOLOv2([4], [32], 5, width=4)
-
-    def plain(o: GridOutputs, i: int) -> tuple[Tensor, Tensor]:
-        scores = o.values[i, :, 4:5].sigmoid() * o.values[i, :, 5:].softmax(1)
-        return scores, predicted_boxes(o.values[i], o.cells, o.anchors)
-
-    return head, grid(head, regime, generator), plain
-
-
-def yolov3(regime: float, generator: torch.Generator) -> tuple[YOLOv3, Any, Callable[..., Any]]:
-    head = YOLOv3([4, 4], [16, 32], 5, widths=(4, 4))
-
-    def plain(o: GridOutputs, i: int) -> tuple[Tensor, Tensor]:
-        scores = o.values[i, :, 4:5].sigmoid() * o.values[i, :, 5:].sigmoid()
-        return scores, predicted_boxes(o.values[i], o.cells, o.anchors)
-
-    return head, grid(head, regime, generator), plain
-
-
-HEADS = {"ssd": ssd, "retinanet": retinanet, "yolox": yolox, "yolov2": yolov2, "yolov3": yolov3}
-LOGITS = {"ssd": "logits", "retinanet": "logits", "yolox": "class_logits", "yolov2": "values", "yolov3": "values"}
+CASES = {
+    "ssd": (ssd, "logits"),
+    "retinanet": (retinanet, "logits"),
+    "yolox": (yolox, "class_logits"),
+    **zoo_cases("POSTPROCESSED"),
+}
 
 
 def expected_of(scores: Tensor, boxes: Tensor, size: tuple[int, int], limits: Postprocess) -> Detections:
@@ -190,12 +164,12 @@ def expected_of(scores: Tensor, boxes: Tensor, size: tuple[int, int], limits: Po
     return Detections(boxes[kept], best[kept], labels[kept])
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("regime", [0.0, 4.0, 40.0])
 def test_detections_are_those_of_all_scores_and_boxes(name: str, seed: int, regime: float) -> None:
     """Whether most anchors have a candidate, some, or none."""
-    head, outputs, plain = HEADS[name](regime, torch.Generator().manual_seed(seed))
+    head, outputs, plain = CASES[name][0](regime, torch.Generator().manual_seed(seed))
     for threshold, most in ((0.05, 20), (0.3, 400), (0.0, 10)):
         head.postprocess = replace(head.postprocess, score_threshold=threshold, max_detections=most)
         for image, found in enumerate(head.decode(outputs)):
@@ -208,11 +182,12 @@ def test_detections_are_those_of_all_scores_and_boxes(name: str, seed: int, regi
     assert len(found) == (0 if regime == 40 and threshold else 10)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("place", [0, 7, -1])
 def test_a_broken_number_is_found_though_nothing_else_is(name: str, place: int) -> None:
-    head, outputs, _ = HEADS[name](40.0, torch.Generator().manual_seed(0))
-    getattr(outputs, LOGITS[name])[1, place, -1] = math.nan
+    build, logits = CASES[name]
+    head, outputs, _ = build(40.0, torch.Generator().manual_seed(0))
+    getattr(outputs, logits)[1, place, -1] = math.nan
     with pytest.raises(DetkitError, match="not numbers"):
         head.decode(outputs)
 
