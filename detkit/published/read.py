@@ -14,7 +14,7 @@ from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.errors import CheckpointError, DetkitError, nearest, printable
 from detkit.io.files import parse_yaml
 from detkit.io.runs import PREFIXES, TORCHVISION, split_options
-from detkit.io.tensor_files import FORMATS, OF_TENSORS, file_format, of_detkit, read_tensors
+from detkit.io.tensor_files import FORMATS, TENSOR_FORMATS, file_format, of_detkit, read_tensors
 from detkit.io.torch_file import one_line
 from detkit.published.classifiers import NETWORKS
 from detkit.registry import weight_converters, weight_files
@@ -107,7 +107,7 @@ def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -
     """As `read_published`, without the changes that options ask for; of these only the names are given."""
     if file.startswith(TORCHVISION):
         return _converted(_download(file), source, coco, options)
-    if file.startswith(PREFIXES) or file_format(file) not in OF_TENSORS:
+    if file.startswith(PREFIXES) or file_format(file) not in TENSOR_FORMATS:
         readers: list[WeightFile] = [weight_files.get(name)() for name in weight_files.names()]
         for reader in readers:
             if reader.matches(file):

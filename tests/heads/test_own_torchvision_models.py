@@ -161,7 +161,7 @@ def test_options_behind_a_path_that_do_not_exist(tmp_path: Path) -> None:
         ("input.size=large", ConfigError, r"input\.size"),
         ("coco=maybe", CheckpointError, "true or false"),
         ("data.class_names=[a]", CheckpointError, "has 2 classes"),
-        ("data.class_names=[a, a]", CheckpointError, "stands twice"),
+        ("data.class_names=[a, a]", CheckpointError, "is listed twice"),
         ("", None, ""),
     ):
         if error is None:
