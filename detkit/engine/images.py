@@ -17,7 +17,7 @@ from detkit.structures import ClassList, Sample, Target
 from detkit.tasks.base import Task, task_of
 from detkit.tasks.drawing import grid, write_image
 
-SMALLEST_SIDE = 320
+MIN_LABELLED_SIDE = 320
 
 
 def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: ClassList, count: int = 12) -> None:
@@ -61,7 +61,7 @@ def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
 
 def _enlargement(image: np.ndarray) -> int:
     """By how much an image must grow for its labels to be read; 1 for all but very small ones."""
-    return -(-SMALLEST_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < SMALLEST_SIDE else 1
+    return -(-MIN_LABELLED_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < MIN_LABELLED_SIDE else 1
 
 
 def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
