@@ -130,7 +130,7 @@ def test_the_published_classes_are_vocs_and_background_and_101_layers_are_known(
 
 def test_other_state_dicts_are_refused(reference: nn.Module) -> None:
     state = reference.state_dict()
-    with pytest.raises(CheckpointError, match=r"'head\.x' is no tensor of torchvision's fcn_resnet50"):
+    with pytest.raises(CheckpointError, match=r"'head\.x' is not a tensor of torchvision's fcn_resnet50"):
         convert_fcn({**state, "head.x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"lacks classifier\.4\.bias"):
         convert_fcn({k: v for k, v in state.items() if k != "classifier.4.bias"})
@@ -150,7 +150,7 @@ def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
 
 
 def test_small_resnets_have_no_dilated_form() -> None:
-    with pytest.raises(ConfigError, match=r"'backbone\.output_stride' is 8, but resnet18 has no dilated form"):
+    with pytest.raises(ConfigError, match=r"'backbone\.output_stride' is 8, but resnet18 does not support dilation"):
         backbones.build({"name": "resnet18", "output_stride": 8}, "backbone")
     backbone = backbones.build({"name": "resnet50", "levels": [3, 5], "output_stride": 16}, "backbone").eval()
     with torch.no_grad():

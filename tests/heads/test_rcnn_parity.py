@@ -155,7 +155,7 @@ def test_coco_classes_and_unknown_tensors(tmp_path: Any) -> None:
     assert isinstance(classes, ClassList)
     assert classes.names[0] == "person"
     assert len(classes) == 90
-    with pytest.raises(CheckpointError, match=r"'rpn\.head\.extra' is no tensor of torchvision's"):
+    with pytest.raises(CheckpointError, match=r"'rpn\.head\.extra' is not a tensor of torchvision's"):
         convert_rcnn({**state, "rpn.head.extra": torch.zeros(1)})
     del state["roi_heads.box_head.fc6.weight"]
     torch.save(state, tmp_path / "cut.pth")

@@ -137,7 +137,7 @@ def test_coco_classes_and_unknown_tensors(tmp_path: Path) -> None:
     row = 91 * 4 + 17  # of the fifth anchor, torchvision's number 17: cat
     mine = tensors["head.class_predictor.weight"][90 * 4 + classes.names.index("cat")]
     assert torch.equal(mine, state["head.classification_head.cls_logits.weight"][row])
-    with pytest.raises(CheckpointError, match=r"'head\.extra' is no tensor of torchvision's"):
+    with pytest.raises(CheckpointError, match=r"'head\.extra' is not a tensor of torchvision's"):
         convert_retinanet({**state, "head.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"it lacks head\.classification_head\.cls_logits\.bias"):
         convert_retinanet({k: v for k, v in state.items() if k != "head.classification_head.cls_logits.bias"})
