@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the predictor, and with it torch, only when it is asked for."""
+    """Import the predictor, and with it torch, on first use."""
     if name in ("Predictor", "load"):
         from detkit.inference import predictor as predict
 

@@ -1,4 +1,4 @@
-"""`python -m detkit`: the command line."""
+"""Entry point of `python -m detkit`."""
 
 from detkit.cli import entry
 

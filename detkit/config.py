@@ -1,8 +1,8 @@
-"""The typed schema of an experiment, and how YAML files and command-line overrides become one.
+"""The typed schema of an experiment, built from YAML files and command-line overrides.
 
 Parts (data, backbone, neck, head, augment, proposals) are written `{name: ssd, option: value}`; their options are the
-constructor arguments of the part registered by that name, and are checked when it is built. Everything else
-is listed here, once.
+constructor arguments of the part registered under that name, and are checked when it is built. All other options are
+defined here.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from detkit.errors import ConfigError, nearest
 from detkit.io import files
-from detkit.schema import build, convert, from_text, given_options, option_names, option_type, plain, put, shown
+from detkit.schema import build, convert, format_value, from_text, given_options, option_names, option_type, plain, put
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +34,33 @@ RENAMED = (
     ("head", "picture", "style_image"),
     ("head", "picture_size", "style_size"),
 )
-"""Options of parts that had another name up to version 0.1: part, old name, new name."""
+"""Part options that were renamed after version 0.1: part, old name, new name."""
 RENAMED_VALUES = (
     ("data", "name", "pictures", "images"),
     ("head", "normalise", "picture", "image"),
 )
-"""Values likewise: part, option, old value, new value."""
-OF_PARTS = ("data", "backbone", "neck", "head", "proposals")
-"""Those keys of a config that are parts."""
+"""Values of part options that were renamed: part, option, old value, new value."""
+PART_KEYS = ("data", "backbone", "neck", "head", "proposals")
+"""Config keys that hold a part."""
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How an image becomes the network's input.
+    """How images are resized to the network's input.
 
     Args:
-        size: height and width of the network's input in pixels; for short_side the length of an image's shorter side,
-            and the most that its longer side may have.
-        resize: stretch images to `size`; letterbox keeps their aspect ratio and pads them with grey to `size`;
-            short_side keeps it too, and pads the images of a batch to the largest of them; crop, for segmentation,
-            cuts parts of `size` at random in training, and goes over whole images in windows of it afterwards.
-        multi_scale: smallest and largest factor of `size` in training: each batch gets another input at random, with
-            sides that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction keep
-            to `size`. Null for always `size`.
-        overlap: of neighbouring windows under crop, as a fraction of their sides; more is slower and smoother.
-        trim_padding: evaluate and predict letterboxed images with no more padding than to multiples of 32 and to the
-            largest image of the batch, which saves its time. For heads that do not depend on the size of the input:
-            yolov2, yolov3, yolox, where `size` is a multiple of the coarsest map's stride, up to 32; others have all of
-            the padding.
+        size: height and width of the network's input in pixels; for short_side the length of the image's shorter side
+            and the maximum length of its longer side.
+        resize: stretch resizes images to `size`; letterbox keeps the aspect ratio and pads with grey to `size`;
+            short_side keeps it too and pads the images of a batch to the largest; crop, for segmentation, takes random
+            crops of `size` in training and slides windows of `size` over the whole image in evaluation and prediction.
+        multi_scale: smallest and largest factor of `size` in training: each batch gets a random input size with sides
+            that are multiples of 32 (Redmon and Farhadi 2017, YOLOv2, section 2). Evaluation and prediction use `size`.
+            Null to always use `size`.
+        overlap: overlap of neighbouring windows for crop, as a fraction of their sides; more is slower and smoother.
+        trim_padding: in evaluation and prediction, pad letterboxed images only to multiples of 32 and to the largest
+            image of the batch, which is faster. Applies to heads that do not depend on the input size (yolov2, yolov3,
+            yolox) if `size` is a multiple of the coarsest map's stride, up to 32; other heads keep the full padding.
     """
 
     size: tuple[int, int] = (320, 320)
@@ -72,11 +71,13 @@ class InputOptions:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
-            what = "[shorter side, most of the longer side]" if self.resize == "short_side" else "the height and width"
+            what = (
+                "[shorter side, maximum of the longer side]" if self.resize == "short_side" else "the height and width"
+            )
             raise ConfigError(f"'input.size' is {what} in pixels, at least 1, but is {list(self.size)}.")
         if self.resize == "short_side" and self.size[0] > self.size[1]:
             raise ConfigError(
-                f"'input.size' with input.resize short_side is [shorter side, most of the longer side], such as "
+                f"'input.size' with input.resize short_side is [shorter side, maximum of the longer side], such as "
                 f"[800, 1333], but is {list(self.size)}."
             )
         if not 0 <= self.overlap <= 0.9:
@@ -86,13 +87,15 @@ class InputOptions:
 
     @property
     def training_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The (height, width) that the inputs of training batches are drawn from: all that have about the shape of
-        `size` and a shorter side of a multiple of 32 pixels within multi_scale; none without multi_scale."""
+        """The (height, width) candidates for the inputs of training batches; empty without multi_scale.
+
+        They have about the aspect ratio of `size`, and a shorter side of a multiple of 32 pixels within multi_scale.
+        """
         if self.multi_scale is None:
             return ()
         shorter = min(self.size)
         smallest, largest = (factor * shorter / 32 for factor in self.multi_scale)
-        # 0.7 of 320 is 224, whatever the last bit says.
+        # Tolerate rounding: 0.7 * 320 must give 224.
         first, last = math.ceil(smallest - 1e-6), math.floor(largest + 1e-6)
         shape = [side / shorter for side in self.size]
         return tuple(
@@ -102,7 +105,7 @@ class InputOptions:
     def _check_multi_scale(self, factors: tuple[float, float]) -> None:
         if self.resize == "short_side":
             raise ConfigError(
-                "'input.multi_scale' cannot go with input.resize short_side, where each batch is as large as its "
+                "'input.multi_scale' cannot be combined with input.resize short_side, which sizes each batch by its "
                 "images. Set input.resize to stretch or letterbox, or input.multi_scale to null."
             )
         if not 0 < factors[0] <= factors[1] < math.inf:
@@ -126,52 +129,51 @@ class TrainOptions:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images of one optimiser step, in all: over all devices and accumulated batches.
-        accumulate: batches whose gradients are summed up to one step, each batch_size / accumulate images.
-        workers: processes that read and augment images; 0 does it in the training process.
-        optimizer: the rule of the step.
-        lr: learning rate at its peak, for batch_size images a step.
+        batch_size: images of one optimiser step in total, over all devices and accumulated batches.
+        accumulate: batches whose gradients are accumulated for one step, each of batch_size / accumulate images.
+        workers: processes that read and augment images; 0 for the training process itself.
+        optimizer: the optimiser.
+        lr: peak learning rate, for batch_size images per step.
         backbone_lr_factor: the backbone's learning rate as a multiple of `lr`.
-        momentum: of sgd; first beta of adam and adamw.
-        weight_decay: not applied to biases and to the weights of normalisation layers.
-        schedule: how the learning rate falls after the warm-up, by optimiser steps.
+        momentum: momentum of sgd; beta1 of adam and adamw.
+        weight_decay: weight decay; not applied to biases and normalisation layers.
+        schedule: schedule of the learning rate after the warm-up, updated at every optimiser step.
         warmup_epochs: epochs over which the learning rate rises linearly from 0; may be a fraction.
         milestones: epochs at which `step` multiplies the learning rate by gamma.
         gamma: factor of `step` and, per epoch, of `exponential`; decay of `inverse_time`, lr / (1 + gamma·epoch).
-        final_lr_factor: where `cosine` ends, as a multiple of `lr`.
-        clip_norm: gradients are scaled down to this total norm; null for never.
-        ema_decay: decay per step of an exponential moving average of the weights, which is then what is
-            evaluated and saved; null for none.
-        freeze: the first stages of the backbone that keep their weights and batch-norm statistics; all for the whole
-            backbone.
-        freeze_norms: all batch norms of the backbone keep theirs, as is the custom where a batch is a few images.
-        store_features: with a backbone that is frozen as a whole and without augmentation, compute its maps of each
-            image in the first epoch only, and keep them in files in the run's folder until its end.
-        precision: arithmetic of the forward and backward passes. auto is bf16-mixed (weights, losses and sums in 32
-            bits, the factors of convolutions and linear layers in 16) where the hardware multiplies bf16 faster:
-            tensor cores, AMX, AVX512-BF16; else, and for heads that need it, 32-true. Evaluation is in 32 bits.
-            fp32, bf16 and fp16 mean 32-true, bf16-mixed and 16-mixed.
-        device: auto takes a GPU where there is one.
-        devices: how many of them.
+        final_lr_factor: final learning rate of `cosine`, as a multiple of `lr`.
+        clip_norm: maximum total norm of the gradients, which are scaled down to it; null to disable.
+        ema_decay: decay per step of an exponential moving average of the weights, which is then evaluated and saved;
+            null to disable.
+        freeze: number of stages of the backbone, from the first, whose weights and batch-norm statistics are frozen;
+            all for the whole backbone.
+        freeze_norms: freeze all batch norms of the backbone, as is usual with few images per batch.
+        store_features: with a fully frozen backbone and without augmentation, compute the feature maps of each image
+            in the first epoch only, and store them in files in the run's folder until it ends.
+        precision: arithmetic of the forward and backward passes. auto is bf16-mixed (weights, losses and accumulation
+            in 32 bits, the operands of convolutions and linear layers in 16) where the hardware accelerates bf16
+            (tensor cores, AMX, AVX512-BF16), otherwise, and for heads that require it, 32-true. Evaluation uses 32
+            bits. fp32, bf16 and fp16 are short for 32-true, bf16-mixed and 16-mixed.
+        device: auto uses a GPU if there is one.
+        devices: number of devices.
         validate_every: epochs between evaluations; the last epoch is always evaluated.
-        max_dets: the best detections of each class in an image that COCO's figures count, above 10, and the least that
-            the head gives for an image in evaluations; null for COCO's 100. With another number the figures cannot be
-            compared with published ones.
-        patience: evaluations without a better score after which training stops early; null for never.
-        plain_epochs: last epochs, trained on images without augmentation.
-        unmixed_epochs: last epochs, trained without those augmentations that mix images (mosaic, mixup), the others
-            staying on, as YOLOX does.
-        per_class: so many images of one class stand together in a batch, which then has as many of each of several
-            classes (metric learning's P x K), for data with one class an image; null for any.
-        reduced_decoding: decode large JPEGs at 1/2, 1/4 or 1/8 of their sides in training, where that leaves twice the
-            input's pixels along each axis, and enough for what `augment` cuts out. It takes noise out of them, which
-            stays in the whole images of validation and prediction, and costs score where there is much of it. Not
-            with proposals.
+        max_dets: detections per class and image, by score, that the COCO metrics consider, above 10, and the minimum
+            that the head returns per image in evaluation; null for COCO's 100. Other values give figures that are not
+            comparable with published ones.
+        patience: evaluations without improvement after which training stops early; null to disable.
+        plain_epochs: number of final epochs without augmentation.
+        unmixed_epochs: number of final epochs without the augmentations that mix images (mosaic, mixup), as in YOLOX.
+        per_class: images of each class in a batch, which then consists of several classes with this many images each
+            (P x K sampling of metric learning), for data with one class per image; null for random batches.
+        reduced_decoding: in training, decode large JPEGs at 1/2, 1/4 or 1/8 of their size if that leaves twice the
+            input's resolution along each axis, and enough for the crops of `augment`. This removes noise that images
+            decoded at full size in validation and prediction still have, and lowers the score if there is much of it.
+            Not available with proposals.
         cache: keep decoded images in memory or in a file on the disk of `runs`, shared by the workers, so that each
-            is decoded once; null for never. It changes no result.
-        cache_gb: the most it may take, over all devices, in GB of 10^9 bytes (an image of 640 x 480 has 0.9 MB); the
-            images beyond are decoded each time.
-        seed: of the weights, the order of images and their augmentation.
+            is decoded once; null to disable. Results do not change.
+        cache_gb: maximum size of the cache over all devices, in GB of 10^9 bytes (a 640 x 480 image takes 0.9 MB);
+            images that do not fit are decoded each time.
+        seed: seed of the weights, the order of the images and their augmentation.
     """
 
     epochs: int = 50
@@ -228,24 +230,24 @@ class TrainOptions:
             raise ConfigError(f"'train.freeze' must be a number of stages, or all, but is {self.freeze}.")
         if self.batch_size % (self.accumulate * self.devices):
             raise ConfigError(
-                f"'train.batch_size' is the total, {self.batch_size} images a step: it must be a multiple of "
+                f"'train.batch_size' is the total per step, {self.batch_size} images: it must be a multiple of "
                 f"train.accumulate x train.devices = {self.accumulate * self.devices}."
             )
         batch = self.batch_size // (self.accumulate * self.devices)
         if self.per_class is not None and (self.per_class < 1 or batch % self.per_class or batch == self.per_class):
             raise ConfigError(
                 f"'train.per_class' is {self.per_class}, but the images of a batch, {batch} (train.batch_size over "
-                f"train.accumulate x train.devices), must be a multiple of it, twice at least, so that a batch has "
-                f"several classes."
+                f"train.accumulate x train.devices), must be at least twice it and a multiple of it, so that a batch "
+                f"has several classes."
             )
         if self.max_dets is not None and self.max_dets <= 10:
             raise ConfigError(
                 f"'train.max_dets' must be above 10, which COCO's AR_10 needs, or null for 100, but is {self.max_dets}."
             )
         if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"'train.patience' must be at least 1, or null for never, but is {self.patience}.")
+            raise ConfigError(f"'train.patience' must be at least 1, or null to disable, but is {self.patience}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(f"'train.clip_norm' must be greater than 0, or null for never, but is {self.clip_norm}.")
+            raise ConfigError(f"'train.clip_norm' must be greater than 0, or null to disable, but is {self.clip_norm}.")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"'train.momentum' must lie in 0..1, 1 excluded, but is {self.momentum}.")
         if list(self.milestones) != sorted(self.milestones):
@@ -256,24 +258,23 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: data, model, and how it is trained.
+    """An experiment: data, model and training options.
 
     Args:
         data: `name` of a data format (voc, coco, yolo, shapes), its options, the splits `train` and `val`, and
-            `allow_leaks` to accept images that are in both.
+            `allow_leaks` to accept images that are in both splits.
         backbone: `name` of a backbone and its options.
         head: `name` of a head and its options.
         neck: `name` of a neck and its options; null for none.
         augment: augmentations of training images, each a `name` and its options; those that mix images (mosaic,
-            mixup) run first, in order, then those that move pixels, then the resize to the input, then those that only
-            change colours.
+            mixup) run first, in order, then geometric ones, then the resize to the input, then colour ones.
         proposals: `name` of a source of proposals (selective_search, file) for a head that needs them, its options, and
             the folder `cache` in which they are kept; null for none.
-        input: how an image becomes the network's input.
+        input: how images are resized to the network's input.
         train: how the model is trained.
         weights: a checkpoint to start from: a run's folder, a .safetensors file, torchvision:NAME, a .pth file of
             torchvision's or YOLOX's, a .weights file of Darknet's; null to start from the backbone's own weights.
-        weights_parts: what to take from it; without the head it may have been trained on other classes.
+        weights_parts: parts to load from the checkpoint; without the head it may have other classes.
         name: name of the run's folder, runs/<task>/<name>.
         runs: the folder of all runs.
     """
@@ -293,7 +294,7 @@ class Experiment:
 
 
 GROUPS: dict[str, type] = {"input": InputOptions, "train": TrainOptions}
-"""Those keys of a config that have keys of their own, listed here."""
+"""Config keys that are groups of options defined here."""
 
 
 def load_experiment(
@@ -304,7 +305,7 @@ def load_experiment(
     Args:
         configs: YAML files, or names of configs; see `find_config`.
         overrides: arguments of the command line.
-        base: an experiment to start from, as `experiment_to_dict` wrote it.
+        base: an experiment to start from, as returned by `experiment_to_dict`.
 
     Raises:
         ConfigError: a file is missing or malformed, a key is unknown (with the nearest valid one),
@@ -328,20 +329,22 @@ def load_experiment(
 
 
 def experiment_from_dict(values: Any) -> Experiment:
-    """The experiment that `experiment_to_dict` wrote.
+    """Build an experiment from the output of `experiment_to_dict`.
 
     Raises:
-        ConfigError: `values`, which may be anything that JSON can hold, is not an experiment.
+        ConfigError: `values`, which may be any JSON value, is not an experiment.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"An experiment has keys and values (data, backbone, head, ...), but is {shown(values)}.")
+        raise ConfigError(
+            f"An experiment must be a mapping (data, backbone, head, ...), but is {format_value(values)}."
+        )
     values = _with_current_names(plain(values, ""))
     _check_keys(values, "the experiment")
     for options, key in _paths(values):
-        # A run is evaluated and resumed from other folders than it was started in.
+        # A run may be evaluated and resumed from another working folder.
         options[key] = str(Path(os.path.expanduser(options[key])).absolute())
     experiment = build(Experiment, values)
-    for part in OF_PARTS:
+    for part in PART_KEYS:
         _check_name(getattr(experiment, part), part)
     for index, options in enumerate(experiment.augment):
         _check_name(options, f"augment[{index}]")
@@ -349,13 +352,13 @@ def experiment_from_dict(values: Any) -> Experiment:
 
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
-    """Plain lists, dicts and numbers, for YAML and JSON."""
+    """Convert to plain lists, dicts and numbers, for YAML and JSON."""
     values: dict[str, Any] = plain(dataclasses.asdict(experiment), "")
     return values
 
 
 def packaged_configs() -> dict[str, Path]:
-    """The configs that come with detkit, by name: those in the installed package, or in the checkout."""
+    """The configs shipped with detkit by name, from the installed package or the checkout."""
     package = Path(__file__).parent
     folder = package / "configs"
     folder = folder if folder.is_dir() else package.parent / "configs"
@@ -363,17 +366,17 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def find_config(config: str) -> tuple[Path, Path]:
-    """The file of a config, and the folder at which relative paths in it start.
+    """Find the file of a config, and the folder that relative paths in it refer to.
 
-    A config is given as a file, or by its name: `quickstart` is quickstart.yaml or configs/quickstart.yaml in the
-    working folder, else the one that comes with detkit. Relative paths in a file start at its own folder, but those in
-    a config that comes with detkit at the working folder: data are not kept in an installed package.
+    A config is given as a file or by name: `quickstart` is quickstart.yaml or configs/quickstart.yaml in the working
+    folder, otherwise the one shipped with detkit. Relative paths refer to the folder of the file, but in a config
+    shipped with detkit to the working folder, since data is not kept in an installed package.
 
     Raises:
-        ConfigError: there is no such config; the message has the nearest one.
+        ConfigError: there is no such config; the message suggests the nearest one.
     """
     is_name = not config.endswith((".yaml", ".yml"))
-    # Unlike Path's, os.path.isfile answers for names that are too long, too.
+    # Unlike Path.is_file, os.path.isfile returns False for names that are too long.
     for path in (config, *((f"{config}.yaml", f"configs/{config}.yaml") if is_name else ())):
         if os.path.isfile(path):
             return Path(path), Path(path).parent
@@ -386,7 +389,7 @@ def find_config(config: str) -> tuple[Path, Path]:
         raise ConfigError(f"There is no config file '{config}'. Did you mean '{named}'?")
     if stem in packaged:
         raise ConfigError(
-            f"There is no config file '{config}'. Give its name alone to use the config that comes with detkit: detkit "
+            f"There is no config file '{config}'. Give only its name to use the config shipped with detkit: detkit "
             f"train {stem}"
         )
     local = [str(other) for other in sorted(folder.glob("*.yaml"))] if os.path.isdir(folder) else []
@@ -396,7 +399,7 @@ def find_config(config: str) -> tuple[Path, Path]:
 
 
 def read_yaml(config: str) -> dict[str, Any]:
-    """The content of a config; relative paths in it (data.root, proposals.path) are made absolute, see `find_config`.
+    """Read a config; relative paths in it (data.root, proposals.path) are made absolute, see `find_config`.
 
     Raises:
         ConfigError: there is no such config, or it is not YAML, names a key twice, or is not a mapping.
@@ -405,20 +408,19 @@ def read_yaml(config: str) -> dict[str, Any]:
     values = files.read_yaml(path, "config", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(
-            f"The config '{path}' must hold keys and values (data, backbone, head, ...), but is {shown(values)}."
+            f"The config '{path}' must be a mapping (data, backbone, head, ...), but is {format_value(values)}."
         )
     values = _with_current_names(values, f"{path}: ")
     for options, key in _paths(values):
         try:
             options[key] = str((folder / os.path.expanduser(options[key])).resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, NUL
-            raise ConfigError(f"The path {shown(options[key])} in '{path}' cannot be used: {error}.") from None
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of symbolic links, or NUL
+            raise ConfigError(f"The path {format_value(options[key])} in '{path}' cannot be used: {error}.") from None
     return values
 
 
 def _with_current_names(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """`values` of an experiment of an earlier version under the current names; those of a user's file (`where`) are
-    logged."""
+    """Rename keys and values of earlier versions; renames in a user's file (`where`) are logged."""
     values = copy.deepcopy(values)
     for part, old, new in RENAMED:
         options = values.get(part)
@@ -444,7 +446,7 @@ def _is_switch(name: str) -> bool:
 
 
 def _from_text(text: str, name: str) -> Any:
-    """The value of an override; paths are text whatever they look like."""
+    """Parse the value of an override; paths are always text."""
     group, _, key = name.partition(".")
     kind = (
         option_type(GROUPS[group], key) if key and group in GROUPS else Any if key else option_type(Experiment, group)
@@ -453,18 +455,18 @@ def _from_text(text: str, name: str) -> Any:
 
 
 def _check_name(options: PartOptions | None, path: str) -> None:
-    """Refuse a part without the name of one."""
+    """Raise ConfigError if a part has no valid `name`."""
     if options is None:
         return
     if "name" not in options:
         raise ConfigError(
-            f"'{path}' needs a 'name', as in {{name: NAME}}. `detkit models` lists those of heads, backbones and necks."
+            f"'{path}' needs a 'name', as in {{name: NAME}}. `detkit models` lists the heads, backbones and necks."
         )
     convert(options["name"], str, f"{path}.name")
 
 
 def _paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where in `values` the options of PATHS stand, as far as they are given: the dict and the key in it."""
+    """Find the options of PATHS that `values` contains, as pairs of a dict and the key in it."""
     for *parts, key in PATHS:
         options: Any = values
         for part in parts:
@@ -474,7 +476,7 @@ def _paths(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated by `extra`, key by key; a part with another name replaces the old part with its options."""
+    """Update `base` by `extra`, key by key; a part with another name replaces the whole part."""
     merged = dict(base)
     for key, value in extra.items():
         old = merged.get(key)
@@ -493,10 +495,10 @@ def _check_keys(values: dict[str, Any], where: str, prefix: str = "") -> None:
 
 
 def _check_key(dotted: str, where: str) -> None:
-    """Refuse a key that is neither an option of the schema nor inside a part."""
+    """Raise ConfigError if a key is neither an option of the schema nor inside a part."""
     top = option_names(Experiment)
     first, _, rest = dotted.partition(".")
-    if first not in top or (rest and first not in (*OF_PARTS, *GROUPS)):
+    if first not in top or (rest and first not in (*PART_KEYS, *GROUPS)):
         valid = top | {f"{group}.{name}" for group, schema in GROUPS.items() for name in option_names(schema)}
         raise ConfigError(f"'{dotted}' in {where} is not a key of the config. {nearest(dotted, valid)}")
     if rest and first in GROUPS and rest not in option_names(GROUPS[first]):

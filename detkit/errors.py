@@ -1,6 +1,6 @@
-"""The errors that are the user's to fix: each one paragraph, saying what, where and the remedy.
+"""Errors that the user can fix: one paragraph each, with what is wrong, where, and the remedy.
 
-The command line prints these without a traceback; every other exception is a fault of detkit's own.
+The command line prints them without a traceback; any other exception is a bug in detkit.
 """
 
 import difflib
@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterable
 
 LONGEST_MESSAGE = 2000
-"""Characters of an error; what a file holds is quoted in errors, and a file can hold anything."""
+"""Maximum characters of a message, which may quote the content of a file."""
 
 
 class DetkitError(ValueError):
-    """A mistake in what detkit was given. The message names the file, line, key or image, and the remedy.
+    """A mistake in the user's input. The message names the file, line, key or image, and the remedy.
 
-    Of a message of more than LONGEST_MESSAGE characters the middle is left out.
+    The middle of a message longer than LONGEST_MESSAGE is left out.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -26,15 +26,15 @@ class DetkitError(ValueError):
 
 
 class ConfigError(DetkitError):
-    """A config holds an unknown key, a value of the wrong type, or parts that do not fit together."""
+    """A config contains an unknown key, a value of the wrong type, or parts that do not fit together."""
 
 
 class DataError(DetkitError):
-    """A data set holds something broken: a missing file, a malformed annotation, an impossible box."""
+    """A data set is invalid: a missing file, a malformed annotation, an impossible box."""
 
 
 class CheckpointError(DetkitError):
-    """A file of weights is missing, broken, or belongs to another model or another list of classes."""
+    """A file of weights is missing, damaged, or belongs to another model or another list of classes."""
 
 
 class WriteError(DetkitError):
@@ -42,19 +42,19 @@ class WriteError(DetkitError):
 
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Control characters but tab and newline, and bytes of a file name that are not UTF-8."""
+"""Control characters except tab and newline, and bytes of a file name that are not UTF-8."""
 
 
 def printable(text: str) -> str:
-    """`text` with every control character written as an escape ("\\x1b"), so that it can be sent to a terminal."""
+    """Escape the control characters of `text` ("\\x1b"), so that it is safe to print to a terminal."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def check_range(path: str, low: float, high: float = math.inf, **options: float) -> None:
-    """Refuse options that are not in low..high.
+    """Raise ConfigError if an option is not in low..high.
 
     Args:
-        path: where in the config they stand ("head.rpn"); empty for options of a command.
+        path: where the options are in the config ("head.rpn"); empty for options of a command.
 
     Raises:
         ConfigError: naming the first that is out of range.
@@ -66,12 +66,12 @@ def check_range(path: str, low: float, high: float = math.inf, **options: float)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun in the plural that it needs: "1 image", "2,000 images"."""
+    """Format a count with its noun in singular or plural: "1 image", "2,000 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A sentence for an error about an unknown `word`: the nearest valid one, then all of them."""
+    """Suggest a replacement for an unknown `word` in an error: the nearest valid one, then all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     suggestion = f"Did you mean '{close[0]}'? " if close else ""

@@ -1,6 +1,6 @@
-"""Names for parts: a backbone, neck, head, data format or augmentation registered once, built from a config.
+"""Registries of parts: backbones, necks, heads, data formats, augmentations and others, built from a config by name.
 
-A part is a class; its constructor signature is the only list of its options and their defaults.
+A part is a class; its constructor signature defines its options and their defaults.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from detkit.errors import ConfigError, DetkitError, nearest
-from detkit.schema import convert, option_names, option_type, required_names, shown
+from detkit.schema import convert, format_value, option_names, option_type, required_names
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 ZOO = "detkit.zoo"
 PLUGINS = "detkit.parts"
-"""The group of entry points by which an installed package names its modules with parts for detkit."""
+"""The entry-point group in which an installed package lists its modules with parts for detkit."""
 IMPORTING = threading.RLock()
-"""Held while modules with parts are imported: one lock for all kinds, since plugins bring parts of several."""
+"""Held while modules with parts are imported: one lock for all kinds, since a plugin may register several."""
 _LOAD_WEIGHTS: ContextVar[bool] = ContextVar("load_weights", default=True)
 
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Build parts with random weights, whatever their options and defaults say: those of a checkpoint follow."""
+    """Build parts with random weights regardless of their options, before those of a checkpoint are loaded."""
     token = _LOAD_WEIGHTS.set(False)
     try:
         yield
@@ -37,18 +37,17 @@ def without_weights() -> Iterator[None]:
 
 
 def weights_are_loaded() -> bool:
-    """Whether parts that are built now load the weights that their options name."""
+    """Return whether parts built now load the weights that their options name."""
     return _LOAD_WEIGHTS.get()
 
 
 class Registry:
     """Parts of one kind by name.
 
-    The modules of `package` are imported at the first look-up, so that a new part is one new file with
-    `@heads.register("name")` in it and no existing file is touched; of a package with a folder for each part (tasks)
-    it is the module `module` of each folder. So are the modules that installed packages name as entry points of the
-    group PLUGINS. A name that is not among them is looked up in the folders of detkit.zoo. A config cannot name a
-    module to import.
+    The first look-up imports the modules of `package` (of a package with a folder for each part, such as tasks, the
+    module `module` of each folder) and the modules that installed packages list as entry points of the group PLUGINS.
+    A new part is therefore one new file with `@heads.register("name")` in it. Other names are looked up in the folders
+    of detkit.zoo. A config cannot name a module to import.
     """
 
     def __init__(self, kind: str, package: str, module: str = "") -> None:
@@ -60,33 +59,33 @@ class Registry:
         self._imported = False
 
     def register(self, name: str) -> Callable[[Part], Part]:
-        """Decorator that registers a class or factory under `name`; a name taken already is refused."""
+        """Return a decorator that registers a class or factory under `name`, which must be free."""
 
         def add(part: Part) -> Part:
             if name in self._parts:
-                raise ValueError(f"{self.kind} '{name}' is registered already, by {self._parts[name]!r}")
+                raise ValueError(f"{self.kind} '{name}' is already registered, by {self._parts[name]!r}")
             self._parts[name] = part
             return part
 
         return add
 
     def names(self) -> list[str]:
-        """All registered names, sorted."""
+        """Return all registered names, sorted."""
         self._import_package()
         _import_zoo()
         return sorted(self._parts)
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The part registered as `name`.
+        """Return the part registered as `name`.
 
         Raises:
-            ConfigError: no part has this name; the message has the nearest one.
+            ConfigError: no part has this name; the message suggests the nearest one.
         """
         self._import_package()
         if not isinstance(name, str) or name not in self._parts:  # a config's name may be anything
             _import_zoo()
         if not isinstance(name, str) or name not in self._parts:
-            raise ConfigError(f"There is no {self.kind} named {shown(name)}. {nearest(str(name), self._parts)}")
+            raise ConfigError(f"There is no {self.kind} named {format_value(name)}. {nearest(str(name), self._parts)}")
         return self._parts[name]
 
     def build(self, options: Mapping[str, Any], path: str, also_valid: Collection[str] = (), **injected: Any) -> Any:
@@ -94,13 +93,13 @@ class Registry:
 
         Args:
             options: `name` and any options of that part's constructor.
-            path: where in the config this stands ("head"), for messages.
-            also_valid: keys at the same place that the caller reads itself, for messages.
+            path: the key of the part in the config ("head"), for messages.
+            also_valid: further keys of this part that the caller reads itself, for messages.
             injected: arguments that the program supplies (channels, class count), not the user.
 
         Raises:
-            ConfigError: the name is missing or unknown, an option is not one of the constructor's or
-                has the wrong type; the message has the dotted path and the nearest valid key.
+            ConfigError: the name is missing or unknown, or an option is unknown or has the wrong type; the message
+                has the dotted path and the nearest valid key.
         """
         if "name" not in options:
             raise ConfigError(f"'{path}' needs a 'name'. Valid names: {', '.join(self.names())}.")
@@ -111,8 +110,8 @@ class Registry:
     def _import_package(self) -> None:
         if self._imported:
             return
-        # Another thread waits here until all parts are there; the same thread, for which a module with parts looks one
-        # up while it is imported, finds those that are there so far.
+        # Other threads wait here until all parts are registered. A look-up by the importing thread itself, from a
+        # module that is being imported, finds the parts registered so far.
         with IMPORTING:
             if self._imported or self._importing:
                 return
@@ -126,15 +125,17 @@ class Registry:
 
 
 def _import_all(package: str, module: str = "") -> None:
-    """Import the modules of a package; with `module` those of this name in its folders."""
+    """Import the modules of a package; with `module`, the modules of this name in its folders."""
     for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if found.ispkg == bool(module):
             importlib.import_module(".".join(filter(None, (package, found.name, module))))
 
 
 def _import_zoo() -> None:
-    """Import the modules of each folder of the zoo, which may have parts of any kind. Only a part that is nowhere else
-    is looked up there, so that the zoo costs no time where it is not used."""
+    """Import the modules of each folder of the zoo, which may register parts of any kind.
+
+    Called only for names that are not found elsewhere, so that the zoo costs no time if it is not used.
+    """
     with IMPORTING:
         for folder in pkgutil.iter_modules(importlib.import_module(ZOO).__path__):
             _import_all(f"{ZOO}.{folder.name}")
@@ -142,7 +143,7 @@ def _import_zoo() -> None:
 
 @functools.cache
 def _import_plugins() -> None:
-    """Import the modules with parts that installed packages name, once.
+    """Import the modules with parts that installed packages list, once.
 
     Raises:
         ConfigError: one of them cannot be imported.
@@ -150,7 +151,7 @@ def _import_plugins() -> None:
     for point in importlib.metadata.entry_points(group=PLUGINS):
         try:
             importlib.import_module(point.value)
-        # A package of someone else's may fail in any way, and for all of them the remedy is the same.
+        # Third-party code may raise anything; the remedy is always the same.
         except Exception as error:
             package = point.dist.name if point.dist is not None else "unknown"
             raise ConfigError(
@@ -167,11 +168,11 @@ def build_part(
     also_valid: Collection[str] = (),
     **injected: Any,
 ) -> Any:
-    """Build a part from the user's options; `title` names it in messages. The rest as in `Registry.build`."""
+    """Build a part from the user's options; `title` names it in messages. Otherwise as `Registry.build`."""
     valid = option_names(part) - set(injected)
     for key in given:
         if key not in valid:
-            inner = f" For the data that it is made of, write '{path}.data.{key}'." if "data" in valid else ""
+            inner = f" For the underlying data set, write '{path}.data.{key}'." if "data" in valid else ""
             raise ConfigError(
                 f"'{path}.{key}' is not an option of the {title}. {nearest(key, valid | set(also_valid))}{inner}"
             )
@@ -190,7 +191,7 @@ def build_part(
     except DetkitError:
         raise
     except ValueError as error:
-        # What the part itself, or the library behind it, says of a value out of its range.
+        # Raised by the part, or the library it wraps, for a value out of range.
         raise ConfigError(f"'{path}' cannot be built: {' '.join(str(error).split())}") from error
 
 
@@ -201,7 +202,7 @@ datasets = Registry("data format", "detkit.data.formats")
 augmentations = Registry("augmentation", "detkit.data.augment")
 proposal_sources = Registry("source of proposals", "detkit.data.proposals")
 tasks = Registry("task", "detkit.tasks", module="task")
-weight_converters = Registry("converter of weights", "detkit.published")
-"""Functions that turn the state dict of another library into detkit's, each by a tensor that only its models have."""
-weight_files = Registry("file of weights", "detkit.published")
+weight_converters = Registry("weight converter", "detkit.published")
+"""Functions that convert the state dict of another library, by the name of a tensor that only its models have."""
+weight_files = Registry("weight file reader", "detkit.published")
 """Classes that read weights from files that are not state dicts; see detkit.published.read.WeightFile."""

@@ -1,7 +1,7 @@
-"""Checks values from files and command lines against the types of dataclasses and of parts' constructors.
+"""Validation of values from files and command lines against the types of dataclasses and constructors.
 
-A value is data and stays data: nothing that is named in it is imported, called or downloaded here. Types are checked by
-pydantic; lists become tuples and whole numbers become floats where the type says so, and nothing else is converted.
+Values are only data: nothing named in them is imported, called or downloaded here. Types are checked by pydantic; lists
+become tuples and integers become floats where the type requires it, and nothing else is converted.
 """
 
 import collections.abc
@@ -30,37 +30,37 @@ WORDS = {
     dict: ("a mapping of keys to values", "mappings of keys to values"),
     collections.abc.Mapping: ("a mapping of keys to values", "mappings of keys to values"),
 }
-"""Types as a user calls them, one and many."""
+"""Names of types for users, singular and plural."""
 LISTS = (tuple, list, collections.abc.Sequence)
 DEEPEST = 50
-"""Levels that a value may be nested. Configs have up to ten; Python's own limit ends far above."""
+"""Maximum nesting of a value. Configs need up to ten levels; Python's recursion limit is far above."""
 LONGEST_KEY = 200
-"""Characters, so that messages, which name the key, stay readable."""
+"""Characters, so that messages which name the key stay readable."""
 
 
 def option_names(part: Callable[..., Any]) -> frozenset[str]:
-    """The keyword arguments that `part` takes."""
+    """Return the names of the keyword arguments of `part`."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return frozenset(name for name, parameter in _signature(part).parameters.items() if parameter.kind not in kinds)
 
 
 def required_names(part: Callable[..., Any]) -> frozenset[str]:
-    """The keyword arguments of `part` without a default."""
+    """Return the names of the keyword arguments of `part` that have no default."""
     empty = inspect.Parameter.empty
     return frozenset(name for name in option_names(part) if _signature(part).parameters[name].default is empty)
 
 
 def option_type(part: Callable[..., Any], name: str) -> Any:
-    """The type that `part`, a dataclass or a constructor, gives to its argument `name`; Any where it gives none.
+    """Return the annotated type of the argument `name` of `part`, a dataclass or constructor; Any without annotation.
 
     Raises:
-        ConfigError: the annotation names something that its module does not have.
+        ConfigError: the annotation names something that its module does not define.
     """
     function: Any = typing.cast(Any, part).__init__ if isinstance(part, type) else part
     annotation = _signature(part).parameters[name].annotation
     if annotation is inspect.Parameter.empty:
         return Any
-    # Only this one: the arguments that the program supplies may have types that are imported for type checkers alone.
+    # Resolve only this annotation: others may have types that are imported only for type checkers.
     holder = types.SimpleNamespace(__annotations__={name: annotation})
     try:
         return typing.get_type_hints(holder, getattr(function, "__globals__", None))[name]
@@ -69,12 +69,12 @@ def option_type(part: Callable[..., Any], name: str) -> Any:
 
 
 def build(schema: type[Schema], values: collections.abc.Mapping[str, Any], prefix: str = "") -> Schema:
-    """An instance of a dataclass from plain values, nested dataclasses from nested mappings.
+    """Build a dataclass from plain values, and nested dataclasses from nested mappings.
 
     Args:
         schema: the dataclass.
-        values: its fields.
-        prefix: what stands before the name of a field in messages: "train.", "--".
+        values: the values of its fields.
+        prefix: prefix of field names in messages: "train.", "--".
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type; the message has the full key.
@@ -88,15 +88,15 @@ def build(schema: type[Schema], values: collections.abc.Mapping[str, Any], prefi
 
 
 def convert(value: Any, annotation: Any, path: str) -> Any:
-    """`value` as the type `annotation`.
+    """Convert `value` to the type `annotation`.
 
     Args:
-        value: dicts, lists, text, numbers, true, false, null.
+        value: a plain value: dict, list, text, number, true, false or null.
         annotation: a type, or a dataclass, which is built from a dict.
         path: the value's key, for messages: "train.lr".
 
     Raises:
-        ConfigError: the value has another type; true is not a number, and nan and infinity are none either.
+        ConfigError: the value has another type; true, nan and infinity are not accepted as numbers.
     """
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, dict):
@@ -107,51 +107,55 @@ def convert(value: Any, annotation: Any, path: str) -> Any:
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:
-        place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-    raise _wrong_type(value, annotation, path, place)
+        location = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
+    raise _wrong_type(value, annotation, path, location)
 
 
 def plain(value: Any, path: str, depth: int = DEEPEST) -> Any:
-    """A copy of `value` in dicts, lists, text, numbers, true, false and null, for YAML and JSON.
+    """Copy `value`, checking that YAML and JSON can represent it: dicts, lists, text, numbers, true, false and null.
 
     Args:
-        value: such a value; tuples become lists.
+        value: the value; tuples become lists.
         path: its key, for messages; empty for a whole config.
-        depth: levels that it may be nested.
+        depth: maximum nesting.
 
     Raises:
-        ConfigError: it holds something else, such as bytes or nan, or a key that is not text, or is nested too deeply.
+        ConfigError: it contains another type, such as bytes or nan, or a key that is not text, or is nested too deeply.
     """
     where = f"'{path}'" if path else "The config"
     if depth == 0:
-        raise ConfigError(f"{where} is nested deeper than {DEEPEST} levels. Write it with fewer.")
+        raise ConfigError(f"{where} is nested deeper than {DEEPEST} levels. Reduce the nesting.")
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise ConfigError(f"{where} has the key {shown(key)}, but keys must be text. Write it in quotes.")
+                raise ConfigError(
+                    f"{where} has the key {format_value(key)}, but keys must be text. Write it in quotes."
+                )
             if len(key) > LONGEST_KEY:
-                raise ConfigError(f"{where} has the key {shown(key)}, but keys have up to {LONGEST_KEY} characters.")
+                raise ConfigError(
+                    f"{where} has the key {format_value(key)}, but keys may have at most {LONGEST_KEY} characters."
+                )
         return {key: plain(item, f"{path}.{key}" if path else key, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} is {shown(value)}, but numbers must be finite.")
+        raise ConfigError(f"{where} is {format_value(value)}, but numbers must be finite.")
     if not isinstance(value, (str, int, float, types.NoneType)):
         raise ConfigError(
-            f"{where} must be text, a number, true, false, null, a list or a mapping, but is {shown(value)}."
+            f"{where} must be text, a number, true, false, null, a list or a mapping, but is {format_value(value)}."
         )
     return value
 
 
 def given_options(arguments: list[str], is_switch: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """Name and text of each `--name text` and `--name=text` of a command line.
+    """Iterate over the (name, text) of each `--name text` and `--name=text` of a command line.
 
     Args:
-        arguments: those of the command line.
-        is_switch: whether an option may be given without its text, which is "true" then.
+        arguments: the arguments of the command line.
+        is_switch: whether an option may be given without a value, which is then "true".
 
     Raises:
-        ConfigError: an argument is not an option, or an option has no text.
+        ConfigError: an argument is not an option, or an option has no value.
     """
     rest = list(arguments)
     while rest:
@@ -170,7 +174,7 @@ def given_options(arguments: list[str], is_switch: Callable[[str], bool]) -> Ite
 
 
 def from_text(text: str, annotation: Any, name: str) -> Any:
-    """The value of the option `--name` as it was typed: text where the type takes text, else YAML.
+    """Parse the value of the option `--name`: as text if the type accepts text, otherwise as YAML.
 
     Raises:
         ConfigError: it is not valid YAML.
@@ -182,10 +186,10 @@ def from_text(text: str, annotation: Any, name: str) -> Any:
 
 
 def put(values: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
-    """Set what stands under `keys`; mappings on the way are made where there is nothing.
+    """Set the value at the nested `keys`, creating missing mappings.
 
     Raises:
-        ConfigError: what stands on the way has no keys.
+        ConfigError: a value on the way is not a mapping.
     """
     for position, key in enumerate(keys[:-1]):
         if values.get(key) is None:
@@ -193,24 +197,26 @@ def put(values: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
         values = values[key]
         if not isinstance(values, dict):
             inner = ".".join(keys[: position + 1])
-            raise ConfigError(f"'--{name}' sets a key within '{inner}', which has no keys: it is {shown(values)}.")
+            raise ConfigError(
+                f"'--{name}' sets a key within '{inner}', which is not a mapping, but {format_value(values)}."
+            )
     values[keys[-1]] = value
 
 
-def shown(value: Any) -> str:
-    """A value as a config has it, cut to a length for messages."""
+def format_value(value: Any) -> str:
+    """Format a value as in a config, truncated for messages."""
     if isinstance(value, str):
         text = f"'{value}'"
     else:
         try:
             text = json.dumps(value, ensure_ascii=False, default=str)
-        except (TypeError, ValueError, RecursionError):  # among them whole numbers of over 4300 digits
+        except (TypeError, ValueError, RecursionError):  # also for integers of more than 4300 digits
             text = f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:60]} ... ({len(text):,} characters)"
 
 
 def describe(annotation: Any, several: bool = False) -> str:
-    """A type in words: "a list of 2 numbers or null"."""
+    """Describe a type in words: "a list of 2 numbers or null"."""
     origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin in WORDS:
         return WORDS[origin][several]
@@ -218,7 +224,7 @@ def describe(annotation: Any, several: bool = False) -> str:
         words = [
             word
             for kind in _kinds(annotation)
-            for word in (map(shown, typing.get_args(kind)) if _is_literal(kind) else [describe(kind, several)])
+            for word in (map(format_value, typing.get_args(kind)) if _is_literal(kind) else [describe(kind, several)])
         ]
         return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
     if dataclasses.is_dataclass(annotation):
@@ -233,7 +239,7 @@ def describe(annotation: Any, several: bool = False) -> str:
 
 
 def print_options(schema: type[Any], prefix: str = "--") -> str:
-    """The help of all fields of a dataclass: names, docstrings, types and defaults."""
+    """Format the help of all fields of a dataclass: names, docstrings, types and defaults."""
     import argparse
 
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
@@ -255,13 +261,13 @@ def _add_options(group: Any, parser: Any, schema: type[Any], prefix: str) -> Non
             )
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        ending = "required" if default is dataclasses.MISSING else f"default: {shown(default)}"
+        ending = "required" if default is dataclasses.MISSING else f"default: {format_value(default)}"
         help_text = f"{text} ({describe(kind)}; {ending})".strip().replace("%", "%%")
         group.add_argument(f"{prefix}{field.name}", metavar=field.name.upper(), help=help_text)
 
 
 def option_docs(schema: type[Any]) -> dict[str, str]:
-    """What the docstrings of a class and its bases say under "Args:", by argument."""
+    """Extract the "Args:" sections of the docstrings of a class and its bases, by argument."""
     described: dict[str, str] = {}
     for base in reversed(schema.__mro__):
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
@@ -282,7 +288,7 @@ def _adapter(annotation: Any) -> Any:
 
 
 def _strict(annotation: Any) -> Any:
-    """`annotation` with pydantic's conversions between numbers, ground truth values and text switched off."""
+    """Disable pydantic's conversions between numbers, booleans and text in `annotation`."""
     from pydantic import AllowInfNan, BeforeValidator, Field, Strict, StringConstraints
 
     if annotation is int:
@@ -301,7 +307,7 @@ def _strict(annotation: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """The number that a text in quotes is."""
+    """Convert quoted numbers."""
     if isinstance(value, str):
         for kind in (int, float):
             try:
@@ -311,9 +317,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _wrong_type(value: Any, annotation: Any, path: str, place: Collection[int | str] = ()) -> ConfigError:
-    """The error about the innermost item that is wrong; `place` is where pydantic found it."""
-    for item in place:
+def _wrong_type(value: Any, annotation: Any, path: str, location: Collection[int | str] = ()) -> ConfigError:
+    """Create the error about the innermost invalid item; `location` is where pydantic found it."""
+    for item in location:
         kinds = [kind for kind in _kinds(annotation) if kind is not types.NoneType]
         arguments = typing.get_args(kinds[0])
         inside = isinstance(item, int) and isinstance(value, (list, tuple)) and item < len(value)
@@ -322,14 +328,16 @@ def _wrong_type(value: Any, annotation: Any, path: str, place: Collection[int | 
         index = int(item)
         path, value = f"{path}[{index}]", value[index]
         annotation = arguments[0] if len(arguments) == 1 or arguments[-1] is ... else arguments[index]
-    return ConfigError(f"'{path}' must be {describe(annotation)}, but is {shown(value)}.{_remedy(value, annotation)}")
+    return ConfigError(
+        f"'{path}' must be {describe(annotation)}, but is {format_value(value)}.{_remedy(value, annotation)}"
+    )
 
 
 def _remedy(value: Any, annotation: Any) -> str:
-    """What else there is to say about a value that is not of the type `annotation`."""
+    """Suggest how to fix a value that is not of the type `annotation`; empty if there is nothing to suggest."""
     kinds = _kinds(annotation)
     if isinstance(value, str) and str in kinds:
-        return " It holds a NUL character, which no text here may have."
+        return " It contains a NUL character, which is not allowed."
     if isinstance(value, str):
         names = [name for kind in kinds if _is_literal(kind) for name in typing.get_args(kind)]
         near = difflib.get_close_matches(value, [name for name in names if isinstance(name, str)], n=1)
@@ -337,12 +345,12 @@ def _remedy(value: Any, annotation: Any) -> str:
     if isinstance(value, (bool, int, float)) and str in kinds:
         return " Write it in quotes."
     if isinstance(value, int) and not isinstance(value, bool) and {int, float} & set(kinds):
-        return " That is too large."
+        return " It is too large."
     return ""
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; of another type, that type."""
+    """Return the members of a union, or the type itself."""
     is_union = typing.get_origin(annotation) in (Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 

@@ -1,4 +1,4 @@
-"""The values that flow through detkit, validated where they are built.
+"""The data types that flow through detkit, validated on construction.
 
 file -> Sample -> Batch -> raw outputs of a head -> Detections.
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes of a data set: names by index, and the raw id that each has in the files.
+    """The classes of a data set: their names by label, and their raw ids in the files.
 
     Args:
-        names: C names; the index in this list is the label.
-        raw_ids: the id of each class in the data set's own files (COCO's category_id), in the same order.
+        names: C names; the index in this tuple is the label.
+        raw_ids: the id of each class in the data set's files (COCO's category_id), in the same order.
     """
 
     names: tuple[str, ...]
@@ -43,16 +43,16 @@ class ClassList:
         for name in self.names:
             if name != printable(name) or not name.strip() or "\n" in name:
                 raise ValueError(
-                    f"the class name {name!r} is empty, or holds control characters or bytes that are not UTF-8"
+                    f"the class name {name!r} is empty, or contains control characters or bytes that are not UTF-8"
                 )
         for what, values in (("name", self.names), ("raw id", self.raw_ids)):
             if len(set(values)) != len(values):
                 twice = next(value for value in values if values.count(value) > 1)
-                raise ValueError(f"the class {what} {twice!r} stands twice in the list of classes")
+                raise ValueError(f"the class {what} {twice!r} is listed twice")
 
     @classmethod
     def from_names(cls, names: Sequence[str], first_raw_id: int = 0) -> ClassList:
-        """Classes whose raw ids count up from `first_raw_id`."""
+        """Create classes whose raw ids count up from `first_raw_id`."""
         return cls(tuple(names), tuple(range(first_raw_id, first_raw_id + len(names))))
 
     def __len__(self) -> int:
@@ -63,9 +63,9 @@ class ClassList:
 
 
 IGNORED_PIXEL = 255
-"""In Target.semantic: this pixel counts neither in the loss nor in the scores, as in VOC and Cityscapes."""
-OF_OBJECTS = ("boxes", "labels", "crowd", "difficult", "area", "masks", "points", "visible")
-OF_IMAGE = ("image_labels", "semantic")
+"""The value in Target.semantic that is excluded from the loss and the metrics, as in VOC and Cityscapes."""
+OBJECT_FIELDS = ("boxes", "labels", "crowd", "difficult", "area", "masks", "points", "visible")
+IMAGE_FIELDS = ("image_labels", "semantic")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +75,16 @@ class Target:
     Args:
         boxes: (N, 4) float32 xyxy pixels.
         labels: (N,) int64 in 0..C-1.
-        crowd: (N,) bool, COCO's iscrowd: a region that holds many objects. Default none.
-        difficult: (N,) bool, VOC's difficult. Default none.
-        area: (N,) float32 area of the object in square pixels, by which COCO tells small from large;
-            default the area of the boxes.
-        masks: (N, H, W) bool, or None where the data has none.
-        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None where the data has none.
-        visible: (N, K) bool: which of the points were annotated; the others say nothing. None without points.
-        image_labels: (M,) int64 in 0..C-1, the classes of the image as a whole, or None where the data has none.
-        semantic: (H, W) uint8, the class of each pixel, IGNORED_PIXEL where there is no telling; or None.
+        crowd: (N,) bool, COCO's iscrowd: a region of many objects. Default all False.
+        difficult: (N,) bool, VOC's difficult. Default all False.
+        area: (N,) float32 area of the objects in square pixels, used for COCO's size ranges; default the area of the
+            boxes.
+        masks: (N, H, W) bool, or None if the data has no masks.
+        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None if the data has no landmarks.
+        visible: (N, K) bool: which points are annotated; the coordinates of the others are undefined. None without
+            points.
+        image_labels: (M,) int64 in 0..C-1, the classes of the whole image, or None if the data has no image labels.
+        semantic: (H, W) uint8, the class of each pixel or IGNORED_PIXEL; None if the data has no semantic maps.
     """
 
     boxes: Tensor
@@ -112,7 +113,7 @@ class Target:
         if self.masks is not None:
             _check(self.masks, "masks", (count, *self.masks.shape[1:]), torch.bool)
         if (self.points is None) != (self.visible is None):
-            raise ValueError("points and visible belong together, but only one of them is given")
+            raise ValueError("points and visible must be given together, but only one of them is given")
         if self.points is not None and self.visible is not None:
             _check(self.points, "points", (count, *self.points.shape[1:2], 2), torch.float32)
             _check(self.visible, "visible", tuple(self.points.shape[:2]), torch.bool)
@@ -125,30 +126,30 @@ class Target:
 
     @classmethod
     def empty(cls) -> Target:
-        """A target with no objects."""
+        """Create a target without objects."""
         return cls(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
     @property
     def ignored(self) -> Tensor:
-        """(N,) bool: regions that are neither positive nor negative in training."""
+        """(N,) bool: crowd and difficult boxes, which are neither positive nor negative in training."""
         return self.crowd | self.difficult
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> Target:
-        """The objects that `index` (a bool mask or indices, 1-D) selects; what is of the image as a whole stays."""
-        chosen = {name: tensor[index] for name, tensor in self._tensors(OF_OBJECTS)}
+        """Select objects by `index` (1-D bool mask or indices); the fields of the whole image are kept."""
+        chosen = {name: tensor[index] for name, tensor in self._tensors(OBJECT_FIELDS)}
         return replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> Target:
-        """The same target with its tensors on `device`."""
+        """Move the tensors to `device`."""
         move = partial(_moved, device=torch.device(device))
-        return replace(self, **{name: move(tensor) for name, tensor in self._tensors(OF_OBJECTS + OF_IMAGE)})
+        return replace(self, **{name: move(tensor) for name, tensor in self._tensors(OBJECT_FIELDS + IMAGE_FIELDS)})
 
     def copy(self) -> Target:
-        """The same target in memory of its own."""
-        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors(OF_OBJECTS + OF_IMAGE)})
+        """Copy the tensors."""
+        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors(OBJECT_FIELDS + IMAGE_FIELDS)})
 
     def _tensors(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for name in names if (tensor := getattr(self, name)) is not None]
@@ -156,14 +157,14 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Meta:
-    """Where an image came from, and how to get back there.
+    """The origin of an image, and the transform from source pixels to its pixels.
 
     Args:
-        image_id: the data set's own id of the image.
-        source: the file, or whatever names the image in a message.
-        size: (height, width) of the source in pixels, after its Exif rotation.
-        matrix: (3, 3) float64, takes homogeneous (x, y, 1) source pixels to pixels of the image at hand
-            (scale, pad, crop and flip in one); None after an augmentation that has no inverse.
+        image_id: the data set's id of the image.
+        source: the file, or another name of the image for messages.
+        size: (height, width) of the source in pixels, after the Exif rotation.
+        matrix: (3, 3) float64, maps homogeneous (x, y, 1) source pixels to pixels of the current image (scale, pad,
+            crop and flip combined); None after an augmentation without an inverse.
     """
 
     image_id: int | str
@@ -178,8 +179,8 @@ class Sample:
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        proposals: (P, 4) float32 xyxy pixels of the image, regions that may hold an object, best first; None where no
-            source of proposals was asked.
+        proposals: (P, 4) float32 xyxy pixels of the image, candidate object regions, best first; None without a source
+            of proposals.
     """
 
     image: np.ndarray
@@ -215,16 +216,16 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one size for a network.
+    """A batch of equally sized images with their targets.
 
     Args:
-        images: (B, 3, H, W) float32 RGB in 0..1; not yet normalised.
-        sizes: (height, width) of each image inside the tensor, without padding.
-        targets: one for each image, in pixels of `images`; masks may end where the padding of the batch begins.
-        metas: one for each image.
-        proposals: (P, 4) float32 xyxy pixels of `images`, best first, for each image; None without proposals.
-        features: the backbone's maps [(B, C_i, h_i, w_i)], where they are known already; `images` are then of the right
-            size, but may hold nothing.
+        images: (B, 3, H, W) float32 RGB in 0..1, not normalised.
+        sizes: (height, width) of each image in the tensor, without padding.
+        targets: one per image, in pixels of `images`; masks need not cover the padding.
+        metas: one per image.
+        proposals: (P, 4) float32 xyxy pixels of `images`, best first, one tensor per image; None without proposals.
+        features: precomputed feature maps of the backbone [(B, C_i, h_i, w_i)], or None. If given, only the shape of
+            `images` is valid.
     """
 
     images: Tensor
@@ -247,7 +248,7 @@ class Batch:
         return len(self.sizes)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with all its tensors on `device`."""
+        """Move all tensors to `device`."""
         targets = tuple(target.to(device) for target in self.targets)
         move = partial(_moved, device=torch.device(device))
         proposals = None if self.proposals is None else tuple(map(move, self.proposals))
@@ -257,7 +258,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a head may know of the images besides their features.
+    """A head's information about the images, besides their features.
 
     Args:
         size: (height, width) of the batched tensor in pixels.
@@ -279,12 +280,12 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Which ground truth each anchor is responsible for; no index value has a second meaning.
+    """The assignment of ground-truth boxes to anchors; no index value has a special meaning.
 
     Args:
-        truth_index: (A,) int64 index of a ground truth; to be read only where `positive`.
+        target_index: (A,) int64 index of the assigned ground-truth box; valid only where `positive`.
         positive: (A,) bool.
-        ignored: (A,) bool: neither positive nor negative, takes no part in the loss.
+        ignored: (A,) bool: neither positive nor negative, excluded from the loss.
     """
 
     target_index: Tensor
@@ -299,23 +300,23 @@ class Match:
 
     @property
     def negative(self) -> Tensor:
-        """(A,) bool: background."""
+        """(A,) bool: anchors assigned to the background."""
         return ~(self.positive | self.ignored)
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a detector found in one image, best score first.
+    """The detections in one image, by descending score.
 
     Args:
         boxes: (N, 4) float32 xyxy pixels.
         scores: (N,) float32 in 0..1.
         labels: (N,) int64 in 0..C-1.
         masks: (N, H, W) bool, or None for a detector without masks.
-        mask_patches: (N, m, m) float32 in 0..1, the probability of the object over its box: what a network predicts,
-            and `detkit.data.transforms.undo` turns into `masks`. None elsewhere.
-        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None for a detector without.
-        class_names: names by label; empty inside the network, filled by the predictor.
+        mask_patches: (N, m, m) float32 in 0..1, the probability of the object in a grid over its box, as the network
+            predicts it; `detkit.data.transforms.undo` pastes it into `masks`. Otherwise None.
+        points: (N, K, 2) float32 xy pixels, the landmarks of each object, or None for a detector without landmarks.
+        class_names: names by label; empty until the predictor sets them.
     """
 
     boxes: Tensor
@@ -340,14 +341,14 @@ class Detections:
 
     @classmethod
     def empty(cls) -> Detections:
-        """No detections."""
+        """Create an empty result."""
         return cls(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[tuple[list[float], float, str | int]]:
-        """(box, score, class name) of each detection; the label stands in where there are no names."""
+        """Iterate over (box, score, class name); without class names the label is given instead."""
         for box, score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()):
             yield box, score, self.class_names[label] if self.class_names else label
 
@@ -390,11 +391,11 @@ class Detections:
         return chosen
 
     def best(self, count: int) -> Detections:
-        """The first `count`, or all."""
+        """Keep the first `count` detections, or all if there are fewer."""
         return self._each(lambda tensor: tensor[:count])
 
     def to(self, device: torch.device | str) -> Detections:
-        """The same detections with their tensors on `device`."""
+        """Move the tensors to `device`."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Detections:
@@ -409,7 +410,7 @@ class Detections:
         )
 
     def to_supervision(self) -> supervision.Detections:
-        """As supervision.Detections, for its annotators, trackers and zones."""
+        """Convert to supervision.Detections, for its annotators, trackers and zones."""
         import supervision
 
         data: dict[str, Any] = {}
@@ -425,23 +426,23 @@ class Detections:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`. A GPU does not wait for what comes from page-locked memory; the way back must be waited for."""
+    """Copy to `device`: asynchronously to a GPU (from pinned memory), synchronously to the CPU."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _check_boxes(boxes: Tensor, name: str = "boxes") -> int:
-    """The number of boxes; raises where they are not (N, 4) float32."""
+    """Return the number of boxes, or raise ValueError if they are not (N, 4) float32."""
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
         raise ValueError(f"{name} must be (N, 4) float32, but got {tuple(boxes.shape)} {boxes.dtype}")
     return boxes.shape[0]
 
 
 def _check_proposals(proposals: tuple[Tensor, ...] | None, images: int) -> None:
-    """Raise where there are proposals, but not one (P, 4) float32 tensor for each image."""
+    """Raise ValueError if proposals are given, but not one (P, 4) float32 tensor per image."""
     if proposals is None:
         return
     if len(proposals) != images:
-        raise ValueError(f"{images} images need as many tensors of proposals, but got {len(proposals)}")
+        raise ValueError(f"expected one tensor of proposals for each of {images} images, but got {len(proposals)}")
     for boxes in proposals:
         _check_boxes(boxes, "proposals")
 
@@ -452,10 +453,10 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 class Prediction(Protocol):
-    """What every prediction, Detections among them, can do."""
+    """The interface that every prediction, such as Detections, implements."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same prediction with its tensors on `device`."""
+        """Move the tensors to `device`."""
         ...
 
 
@@ -464,8 +465,8 @@ class Classification:
     """The classes of a whole image.
 
     Args:
-        scores: (C,) float32 in 0..1; they sum to 1 where an image has exactly one class.
-        class_names: names by label; empty inside the network, filled by the predictor.
+        scores: (C,) float32 in 0..1; they sum to 1 if an image has exactly one class.
+        class_names: names by label; empty until the predictor sets them.
     """
 
     scores: Tensor
@@ -475,7 +476,7 @@ class Classification:
         check_tensor(self.scores, "scores", 1, torch.float32)
 
     def to(self, device: torch.device | str) -> Classification:
-        """The same with its tensor on `device`."""
+        """Move the tensor to `device`."""
         return replace(self, scores=self.scores.to(device))
 
 
@@ -485,9 +486,9 @@ class SemanticMap:
 
     Args:
         labels: (H, W) uint8 in 0..C-1.
-        logits: (C, H, W) float32, what the labels are the largest of: what a network predicts, and a task's `undo`
-            turns into `labels` of the source's size. None elsewhere.
-        class_names: names by label; empty inside the network, filled by the predictor.
+        logits: (C, H, W) float32, the network's logits, whose argmax the labels are; the task's `undo` resizes them to
+            the source and takes `labels` from them. Otherwise None.
+        class_names: names by label; empty until the predictor sets them.
     """
 
     labels: Tensor
@@ -500,13 +501,13 @@ class SemanticMap:
             check_tensor(self.logits, "logits", 3, torch.float32)
 
     def to(self, device: torch.device | str) -> SemanticMap:
-        """The same with its tensors on `device`."""
+        """Move the tensors to `device`."""
         logits = None if self.logits is None else self.logits.to(device)
         return replace(self, labels=self.labels.to(device), logits=logits)
 
 
 def check_tensor(tensor: Tensor, name: str, dimensions: int, dtype: torch.dtype) -> None:
-    """Raise ValueError if a tensor has another type or number of dimensions."""
+    """Raise ValueError if a tensor has a different dtype or number of dimensions."""
     if tensor.ndim != dimensions or tensor.dtype != dtype:
         raise ValueError(
             f"{name} must be {dtype} of {dimensions} dimensions, but got {tuple(tensor.shape)} {tensor.dtype}"

@@ -1,4 +1,4 @@
-"""What a backbone and a neck promise to a head: feature maps with known channels and strides."""
+"""The interfaces of backbones and necks, which give heads feature maps of known channels and strides."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ class Backbone(nn.Module, ABC):
     """A network from images to feature maps.
 
     Attributes:
-        channels: channels of each feature map, finest map first.
-        strides: pixels of the input that one step on each map spans; 0 for a 1x1 map pooled from the
-            whole image, whose step spans whatever size the image has.
-        frozen_stages: how many of `stages` do not learn; see `freeze`.
+        channels: channels of each feature map, from fine to coarse.
+        strides: input pixels per map location; 0 for a 1x1 map pooled from the whole image.
+        frozen_stages: number of frozen `stages`; see `freeze`.
         mean, std: per-channel normalisation of RGB images in 0..1 that the weights were trained with.
     """
 
@@ -36,18 +35,18 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def stages(self) -> Sequence[nn.Module]:
-        """The parts in the order in which they run, stem first, for freezing the early ones."""
+        """The stages in forward order, starting with the stem, so that the first ones can be frozen."""
 
     def freeze(self, count: int, norms: bool = False) -> None:
-        """Keep the first `count` stages as they are; the others learn.
+        """Freeze the first `count` stages and train the others.
 
-        A frozen stage gets no gradients and stays in evaluation mode through every later `train()`, because
-        a batch norm in training mode would go on changing its running mean and variance.
+        A frozen stage gets no gradients and stays in evaluation mode after later calls of `train()`, since a batch norm
+        in training mode would keep updating its running statistics.
 
         Args:
-            count: 0 (everything learns) to the number of `stages()`.
-            norms: keep all batch norms as well, their scale, shift and statistics; those of a batch of one or two
-                images would tell little.
+            count: 0 (nothing is frozen) to the number of `stages()`.
+            norms: also freeze scale, shift and statistics of all batch norms, as is useful for batches of one or two
+                images, whose statistics are poor.
 
         Raises:
             ConfigError: `count` is out of that range.
@@ -55,7 +54,7 @@ class Backbone(nn.Module, ABC):
         stages = self.stages()
         if not 0 <= count <= len(stages):
             raise ConfigError(
-                f"This backbone has {len(stages)} stages, so 0 to {len(stages)} of them can be frozen, not {count}."
+                f"This backbone has {len(stages)} stages, so 0 to {len(stages)} can be frozen, not {count}."
             )
         for index, stage in enumerate(stages):
             stage.requires_grad_(index >= count)
@@ -65,14 +64,14 @@ class Backbone(nn.Module, ABC):
         self.train(self.training)
 
     def freeze_all(self) -> None:
-        """Keep everything as it is, also what belongs to no stage, and stay in evaluation mode."""
+        """Freeze all parameters, including those outside the stages, and stay in evaluation mode."""
         self.freeze(len(self.stages()), norms=True)
         self.requires_grad_(False)
         self._all_frozen = True
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Training or evaluation mode; frozen stages stay in evaluation mode."""
+        """Set training or evaluation mode; frozen stages stay in evaluation mode."""
         super().train(mode and not self._all_frozen)
         if self.frozen_stages:
             for stage in self.stages()[: self.frozen_stages]:
@@ -88,19 +87,19 @@ class Backbone(nn.Module, ABC):
     def _override_normalisation(
         self, mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None
     ) -> None:
-        """Take the user's `mean` and `std` where they are given."""
+        """Override `mean` and `std` if the user gives them."""
         if mean is not None:
             self.mean = mean
         if std is not None:
             if min(std) <= 0:
-                raise ConfigError(f"A backbone's 'std' divides the image, so it must be above 0, but it is {std}.")
+                raise ConfigError(f"A backbone's 'std' must be above 0, since it divides the image, but is {std}.")
             self.std = std
 
 
 class Neck(nn.Module, ABC):
-    """A network from a backbone's feature maps to the maps a head reads; same attributes as a backbone's.
+    """A network from the backbone's feature maps to those of the head, with the same attributes as a backbone.
 
-    Its constructor takes `channels` and `strides` of the maps that come in.
+    Its constructor takes the `channels` and `strides` of the input maps.
     """
 
     channels: tuple[int, ...]
@@ -108,11 +107,11 @@ class Neck(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Feature maps [(B, channels[i], h_i, w_i)] from those of the backbone, finest first."""
+        """Feature maps [(B, channels[i], h_i, w_i)] from those of the backbone, from fine to coarse."""
 
 
 def check_levels(levels: tuple[int, ...], valid: Collection[int], network: str) -> None:
-    """Raise ConfigError where `levels` are not ascending, or one of them is not a level of `network`."""
+    """Raise ConfigError if `levels` are not ascending, or one of them is not a level of `network`."""
     if not levels or list(levels) != sorted(set(levels)) or not set(levels) <= set(valid):
         allowed = ", ".join(str(level) for level in sorted(valid))
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""The backbone of YOLOX, a Darknet of cross-stage partial blocks, and the blocks that its neck and head share.
+"""The backbone of YOLOX, a Darknet with cross-stage partial blocks, and the blocks that its neck and head share.
 
 Ge, Liu, Wang, Li and Sun, "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430; cross-stage partial blocks: Wang et
-al., "CSPNet", 2020. Layers are named as in the published weights.
+al., "CSPNet", 2020. Layer names are those of the published weights.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from detkit.registry import backbones
 
 @backbones.register("csp_darknet")
 class CSPDarknet(Backbone):
-    """Maps of strides 8, 16 and 32; by default the trunk of YOLOX-S.
+    """The CSPDarknet backbone with maps of strides 8, 16 and 32; by default that of YOLOX-S.
 
     The published sizes, as (depth, width): nano (0.33, 0.25, depthwise), tiny (0.33, 0.375), s (0.33, 0.5),
     m (0.67, 0.75), l (1, 1) and x (1.33, 1.25).
 
     Args:
         depth: blocks of each stage, as a multiple of 3, 9, 9 and 3; at least one.
-        width: channels, as a multiple of 64 behind the stem and 1024 at the end.
-        depthwise: 3x3 convolutions become a depthwise and a pointwise one.
-        mean: subtracted from RGB in 0..1; the default is what the published weights were trained with.
-        std: as `mean`; the default leaves pixels in 0..255.
+        width: channels, as a multiple of 64 after the stem and 1024 at the end.
+        depthwise: replace 3x3 convolutions by a depthwise and a pointwise one.
+        mean: subtracted from RGB in 0..1; the default is that of the published weights.
+        std: divides RGB in 0..1; the default keeps pixels in 0..255.
 
     Raises:
         ConfigError: depth or width is out of range.
@@ -66,7 +66,7 @@ class CSPDarknet(Backbone):
 
 
 class Convolution(nn.Module):
-    """A convolution that keeps the size (or halves it, stride 2, rounding up), batch norm and SiLU."""
+    """A same-padded convolution (stride 2 halves the size, rounding up), batch norm and SiLU."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Convolution(nn.Module):
 
 
 class SeparableConvolution(nn.Module):
-    """A convolution of each channel by itself, then one of 1x1 across channels, each with batch norm and SiLU."""
+    """A depthwise and a pointwise convolution, each with batch norm and SiLU."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class SeparableConvolution(nn.Module):
 def convolution(
     channels_in: int, channels_out: int, stride: int = 1, depthwise: bool = False
 ) -> Convolution | SeparableConvolution:
-    """A 3x3 convolution, in two parts if `depthwise`."""
+    """Create a 3x3 convolution, separable if `depthwise`."""
     kind = SeparableConvolution if depthwise else Convolution
     return kind(channels_in, channels_out, 3, stride)
 
 
 class CrossStage(nn.Module):
-    """Half of the channels go through `blocks` bottlenecks and half around them; 1x1 convolutions part and join them.
+    """A cross-stage partial block: half of the channels pass through `blocks` bottlenecks, half bypass them.
 
     Args:
         shortcut: each bottleneck adds its input to its output.
@@ -126,14 +126,14 @@ class CrossStage(nn.Module):
 
 
 class Focus(nn.Module):
-    """Each square of 2x2 pixels becomes one pixel of four times the channels; then a 3x3 convolution."""
+    """Space-to-depth of 2x2 pixels into four times the channels, then a 3x3 convolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.conv = Convolution(4 * channels_in, channels_out, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, channels_in, H, W) to (B, channels_out, H / 2, W / 2); odd sides get a row or column of zeros."""
+        """(B, channels_in, H, W) to (B, channels_out, H / 2, W / 2); odd sides are padded by zeros."""
         height, width = images.shape[2:]
         if height % 2 or width % 2:
             images = F.pad(images, (0, width % 2, 0, height % 2))
@@ -143,7 +143,7 @@ class Focus(nn.Module):
 
 
 def block_count(depth: float) -> int:
-    """Bottlenecks of the shortest stage."""
+    """Return the number of bottlenecks of the shortest stage."""
     return max(round(depth * 3), 1)
 
 
@@ -160,7 +160,7 @@ class _Bottleneck(nn.Module):
 
 
 class _PyramidPooling(nn.Module):
-    """The map beside its maxima over 5x5, 9x9 and 13x13 places (He et al. 2014, as in YOLOv3-SPP)."""
+    """The map concatenated with its max pools over 5x5, 9x9 and 13x13 (He et al. 2014, as in YOLOv3-SPP)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -170,14 +170,14 @@ class _PyramidPooling(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         maps = [self.conv1(features)]
         for _ in range(3):
-            # The maximum over 5x5 of maxima over 5x5 is that over 9x9.
+            # Two 5x5 max pools equal one of 9x9.
             maps.append(F.max_pool2d(maps[-1], 5, stride=1, padding=2))
         pooled: Tensor = self.conv2(torch.cat(maps, dim=1))
         return pooled
 
 
 def _stage(channels_in: int, channels_out: int, blocks: int, depthwise: bool, last: bool = False) -> nn.Sequential:
-    """Half the size, twice the channels; the last stage pools, and has no shortcuts."""
+    """Create a stage of half the size; the last one has pyramid pooling and no shortcuts."""
     layers: list[nn.Module] = [convolution(channels_in, channels_out, 2, depthwise)]
     if last:
         layers.append(_PyramidPooling(channels_out))

@@ -15,23 +15,23 @@ from detkit.registry import backbones
 
 
 class ResNet(Backbone):
-    """A residual network without its pooling and classifier; C2..C5 are the outputs of its four layers.
+    """A residual network without pooling and classifier; C2..C5 are the outputs of its four layers.
 
-    Tensors have torchvision's names (`layer1.0.conv1.weight`). Layers behind the last level are not built.
+    Tensors have torchvision's names (`layer1.0.conv1.weight`). Layers after the last level are not built.
 
     Args:
-        levels: which of C2..C5 are given, ascending; Ci has stride 2**i, so 4, 8, 16 and 32.
-        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
-            of a .pth or .safetensors file with torchvision's names, classifier or not.
-        mean: overrides the normalisation, for weights trained with another.
+        levels: the maps to return, of C2..C5, ascending; Ci has stride 2**i: 4, 8, 16 and 32.
+        weights: None for random weights (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, with or without classifier.
+        mean: override of the normalisation, for weights trained with another.
         std: as `mean`.
-        norm_epsilon: what batch norms add to the variance.
-        output_stride: the largest stride, 8, 16 or 32. Instead of going beyond it, C4 and C5 keep their size by dilated
-            convolutions (torchvision's `replace_stride_with_dilation`), with the same weights. ResNet-50 and larger.
+        norm_epsilon: epsilon of the batch norms.
+        output_stride: the largest stride, 8, 16 or 32. C4 and C5 keep this stride by dilated convolutions
+            (torchvision's `replace_stride_with_dilation`) with the same weights. For ResNet-50 and larger.
 
     Raises:
-        ConfigError: `levels` are not ascending or not in 2..5, or the network cannot have that `output_stride`.
-        CheckpointError: the weights is not available, or do not fit.
+        ConfigError: `levels` are not ascending or not in 2..5, or the network does not support that `output_stride`.
+        CheckpointError: the weights are not available or do not fit.
     """
 
     network: ClassVar[str]
@@ -50,8 +50,8 @@ class ResNet(Backbone):
         dilated = [stride > output_stride for stride in (8, 16, 32)]
         if any(dilated) and self.network in ("resnet18", "resnet34"):
             raise ConfigError(
-                f"'backbone.output_stride' is {output_stride}, but {self.network} has no dilated form. Use resnet50 or "
-                f"resnet101, or 32."
+                f"'backbone.output_stride' is {output_stride}, but {self.network} does not support dilation. Use "
+                f"resnet50 or resnet101, or 32."
             )
         from torchvision import models
 

@@ -1,4 +1,4 @@
-"""Small networks to learn from."""
+"""A small backbone for teaching."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from detkit.registry import backbones
 
 @backbones.register("small_ssd")
 class SmallSSD(Backbone):
-    """The trunk of the small SSD in "Dive into Deep Learning" (Zhang et al., section "Single Shot Multibox Detection").
+    """The small SSD of "Dive into Deep Learning" (Zhang et al., section "Single Shot Multibox Detection").
 
-    Blocks of two 3x3 convolutions with batch norm and ReLU and a 2x2 max pool: one for each of `widths`, whose
-    last output is the first map, then three more, each a map, then the maximum over the last of them, a 1x1 map.
-    With the defaults and 256x256 images the five maps are 32, 16, 8, 4 and 1 wide; an image needs 64x64 pixels.
+    Blocks of two 3x3 convolutions with batch norm and ReLU and a 2x2 max pool: one for each of `widths`, whose last
+    output is the first map, then three more, each giving a map, then a global max pool, which gives a 1x1 map. With the
+    defaults and 256x256 images the five maps are 32, 16, 8, 4 and 1 wide; images must have at least 64x64 pixels.
 
     Args:
         widths: channels of the blocks up to the first map.
-        level_channels: channels of the three blocks behind it.
+        level_channels: channels of the three blocks after it.
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64), level_channels: int = 128) -> None:
@@ -55,14 +55,14 @@ class SmallSSD(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Module]:
-        """The blocks, in order."""
+        """The blocks in forward order."""
         return [*self.base, *self.levels]
 
 
 def _down_sampling_block(channels_in: int, channels_out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (channels_in, channels_out):
-        # No bias: the batch norm behind would subtract it again.
+        # No bias, which the following batch norm would cancel.
         layers += [
             nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels_out),

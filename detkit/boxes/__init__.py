@@ -1,4 +1,4 @@
-"""Boxes as pure tensor functions: conventions, overlap, anchors, offsets, matching, sampling and suppression."""
+"""Box operations as pure tensor functions: formats, IoU, anchors, coding, matching, sampling and suppression."""
 
 from detkit.boxes.anchors import (
     kmeans_priors,

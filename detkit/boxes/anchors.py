@@ -1,8 +1,8 @@
-"""Anchors: boxes laid over the image at every place of a feature map, and priors clustered from a data set.
+"""Anchors: boxes at every location of a feature map, and priors clustered from a data set.
 
-All generators return float32 xyxy in absolute pixels, location by location in row-major order, the anchors
-of one location beside each other; so the prediction (B, h, w, anchors, ...) reshapes to their order. None is
-cut to the image.
+All generators return float32 xyxy in absolute pixels, in row-major order of the locations, with the anchors of one
+location consecutive, so that predictions (B, h, w, anchors, ...) can be reshaped to this order. Anchors are not clipped
+to the image.
 """
 
 import math
@@ -19,22 +19,22 @@ def per_pixel_anchors(
 ) -> Tensor:
     """Anchors of n sizes and m ratios at every pixel of a feature map ("Dive into Deep Learning", 14.4).
 
-    Of the n * m combinations only those with the first size or the first ratio are kept. An anchor of size s
-    and ratio r is s * sqrt(r) * W wide and s / sqrt(r) * H high: both are parts of the image's own sides, so
-    a ratio of 1 has the shape of the image.
+    Only the combinations with the first size or the first ratio are used. An anchor of size s and ratio r is
+    s * sqrt(r) * W wide and s / sqrt(r) * H high: both are fractions of the image's sides, so ratio 1 has the aspect
+    ratio of the image.
 
     Args:
         map_size: (h, w) of the feature map.
         image_size: (H, W) of the image in pixels.
-        sizes: parts of the image's side, in 0..1.
-        ratios: width to height, before the image's own shape.
+        sizes: fractions of the image's side, in 0..1.
+        ratios: width to height, relative to the aspect ratio of the image.
 
     Returns:
         (h * w * (n + m - 1), 4): at each location all sizes with the first ratio, then the first size with
         the other ratios.
     """
     if not sizes or not ratios:
-        raise ValueError(f"sizes and ratios need one value each at least, but are {list(sizes)} and {list(ratios)}")
+        raise ValueError(f"sizes and ratios need at least one value each, but are {list(sizes)} and {list(ratios)}")
     height, width = image_size
     pairs = [(size, ratios[0]) for size in sizes] + [(sizes[0], ratio) for ratio in ratios[1:]]
     shapes = torch.tensor([(s * math.sqrt(r) * width, s / math.sqrt(r) * height) for s, r in pairs])
@@ -46,8 +46,8 @@ def per_pixel_anchors(
 def linear_scales(minimum: float, maximum: float, levels: int) -> list[float]:
     """The K + 1 scales that `ssd_default_boxes` needs for K levels (SSD, Liu et al. 2016, equation 4).
 
-    K scales at equal distances from `minimum` to `maximum`, then 1.0 for the extra box of the last level. A
-    single level takes [minimum, maximum], as torchvision does.
+    K equally spaced scales from `minimum` to `maximum`, then 1.0 for the extra box of the last level. For a single
+    level [minimum, maximum], as in torchvision.
     """
     if levels < 1:
         raise ValueError(f"levels must be 1 or more, but is {levels}")
@@ -69,17 +69,17 @@ def ssd_default_boxes(
     Args:
         map_sizes: (h, w) of each of K feature maps.
         image_size: (H, W) of the image in pixels.
-        scales: K + 1 parts of the image's side; see `linear_scales`.
-        ratios: of each level, without 1: SSD300 has [2] and [2, 3].
-        steps: pixels between the locations of each level; None spreads them evenly over the image.
-        clip: limit widths and heights to the image's. Centres and corners are not limited.
+        scales: K + 1 fractions of the image's side; see `linear_scales`.
+        ratios: aspect ratios of each level, without 1: SSD300 has [2] and [2, 3].
+        steps: pixels between the locations of each level; None spaces them evenly over the image.
+        clip: clip widths and heights to the image's. Centres and corners are not clipped.
 
     Returns:
-        of each level (h * w * (2 + 2 * len(ratios)), 4): at each location the squares of s_k and of
+        for each level (h * w * (2 + 2 * len(ratios)), 4): at each location the squares of scale s_k and
         sqrt(s_k * s_k+1), then for each ratio r the shapes r and 1 / r.
 
     Raises:
-        ValueError: where the lists do not fit the K levels.
+        ValueError: the lists do not match the K levels.
     """
     levels = len(map_sizes)
     if len(scales) != levels + 1 or len(ratios) != levels or (steps is not None and len(steps) != levels):
@@ -107,14 +107,14 @@ def region_proposal_anchors(
 ) -> Tensor:
     """The anchors of a region-proposal network (Faster R-CNN, Ren et al. 2015, section 3.1.1).
 
-    An anchor of size s and ratio r (height / width) has area s^2. Equal to torchvision's AnchorGenerator, so
-    that its weights fit: centres stand at the corner of each stride (0, stride, 2 * stride ...), not in its
-    middle, and the corners relative to the centre are rounded to whole pixels.
+    An anchor of size s and ratio r (height / width) has area s^2. Equal to torchvision's AnchorGenerator, so that its
+    weights can be used: centres are at the corners of the strides (0, stride, 2 * stride ...), not in the middle, and
+    the corners relative to the centre are rounded to whole pixels.
 
     Args:
         map_size: (h, w) of the feature map.
-        stride: pixels between locations, or (vertical, horizontal) where they differ: torchvision takes
-            image side // map side, which can differ on a level whose map was rounded up.
+        stride: pixels between locations, or (vertical, horizontal) if they differ: torchvision uses
+            image side // map side, which can differ on a level whose map size was rounded up.
         sizes: square root of the area in pixels.
         ratios: height to width.
 
@@ -131,28 +131,28 @@ def region_proposal_anchors(
 
 
 def kmeans_priors(widths_heights: Tensor, count: int, seed: int = 0, iterations: int = 300) -> tuple[Tensor, float]:
-    """Clusters the box shapes of a data set by the distance 1 - IoU (YOLOv2, Redmon and Farhadi 2016, section 2).
+    """Cluster the box shapes of a data set by the distance 1 - IoU (YOLOv2, Redmon and Farhadi 2016, section 2).
 
-    IoU is that of two boxes with one common centre, so that large boxes do not outweigh small ones as they do
-    by Euclidean distance. The first centres are drawn as in k-means++; a centre is the mean of its cluster,
-    and one whose cluster is empty moves to the box that is served worst. As the mean does not always raise
-    the IoU, the best centres met are returned, not the last.
+    The IoU is that of concentric boxes, so that large boxes do not dominate as with the Euclidean distance. Centres are
+    initialised by k-means++ and updated to the means of their clusters; a centre with an empty cluster moves to the box
+    with the lowest IoU. Since the mean does not always increase the IoU, the best centres found are returned, not the
+    last.
 
     Args:
-        widths_heights: (N, 2) positive widths and heights, in any one unit.
+        widths_heights: (N, 2) positive widths and heights in any unit.
         count: number of priors.
-        seed: of the first centres.
-        iterations: at most; fewer once nothing moves.
+        seed: seed of the initialisation.
+        iterations: maximum number; stops earlier on convergence.
 
     Returns:
-        (count, 2) priors by ascending area, and the mean over all boxes of the IoU with their best prior.
+        (count, 2) priors by ascending area, and the mean IoU of all boxes with their best prior.
 
     Raises:
-        ValueError: for sides that are not positive and finite, or more priors than there are distinct boxes.
+        ValueError: sides are not positive and finite, or there are fewer distinct boxes than priors.
     """
     if widths_heights.ndim != 2 or widths_heights.shape[1] != 2:
         raise ValueError(f"widths_heights must be (N, 2), but got {tuple(widths_heights.shape)}")
-    # Distinct in float32 means that their IoU in float64 is less than 1.
+    # Shapes that are distinct in float32 have an IoU below 1 in float64.
     shapes = widths_heights.to(torch.float32).to(torch.float64)
     wrong = ~((shapes > 0) & shapes.isfinite()).all(1)
     if wrong.any():
@@ -176,11 +176,11 @@ def kmeans_priors(widths_heights: Tensor, count: int, seed: int = 0, iterations:
 
 
 def _first_centres(shapes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each further centre is a box drawn with probability by its squared distance to the nearest."""
+    """Initialise by k-means++: draw centres with probability proportional to the squared distance to the nearest."""
     centres = shapes[torch.randint(len(shapes), (1,), generator=generator)]
     while len(centres) < count:
         distance = (1 - _shape_iou(shapes, centres).max(1).values).clamp(min=0)
-        # A box equal to a centre has IoU 1 exactly, so centres are distinct as long as distinct boxes remain.
+        # A box equal to a centre has an IoU of exactly 1, so the centres are distinct.
         drawn = torch.multinomial(distance.square(), 1, generator=generator)
         centres = torch.cat((centres, shapes[drawn]))
     return centres
@@ -195,7 +195,7 @@ def _cluster_means(shapes: Tensor, nearest: Tensor, iou: Tensor, count: int) -> 
 
 
 def _shape_iou(shapes: Tensor, others: Tensor) -> Tensor:
-    """(N, M) IoU of (N, 2) and (M, 2) widths and heights laid on one common centre."""
+    """(N, M) IoU of concentric boxes of (N, 2) and (M, 2) widths and heights."""
     intersection = torch.minimum(shapes[:, None], others[None]).prod(-1)
     return intersection / (shapes.prod(1)[:, None] + others.prod(1) - intersection)
 
@@ -210,7 +210,7 @@ def _default_shapes(scale: float, next_scale: float, ratios: Sequence[float]) ->
 
 
 def _grid(map_size: tuple[int, int]) -> Tensor:
-    """(h * w, 2) float32 (column, row) of every location, row by row."""
+    """(h * w, 2) float32 (column, row) of every location, in row-major order."""
     rows, columns = torch.meshgrid(torch.arange(map_size[0]), torch.arange(map_size[1]), indexing="ij")
     return torch.stack((columns, rows), dim=-1).reshape(-1, 2).float()
 

@@ -1,7 +1,7 @@
-"""Which anchors and ground truths overlap most, found without the (A, N) matrix of their IoUs.
+"""Best overlaps of anchors and ground-truth boxes, computed without the (A, N) matrix of IoUs.
 
-One pass over tiles of anchors: compiled code for float32 and float64 on the CPU, torch for all else. Both give the
-same results, those of `pairwise_iou` (with 0 for NaN) and of torch's max, to the bit.
+One pass over tiles of anchors: compiled code for float32 and float64 on the CPU, otherwise torch. Both are
+bit-identical to `pairwise_iou` (with 0 for NaN) followed by torch's max.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ from torch import Tensor
 from detkit.boxes.iou import at_least_float32, intersection_over_area, pairwise_iou
 
 TILE_PAIRS = 2**20
-"""IoUs of one tile in torch: 4 MB for each of the some ten tensors that `pairwise_iou` needs."""
+"""IoUs of a tile in torch: 4 MB for each of the roughly ten tensors of `pairwise_iou`."""
 
 TILE_ANCHORS = 1024
-"""Anchors of one tile in compiled code: their coordinates and one row of IoUs stay in the first-level cache."""
+"""Anchors of a tile in compiled code: their coordinates and one row of IoUs fit into the L1 cache."""
 
 
 class TiledOverlaps:
-    """The overlaps of A anchors with N ground truths, in torch operations on any device.
+    """The overlaps of A anchors with N ground-truth boxes, in torch operations on any device.
 
     Args:
         anchors: (A, 4) xyxy without NaN, A > 0.
@@ -26,9 +26,9 @@ class TiledOverlaps:
 
     Attributes:
         anchor_iou: (A,) largest IoU of each anchor.
-        anchor_truth: (A,) int64, the first ground truth that has it.
-        truth_iou: (N,) largest IoU of each ground truth.
-        truth_anchor: (N,) int64, the first anchor that has it.
+        anchor_target: (A,) int64, the first ground-truth box with this IoU.
+        target_iou: (N,) largest IoU of each ground-truth box.
+        target_anchor: (N,) int64, the first anchor with this IoU.
     """
 
     def __init__(self, anchors: Tensor, targets: Tensor) -> None:
@@ -50,31 +50,31 @@ class TiledOverlaps:
         self.anchor_iou, self.anchor_target = (torch.cat(parts) for parts in zip(*best_of_anchors))
 
     def attain_best(self) -> Tensor:
-        """(A,) bool, the anchors that have the largest IoU of some ground truth, all that tie; none for an IoU of 0."""
+        """(A,) bool, the anchors with the largest IoU, above 0, of some ground-truth box, including all ties."""
         some = self.target_iou > 0
         return torch.cat(
             [((_known_iou(tile, self._ground_truths) == self.target_iou) & some).any(1) for tile in self._tiles]
         )
 
     def best_free(self, target: int, free: Tensor) -> tuple[float, int]:
-        """The largest IoU of a ground truth with an anchor that is `free`, (A,) bool, and the first that has it.
+        """Return the largest IoU of a ground-truth box with the `free` anchors, (A,) bool, and the first such anchor.
 
-        -1 and 0 where none is free.
+        Returns -1 and 0 if no anchor is free.
         """
         iou = torch.cat([_known_iou(tile, self._ground_truths[target : target + 1])[:, 0] for tile in self._tiles])
         value, index = torch.where(free, iou, -1).max(0)
         return float(value), int(index)
 
     def covered(self, part: float) -> Tensor:
-        """(A,) bool, the anchors of whose own area at least `part`, above 0, lies inside one of the ground truths."""
+        """(A,) bool, the anchors with at least the fraction `part`, above 0, of their area inside one of the boxes."""
         return torch.cat([(intersection_over_area(tile, self._ground_truths) >= part).any(1) for tile in self._tiles])
 
 
 class CompiledOverlaps:
-    """The same as `TiledOverlaps`, compiled: for tensors on the CPU that are both float32 or both float64."""
+    """`TiledOverlaps` in compiled code, for tensors on the CPU that are both float32 or both float64."""
 
     def __init__(self, anchors: Tensor, targets: Tensor) -> None:
-        # Numba takes half a second to import: whoever never matches does not wait for it.
+        # Imported on first use: Numba takes half a second to import.
         from detkit.boxes.kernels import iou_numba as overlap_numba
 
         self._kernels = overlap_numba
@@ -106,12 +106,12 @@ class CompiledOverlaps:
 
 
 def _known_iou(anchors: Tensor, targets: Tensor) -> Tensor:
-    """(A, N) IoUs; 0 and not NaN where boxes are so large that their areas are infinite, which makes no match."""
+    """(A, N) IoUs, with 0 instead of NaN for boxes of infinite area, which then do not match."""
     return pairwise_iou(anchors, targets).nan_to_num(0)
 
 
 def find_overlaps(anchors: Tensor, targets: Tensor) -> TiledOverlaps | CompiledOverlaps:
-    """Their overlaps by the compiled code where it can, else by torch; arguments as for `TiledOverlaps`."""
+    """Compute the overlaps by compiled code if possible, otherwise by torch; arguments as for `TiledOverlaps`."""
     anchors, targets = at_least_float32(anchors), at_least_float32(targets)
     if anchors.device.type == targets.device.type == "cpu" and anchors.dtype == targets.dtype:
         return CompiledOverlaps(anchors, targets)

@@ -1,4 +1,4 @@
-"""What every suppression shares: the checks of its arguments, and the partition by image and class."""
+"""Argument checks and partitioning by image and class, shared by all suppression functions."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def check_candidates(boxes: Tensor, scores: Tensor, **keys: Tensor | None) -> None:
-    """Raises ValueError, by name, unless boxes are (N, 4), scores (N,), and `keys` (labels, ...) (N,) integers."""
+    """Raise ValueError unless boxes are (N, 4), scores (N,), and `keys` (labels, ...) (N,) integers."""
     for name, tensor in {"boxes": boxes, "scores": scores, **keys}.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name in keys):
             raise ValueError(f"{name} must be a torch.Tensor, but is a {type(tensor).__name__}")
@@ -27,7 +27,7 @@ def check_candidates(boxes: Tensor, scores: Tensor, **keys: Tensor | None) -> No
 
 
 def check_thresholds(iou_threshold: float, max_detections: int | None, score_threshold: float | None = None) -> None:
-    """Raises ValueError unless the IoU is in 0..1, the limit 0 or more or None, the score a number or None."""
+    """Raise ValueError unless the IoU is in 0..1, the limit at least 0 or None, the score a number or None."""
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in 0..1, but is {iou_threshold}")
     if score_threshold is not None and math.isnan(score_threshold):
@@ -37,8 +37,8 @@ def check_thresholds(iou_threshold: float, max_detections: int | None, score_thr
 
 
 def check_finite(values: Tensor, name: str) -> None:
-    """Raises ValueError that names the first entry which is NaN or infinite: "scores[17] is nan". CPU only."""
-    finite = np.isfinite(values.detach().numpy())  # for a hundred boxes several times faster than torch's
+    """Raise ValueError for the first entry that is NaN or infinite: "scores[17] is nan". CPU only."""
+    finite = np.isfinite(values.detach().numpy())  # several times faster than torch for a hundred boxes
     if not finite.all():
         index = np.argwhere(~finite)[0].tolist()
         value = float(values[tuple(index)])
@@ -48,15 +48,14 @@ def check_finite(values: Tensor, name: str) -> None:
 
 
 def sort_into_groups(indices: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Indices partitioned by keys: images, classes.
+    """Partition indices by keys, such as image and class.
 
     Args:
-        indices: (N,) int64, best score first.
-        keys: each (M,) integers, into which `indices` point.
+        indices: (N,) int64, by descending score.
+        keys: each (M,) integers, indexed by `indices`.
 
     Returns:
-        (N,) the indices sorted into groups of equal keys, their order kept within each; and (G + 1,) where each
-        group begins, and N.
+        (N,) the indices grouped by equal keys, stable within each group; and (G + 1,) the start of each group, and N.
     """
     if not keys:
         return indices, torch.tensor((0, len(indices)), device=indices.device)
@@ -72,7 +71,7 @@ def sort_into_groups(indices: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tenso
 
 
 def first_of_each_image(kept: Tensor, image_index: Tensor | None, limit: int) -> Tensor:
-    """The first `limit` of each image's indices, in the order they come."""
+    """Keep the first `limit` indices of each image, in their order."""
     if image_index is None:
         return kept[:limit]
     order, starts = sort_into_groups(torch.arange(len(kept), device=kept.device), [image_index[kept]])

@@ -1,6 +1,6 @@
-"""Box conventions: to and from xyxy, the only one that detkit uses inside; clipping and area.
+"""Conversion of box formats to and from xyxy, the only format used inside detkit; clipping and area.
 
-Every function takes boxes of shape (..., 4) and any dtype, and returns a new tensor.
+All functions take boxes of shape (..., 4) and any dtype, and return a new tensor.
 """
 
 import torch
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """(left, top, right, bottom) to COCO's (left, top, width, height); (..., 4) to (..., 4)."""
+    """Convert (left, top, right, bottom) to COCO's (left, top, width, height); (..., 4) to (..., 4)."""
     return torch.cat((boxes[..., :2], boxes[..., 2:] - boxes[..., :2]), dim=-1)
 
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """COCO's (left, top, width, height) to (left, top, right, bottom); (..., 4) to (..., 4)."""
+    """Convert COCO's (left, top, width, height) to (left, top, right, bottom); (..., 4) to (..., 4)."""
     return torch.cat((boxes[..., :2], boxes[..., :2] + boxes[..., 2:]), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(left, top, right, bottom) to (centre x, centre y, width, height); (..., 4) to (..., 4)."""
+    """Convert (left, top, right, bottom) to (centre x, centre y, width, height); (..., 4) to (..., 4)."""
     return torch.cat(((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]), dim=-1)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(centre x, centre y, width, height) to (left, top, right, bottom); (..., 4) to (..., 4)."""
+    """Convert (centre x, centre y, width, height) to (left, top, right, bottom); (..., 4) to (..., 4)."""
     half = boxes[..., 2:] / 2
     return torch.cat((boxes[..., :2] - half, boxes[..., :2] + half), dim=-1)
 
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The boxes cut to [0, width] x [0, height] of an image.
+    """Clip boxes to [0, width] x [0, height] of an image.
 
-    A box that lies outside becomes one of no area on the image's edge; it is not dropped.
+    A box outside the image becomes a box without area on its edge; it is not dropped.
 
     Args:
         boxes: (..., 4) xyxy pixels.
@@ -44,6 +44,6 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(...) area of xyxy boxes (..., 4) in square pixels; 0 for a box whose sides are swapped."""
+    """(...) area of xyxy boxes (..., 4) in square pixels; 0 for inverted boxes."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
     return width * height

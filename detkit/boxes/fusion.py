@@ -1,4 +1,4 @@
-"""Weighted box fusion: the boxes of several models, or of several views of one image, averaged where they agree."""
+"""Weighted box fusion: averages matching boxes of several models or of several views of one image."""
 
 import logging
 import math
@@ -15,18 +15,18 @@ log = logging.getLogger(__name__)
 
 
 class FusedBoxes(NamedTuple):
-    """K fused boxes, best score first over all images; of equal scores, that whose first member comes first."""
+    """K fused boxes, by descending score over all images; ties by the index of the first member."""
 
     boxes: Tensor
     """(K, 4) float32 xyxy pixels."""
     scores: Tensor
-    """(K,) float64 where the scores given were, else float32."""
+    """(K,) float64 if the input scores are, otherwise float32."""
     labels: Tensor | None
-    """(K,) of the dtype given; None where none were given."""
+    """(K,) of the input dtype; None without labels."""
     image_index: Tensor | None
-    """(K,) of the dtype given; None where none was given."""
+    """(K,) of the input dtype; None without image_index."""
     counts: Tensor
-    """(K,) int64, how many boxes each was fused from."""
+    """(K,) int64, the number of boxes fused into each."""
 
 
 def weighted_box_fusion(
@@ -39,44 +39,43 @@ def weighted_box_fusion(
     source_weights: Sequence[float] | Tensor | None = None,
     score_threshold: float | None = None,
 ) -> FusedBoxes:
-    """Weighted box fusion (Solovyev, Wang, Gabruseva 2021, arXiv 1910.13302), apart for each image and class.
+    """Fuse overlapping boxes per image and class (Solovyev, Wang, Gabruseva 2021, arXiv 1910.13302).
 
-    Of N models with weights w_1..w_N, a box of model m and score s counts with c = w_m s. In descending order of
-    c, of equal ones by index, each box joins the cluster whose fused box it overlaps most, of equal ones the
-    oldest, if their IoU is above `iou_threshold`; else it founds a cluster. With T boxes in a cluster
+    With N models of weights w_1..w_N, a box of model m with score s has the confidence c = w_m s. In descending order
+    of c, ties by index, each box joins the cluster whose fused box has the largest IoU with it (ties: the oldest
+    cluster) if that IoU is above `iou_threshold`; otherwise it starts a new cluster. For a cluster of T boxes
 
-        fused box   = sum(c_i box_i) / sum(c_i)                    corner by corner, renewed with every member
+        fused box   = sum(c_i box_i) / sum(c_i)                    per corner, updated with every member
         fused score = sum(c_i) / T * min(T, N) / sum(w_1..w_N)
 
-    so that a box few models see loses score, and one all see with score 1 has score 1. With weights of 1 this is
-    the paper's; with others that of the authors' package ensemble_boxes (conf_type "avg", its default). Unlike
-    there, boxes need not be in 0..1, and boxes without area are neither dropped nor have their sides swapped:
-    their IoUs are 0, and each stays by itself. Members of score 0 leave the fused box where it is.
+    so that a box found by few models loses score, and a box found by all of them with score 1 has score 1. With weights
+    of 1 this is the paper's method, with others that of the authors' package ensemble_boxes (conf_type "avg", its
+    default). Unlike there, boxes need not be in 0..1, and boxes without area are neither dropped nor reordered: their
+    IoUs are 0, so each stays alone. Members of score 0 do not move the fused box.
 
-    On a GPU's tensors the fusion is computed on the CPU, which a log line of level debug says; the result
-    returns to the device. No gradient passes through.
+    Tensors on a GPU are fused on the CPU (logged at debug level), and the result is returned to their device. The
+    result is not differentiable.
 
     Args:
         boxes: (M, 4) xyxy pixels of any float dtype, computed in float32; the means in float64.
-        scores: (M,) of any float dtype, 0 or more.
+        scores: (M,) of any float dtype, at least 0.
         iou_threshold: in 0..1.
-        labels: (M,) integers; boxes of different labels are not fused. None: all one class.
-        image_index: (M,) integers, which image of the batch each box is of. None: all one image.
-        source_index: (M,) integers in 0..N-1, which model each box is of. None: all of one model.
-        source_weights: N weights above 0, for example (1, 1, 1). Needed with `source_index`, whose greatest
-            entry would miss a model that found nothing. None: one model of weight 1.
-        score_threshold: only boxes with a score above it (not equal to it), before any weight, take part.
-            None: all.
+        labels: (M,) integers; boxes of different labels are not fused. None for a single class.
+        image_index: (M,) integers, the image of the batch that each box belongs to. None for a single image.
+        source_index: (M,) integers in 0..N-1, the model of each box. None for a single model.
+        source_weights: N weights above 0, for example (1, 1, 1). Required with `source_index`, from whose maximum a
+            model without any boxes would be missing. None for one model of weight 1.
+        score_threshold: boxes with an unweighted score of at most this value are discarded. None keeps all.
 
     Raises:
-        ValueError: for wrong shapes, dtypes, devices, thresholds or weights, for one of `source_index` and
-            `source_weights` without the other, and by name for boxes or scores that are not finite, scores
-            below 0 and sources without a weight: "source_index[17] is 3".
+        ValueError: invalid shapes, dtypes, devices, thresholds or weights; only one of `source_index` and
+            `source_weights` is given; or, naming the entry ("source_index[17] is 3"), boxes or scores that are not
+            finite, scores below 0 and sources without a weight.
     """
     check_candidates(boxes, scores, labels=labels, image_index=image_index, source_index=source_index)
     check_thresholds(iou_threshold, None)
     if score_threshold is not None and math.isnan(score_threshold):
-        raise ValueError("score_threshold is nan, which no score is above; None takes all")
+        raise ValueError("score_threshold is nan, which no score is above; use None to keep all boxes")
     device = boxes.device
     if device.type != "cpu":
         log.debug("weighted_box_fusion of %d boxes on %s is computed on the CPU", len(boxes), device)
@@ -117,8 +116,8 @@ def _fuse(
     labels: Tensor | None,
     image_index: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each cluster the fused box, the sum of confidences, the count of boxes and the box that founded it."""
-    # Numba takes a second to import: whoever never fuses does not wait for it.
+    """Return for each cluster the fused box, the sum of confidences, the number of boxes and the index of the first."""
+    # Imported on first use: Numba takes a second to import.
     from detkit.boxes.kernels.fusion_numba import fuse
 
     order, starts = sort_into_groups(by_confidence, [key for key in (labels, image_index) if key is not None])
@@ -133,18 +132,18 @@ def _check_not_negative(scores: Tensor) -> None:
     if negative.any():
         index = int(negative.nonzero()[0])
         raise ValueError(
-            f"scores[{index}] is {float(scores[index])}: the mean is weighted by scores, which must be 0 or more"
+            f"scores[{index}] is {float(scores[index])}, but scores weight the mean and must be at least 0"
         )
 
 
 def _check_sources(source_index: Tensor | None, source_weights: Sequence[float] | Tensor | None) -> Tensor:
-    """(N,) float64 weights, after their check and that of the indices that point into them."""
+    """Check the weights and the indices into them, and return (N,) float64 weights."""
     if source_index is None:
         if source_weights is not None:
             raise ValueError("source_weights need source_index, which says what source each box is of")
         return torch.ones(1, dtype=torch.float64, device="cpu")
     if source_weights is None:
-        raise ValueError("source_index needs source_weights, one for each source; (1, 1, 1) for three that count alike")
+        raise ValueError("source_index needs source_weights, one for each source; (1, 1, 1) for three of equal weight")
     weights = torch.as_tensor(source_weights, dtype=torch.float64, device="cpu").detach()
     if weights.ndim != 1 or len(weights) == 0:
         raise ValueError(f"source_weights must be (N,), at least one, but are {tuple(weights.shape)}")
@@ -152,8 +151,8 @@ def _check_sources(source_index: Tensor | None, source_weights: Sequence[float] 
     if not (weights > 0).all():
         index = int((weights <= 0).nonzero()[0])
         raise ValueError(
-            f"source_weights[{index}] is {float(weights[index])}, but must be above 0; leave out the boxes of a "
-            "source that shall not count"
+            f"source_weights[{index}] is {float(weights[index])}, but must be above 0; to ignore a source, leave out "
+            "its boxes"
         )
     outside = (source_index < 0) | (source_index >= len(weights))
     if outside.any():

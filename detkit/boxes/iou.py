@@ -1,20 +1,18 @@
-"""Intersection over union and its generalised, distance and complete forms, all from one implementation.
+"""Intersection over union (IoU) with its generalised, distance and complete variants.
 
-With I the intersection, U the union, C the area of the smallest box around both, d the distance of the
-centres and c the diagonal of that smallest box:
+With intersection I, union U, area C and diagonal c of the smallest enclosing box, and distance d of the centres:
 
     iou  = I / U                            in 0..1
     giou = iou - (C - U) / C                in -1..1   Rezatofighi et al. 2019, arXiv 1902.09630, algorithm 1
     diou = iou - d^2 / c^2                  in -1..1   Zheng et al. 2020, arXiv 1911.08287, equation 6
     ciou = diou - alpha v                   in -2..1   the same, equations 8 to 11, where
-           v = 4 / pi^2 (atan(w_a / h_a) - atan(w_b / h_b))^2 and alpha = v / (1 - iou + v) is held constant
-           in the gradient.
+           v = 4 / pi^2 (atan(w_a / h_a) - atan(w_b / h_b))^2 and alpha = v / (1 - iou + v) is constant in the
+           gradient.
 
-A quotient whose denominator is 0 counts as 0, with gradient 0: boxes without area give numbers, never NaN. A box that
-holds NaN gives NaN, as in torchvision, and so do two whose intersection is infinite: their overlap is not known, and 0
-would say that it is.
+A quotient with denominator 0 is defined as 0, with gradient 0, so that boxes without area never give NaN. Boxes with
+NaN coordinates give NaN, as in torchvision, and so do pairs with an infinite intersection, whose IoU is undefined.
 
-Integers are computed in float64, which holds coordinates up to 2^53 exactly, where float32 ends at 2^24.
+Integers are computed in float64, which represents coordinates up to 2^53 exactly (float32: 2^24).
 """
 
 import math
@@ -31,24 +29,24 @@ from detkit.errors import nearest
 Kind = Literal["iou", "giou", "diou", "ciou"]
 
 SMALL = 4096
-"""Pairs up to which `pairwise_iou` stays in torch, where that many take 0.1 ms. Compiled code takes a quarter of it,
-but to import Numba and load that code takes half a second, once. On one core 8,732 x 8 boxes are 2 times as fast as in
-torch, 8,732 x 20 5 times, 1,000 x 1,000 14 times and 20,000 x 200 27 times."""
+"""Number of pairs up to which `pairwise_iou` uses torch, which takes 0.1 ms for them. Compiled code takes a quarter of
+that, but importing Numba and loading the code takes half a second, once. Speed-up on one core: 2x for 8,732 x 8 boxes,
+5x for 8,732 x 20, 14x for 1,000 x 1,000 and 27x for 20,000 x 200."""
 
 
 def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
-    """How much each of N boxes overlaps each of M.
+    """Compute the IoU of each of N boxes with each of M boxes.
 
     Args:
         boxes_a: (N, 4) xyxy.
         boxes_b: (M, 4) xyxy.
-        kind: which form; see the module.
+        kind: the variant; see the module.
 
     Returns:
-        (N, M), float32, or float64 where one of the arguments is; differentiable.
+        (N, M), float64 if one of the arguments is, otherwise float32; differentiable.
 
     Raises:
-        ValueError: for a shape that is not (N, 4), or an unknown kind.
+        ValueError: a shape is not (N, 4), or the kind is unknown.
     """
     _check_boxes(boxes_a, "boxes_a")
     _check_boxes(boxes_b, "boxes_b")
@@ -62,31 +60,28 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor
 
 
 def elementwise_iou(boxes_a: Tensor, boxes_b: Tensor, kind: Kind = "iou") -> Tensor:
-    """How much the i-th of N boxes overlaps the i-th of N others; 1 minus this is the IoU loss.
+    """Compute the IoU of N pairs of boxes; 1 minus the result is the IoU loss.
 
     Args:
         boxes_a: (N, 4) xyxy.
         boxes_b: (N, 4) xyxy.
-        kind: which form; see the module.
+        kind: the variant; see the module.
 
     Returns:
-        (N,), float32, or float64 where one of the arguments is; differentiable, without NaN in the gradient where the
-        boxes are finite.
-
-    Raises:
-        ValueError: for shapes that are not (N, 4) or differ, or an unknown kind.
+        (N,), float64 if one of the arguments is, otherwise float32; differentiable, without NaN in the gradient of
+        finite boxes.
     """
     _check_boxes(boxes_a, "boxes_a")
     _check_boxes(boxes_b, "boxes_b")
     if len(boxes_a) != len(boxes_b):
-        raise ValueError(f"boxes_a and boxes_b must be equally many, but are {len(boxes_a)} and {len(boxes_b)}")
+        raise ValueError(f"boxes_a and boxes_b must have the same length, but have {len(boxes_a)} and {len(boxes_b)}")
     return _overlap(boxes_a, boxes_b, kind).to(_result_dtype(boxes_a, boxes_b))
 
 
 def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
-    """The part of each box's own area that lies inside each crowd region.
+    """Compute the fraction of each box's area that lies inside each crowd region.
 
-    COCO's rule for crowds: a box anywhere inside a region that holds many objects is no mistake, however
+    COCO's rule for crowds: a detection inside a region of many objects is not a false positive, regardless of how
     small a part of the region it covers.
 
     Args:
@@ -94,8 +89,8 @@ def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
         crowds: (M, 4) xyxy.
 
     Returns:
-        (N, M) in 0..1, float32, or float64 where one of the arguments is; 0 for a box without area, NaN where a box or
-        a crowd holds NaN.
+        (N, M) in 0..1, float64 if one of the arguments is, otherwise float32; 0 for a box without area, NaN if a box or
+        a crowd contains NaN.
     """
     _check_boxes(boxes, "boxes")
     _check_boxes(crowds, "crowds")
@@ -105,7 +100,7 @@ def intersection_over_area(boxes: Tensor, crowds: Tensor) -> Tensor:
 
 
 def _plain_arrays(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
-    """The boxes as arrays for compiled code; None where only torch can do: other devices, gradients, tracing."""
+    """Convert the boxes to arrays for compiled code; None if torch is required: other devices, gradients, tracing."""
     tensors = (a, b)
     if any(boxes.device.type != "cpu" for boxes in tensors) or a.dtype != b.dtype:
         return None
@@ -118,13 +113,15 @@ def _plain_arrays(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         return np.ascontiguousarray(a.detach().numpy()), np.ascontiguousarray(b.detach().numpy())
     except RuntimeError:
-        return None  # Tensors without memory of their own, as in torch.vmap.
+        return None  # tensors without memory, as in torch.vmap
 
 
 def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor | None:
-    """The (N, M) IoUs written straight away, where `_overlap` makes some ten tensors of that size; None where an area
-    is not finite, since the compiled code knows no NaN."""
-    # Numba takes half a second to import: whoever compares few boxes does not wait for it.
+    """Compute (N, M) IoUs without the roughly ten temporary tensors of `_overlap`.
+
+    Returns None if an area is not finite, since the compiled code does not handle NaN.
+    """
+    # Imported on first use: Numba takes half a second to import.
     from detkit.boxes.kernels.iou_numba import columns, pairwise
 
     columns_a, columns_b = columns(a), columns(b)
@@ -136,7 +133,7 @@ def _compiled_pairwise_iou(a: np.ndarray, b: np.ndarray) -> Tensor | None:
 
 
 def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
-    """The chosen form for boxes (..., 4) that broadcast against each other."""
+    """Compute the chosen variant for boxes (..., 4) that broadcast against each other."""
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind of IoU {kind!r}. {nearest(str(kind), get_args(Kind))}")
     a, b = at_least_float32(a), at_least_float32(b)
@@ -160,7 +157,7 @@ def _overlap(a: Tensor, b: Tensor, kind: Kind) -> Tensor:
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
-    # Axis by axis: operations over a last dimension of 2 take ten times as long.
+    # Per axis: operations over a last dimension of 2 are ten times slower.
     width, height = (
         (torch.minimum(a[..., axis + 2], b[..., axis + 2]) - torch.maximum(a[..., axis], b[..., axis])).clamp(min=0)
         for axis in (0, 1)
@@ -169,10 +166,10 @@ def _intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _hull_side(a: Tensor, b: Tensor, axis: int) -> Tensor:
-    """Width (axis 0) or height (axis 1) of the smallest box around both.
+    """Compute the width (axis 0) or height (axis 1) of the smallest enclosing box.
 
-    An untrained network predicts boxes whose sides are swapped. They have no area, but the hull must hold their
-    centres too, or the quotients leave their ranges.
+    An untrained network predicts inverted boxes. They have no area, but the enclosing box must contain their centres,
+    otherwise the quotients leave their ranges.
     """
     lows = [torch.minimum(boxes[..., axis], boxes[..., axis + 2]) for boxes in (a, b)]
     highs = [torch.maximum(boxes[..., axis], boxes[..., axis + 2]) for boxes in (a, b)]
@@ -180,20 +177,20 @@ def _hull_side(a: Tensor, b: Tensor, axis: int) -> Tensor:
 
 
 def _shape_angle(boxes: Tensor) -> Tensor:
-    """atan(width / height); 0 for a box without either, where the angle has no gradient."""
+    """Compute atan(width / height); 0 without gradient if both are 0."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
-    # torch.where passes 0 * NaN back from the branch not taken, so the point (0, 0) is moved out of atan2's way.
+    # torch.where backpropagates 0 * NaN from the branch not taken, so atan2 must not see (0, 0).
     return torch.atan2(width, torch.where((width == 0) & (height == 0), 1, height))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 with gradient 0 where the denominator is 0 or less, and NaN where it is NaN."""
+    """Divide; 0 with gradient 0 where the denominator is at most 0, NaN where it is NaN."""
     nothing = denominator <= 0
     return torch.where(nothing, 0, numerator) / torch.where(nothing, 1, denominator)
 
 
 def at_least_float32(boxes: Tensor) -> Tensor:
-    """The boxes in a dtype that overlaps can be computed in: float64 for integers, which float32 may round."""
+    """Convert boxes to a dtype suited for IoU: float64 for integers, which float32 may round."""
     if not boxes.is_floating_point():
         return boxes.double()
     # The area of a box of 300 x 300 pixels overflows float16.

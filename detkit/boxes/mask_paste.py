@@ -1,40 +1,40 @@
-"""From the small masks that a network predicts over its boxes to masks of the whole image (He et al. 2017, 3.1).
+"""Pasting of the mask patches that a network predicts for its boxes into masks of the image (He et al. 2017, 3.1).
 
-Equal to torchvision's `paste_masks_in_image(masks, boxes, size, padding=1) > threshold`, but only the pixels inside a
-box are ever probabilities, and a box may lie beyond the image, wholly or by any distance.
+Equal to torchvision's `paste_masks_in_image(masks, boxes, size, padding=1) > threshold`, but probabilities are computed
+only inside boxes, and boxes may lie outside the image at any distance.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A box that is cut to the image covers less, also with the border around it. Of larger ones only the part that is
-# seen is computed.
+# Clipped boxes cover less than this multiple of the image's area, even with the border around them. For larger boxes
+# only the visible part is interpolated.
 MOST_IMAGES = 4
 
 
 def paste_masks(patches: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Masks of an image from probabilities over boxes.
+    """Paste mask patches into masks of the image.
 
-    A patch is stretched over its box, bilinear, with zeros around it: it gets a border of one cell, and its box the
-    same in proportion, cut to whole pixels.
+    A patch is resized to its box bilinearly. Before that it is padded by one cell of zeros, and its box is expanded in
+    proportion and truncated to whole pixels.
 
     Args:
         patches: (N, m, m) float32 probabilities.
-        boxes: (N, 4) float32 xyxy pixels, on the same device. One that is not finite, or lies outside the image,
-            has an empty mask.
+        boxes: (N, 4) float32 xyxy pixels, on the same device. Boxes that are not finite or lie outside the image give
+            empty masks.
         size: (height, width) of the image in pixels.
-        threshold: a pixel of the object has a higher probability.
+        threshold: pixels with a higher probability belong to the object.
 
     Returns:
         (N, height, width) bool.
 
     Raises:
-        ValueError: the patches are not square, or not as many as the boxes.
+        ValueError: the patches are not square, or their number differs from that of the boxes.
     """
     count, cells = patches.shape[0], patches.shape[-1]
     if tuple(patches.shape) != (len(boxes), cells, cells):
-        raise ValueError(f"{len(boxes)} boxes need as many square patches, but they are {tuple(patches.shape)}")
+        raise ValueError(f"patches must be ({len(boxes)}, m, m) for {len(boxes)} boxes, but are {tuple(patches.shape)}")
     masks = torch.zeros(count, *size, dtype=torch.bool, device=patches.device)
     padded = F.pad(patches, (1, 1, 1, 1))
     for mask, patch, box in zip(masks, padded, _expanded(boxes, (cells + 2) / cells).tolist()):
@@ -56,14 +56,14 @@ def paste_masks(patches: Tensor, boxes: Tensor, size: tuple[int, int], threshold
 
 
 def _expanded(boxes: Tensor, scale: float) -> Tensor:
-    """Boxes made larger around their centres, in torchvision's order of operations; not finite becomes outside."""
+    """Expand boxes around their centres, in torchvision's order of operations; move non-finite ones outside."""
     centre, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
     expanded = torch.cat([centre - half, centre + half], dim=1)
     return torch.where(torch.isfinite(expanded).all(dim=1, keepdim=True), expanded, -2.0)
 
 
 def _between_cells(patch: Tensor, dim: int, first: int, last: int, length: int) -> Tensor:
-    """The pixels `first` to `last` of a patch stretched to `length` pixels along `dim`, without those around them."""
+    """Interpolate only the pixels `first` to `last` of a patch resized to `length` pixels along `dim`."""
     cells = patch.shape[dim]
     pixels = torch.arange(last - first, dtype=torch.float64, device=patch.device) + first
     position = ((pixels + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)

@@ -1,16 +1,16 @@
-"""Which ground truth each anchor answers for: three rules, one result type.
+"""Assignment of ground-truth boxes to anchors, by three rules with one result type.
 
-Common to all three:
-- An anchor that is not positive is *ignored*, neither positive nor negative, where an ignored ground truth (COCO's
-  crowd, VOC's difficult) covers half of the anchor's own area, or their IoU reaches the threshold under which
-  the rule calls an anchor negative. So with IoU 0.4 to a crowd an anchor is ignored by `match_two_thresholds`
-  (low=0.3) and negative under a threshold of 0.5. An ignored ground truth never makes an anchor positive.
-- Without ground truths every anchor is negative.
-- Of equal overlaps an anchor takes the ground truth that comes first.
-- Ground truths or anchors that hold NaN raise ValueError: every comparison with NaN is false, so that they would
-  become background without a word.
+All rules have in common:
+- An anchor that is not positive is *ignored*, neither positive nor negative, if an ignored ground-truth box (COCO's
+  crowd, VOC's difficult) covers half of the anchor's area, or their IoU reaches the threshold below which the rule
+  makes anchors negative. For example, an anchor with IoU 0.4 to a crowd is ignored by `match_two_thresholds` (low=0.3)
+  and negative for a threshold of 0.5. Ignored boxes never make an anchor positive.
+- Without ground-truth boxes all anchors are negative.
+- If an anchor has the same IoU with several ground-truth boxes, the first is assigned.
+- Boxes or anchors with NaN raise ValueError: since comparisons with NaN are false, they would silently become
+  background.
 
-No (A, N) matrix of IoUs is made: memory grows with A + N.
+The (A, N) matrix of IoUs is not stored: memory is O(A + N).
 """
 
 import torch
@@ -20,25 +20,24 @@ from detkit.boxes.best_overlap import CompiledOverlaps, TiledOverlaps, find_over
 from detkit.structures import Match
 
 IGNORED_COVER = 0.5
-"""Part of an anchor's own area inside an ignored ground truth from which on the anchor is ignored."""
+"""Fraction of an anchor's area inside an ignored box from which the anchor is ignored."""
 
 
 def match_bipartite(
     anchors: Tensor, targets: Tensor, ignored_targets: Tensor | None = None, threshold: float = 0.5
 ) -> Match:
-    """The assignment of "Dive into Deep Learning", 14.4: one anchor for every target, then all that overlap enough.
+    """Assign one anchor to every target, then all anchors with a sufficient IoU ("Dive into Deep Learning", 14.4).
 
-    Repeatedly the largest entry of the matrix of IoUs binds its anchor to its ground truth, and its row and column are
-    struck, until every ground truth has one anchor, be the overlap as small as 0. Then each remaining anchor takes its
-    best ground truth if their IoU >= threshold. Of equal entries the first in row-major order of the (A, N) matrix goes
-    first: the lower anchor, then the lower ground truth. With fewer anchors than ground truths, those ground truths
-    that come last in this order stay without an anchor.
+    Repeatedly, the largest entry of the IoU matrix assigns its target to its anchor and its row and column are removed,
+    until every target has one anchor, even with an IoU of 0. Then each remaining anchor is assigned its best target if
+    their IoU >= threshold. Ties are resolved in row-major order of the (A, N) matrix: the lower anchor, then the lower
+    target. If there are fewer anchors than targets, the last targets in this order remain without an anchor.
 
     Args:
         anchors: (A, 4) xyxy.
         targets: (N, 4) xyxy.
-        ignored_truths: (N,) bool; see the module. Default none.
-        threshold: least IoU of a further anchor.
+        ignored_targets: (N,) bool; see the module. Default all False.
+        threshold: minimum IoU of a further anchor.
     """
     target_indices, ignored = _set_apart(anchors, targets, ignored_targets, threshold)
     if len(target_indices) == 0 or len(anchors) == 0:
@@ -53,23 +52,23 @@ def match_bipartite(
 
 
 def match_ssd(anchors: Tensor, targets: Tensor, ignored_targets: Tensor | None = None, threshold: float = 0.5) -> Match:
-    """SSD's assignment (Liu et al. 2016, section 2.2), equal to torchvision's SSDMatcher.
+    """Assign targets by SSD's rule (Liu et al. 2016, section 2.2), equal to torchvision's SSDMatcher.
 
-    Each anchor takes its best ground truth if their IoU >= threshold; then each ground truth is given its best anchor,
-    however small their overlap. Of two ground truths with the same best anchor the later has it, and the earlier may
-    stay without.
+    Each anchor is assigned its best target if their IoU >= threshold; then each target is assigned to its best anchor,
+    regardless of the IoU. If two targets have the same best anchor, it is assigned the later one, and the earlier may
+    remain without an anchor.
 
     Args:
         anchors: (A, 4) xyxy.
         targets: (N, 4) xyxy.
-        ignored_truths: (N,) bool; see the module. Default none.
-        threshold: least IoU of a positive anchor.
+        ignored_targets: (N,) bool; see the module. Default all False.
+        threshold: minimum IoU of a positive anchor.
     """
     target_indices, ignored = _set_apart(anchors, targets, ignored_targets, threshold)
     if len(target_indices) == 0 or len(anchors) == 0:
         return _match_nothing(ignored)
     overlaps = find_overlaps(anchors, targets[target_indices])
-    # The maximum, where plain indexed assignment would leave the winner to chance on a GPU.
+    # amax, since plain indexed assignment with duplicates is not deterministic on a GPU.
     latest = torch.full_like(overlaps.anchor_target, -1)
     order = torch.arange(len(target_indices), device=latest.device)
     latest.scatter_reduce_(0, overlaps.target_anchor, order, reduce="amax")
@@ -86,27 +85,26 @@ def match_two_thresholds(
     high: float = 0.7,
     force_best: bool = True,
 ) -> Match:
-    """The region-proposal assignment (Faster R-CNN, Ren et al. 2015, section 3.1.2).
+    """Assign targets by the rule of region-proposal networks (Faster R-CNN, Ren et al. 2015, section 3.1.2).
 
-    Positive: IoU >= high with a ground truth. Negative: IoU < low with all. Ignored: between. For example with the
-    defaults best IoUs of (0.2, 0.5, 0.8) make an anchor negative, ignored and positive. With `force_best` the
-    anchors that overlap some ground truth most, all that tie, are positive too; each still answers for its own best
-    ground truth, which may be another one.
+    Positive: IoU >= high with a target. Negative: IoU < low with all targets. Ignored: otherwise. For example, with the
+    defaults, anchors with best IoUs of 0.2, 0.5 and 0.8 are negative, ignored and positive. With `force_best` the
+    anchors with the largest IoU of some target, including ties, are positive too; each is still assigned its own best
+    target, which may be another one.
 
-    Equal to torchvision's Matcher but for a ground truth that overlaps no anchor at all (one without area, for
-    example): there every anchor ties at 0 and torchvision makes all of them positive; here such a ground truth
-    forces none.
+    Equal to torchvision's Matcher, except for a target that overlaps no anchor (for example one without area): all
+    anchors tie at 0, which makes all of them positive in torchvision and none here.
 
     Args:
         anchors: (A, 4) xyxy.
         targets: (N, 4) xyxy.
-        ignored_truths: (N,) bool; see the module. Default none.
-        low: an anchor under this IoU is negative.
-        high: an anchor from this IoU on is positive.
-        force_best: give every ground truth its best anchors, however small their overlap.
+        ignored_targets: (N,) bool; see the module. Default all False.
+        low: anchors below this IoU are negative.
+        high: anchors of at least this IoU are positive.
+        force_best: make the best anchors of every target positive, regardless of their IoU.
 
     Raises:
-        ValueError: if low > high.
+        ValueError: low > high.
     """
     if low > high:
         raise ValueError(f"low must not be above high, but they are {low} and {high}")
@@ -123,19 +121,19 @@ def match_two_thresholds(
 def _set_apart(
     anchors: Tensor, targets: Tensor, ignored_targets: Tensor | None, negative_below: float
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments; (N,) indices of the targets that count, and (A,) which anchors the others make ignored."""
+    """Check the arguments; return (N,) indices of the targets to match, and (A,) bool, anchors that others ignore."""
     for name, boxes in (("anchors", anchors), ("targets", targets)):
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{name} must be (N, 4), but got {tuple(boxes.shape)}")
         nan = boxes.isnan()
         if nan.any():
             index = int(nan.any(1).nonzero()[0])
-            raise ValueError(f"{name}[{index}] holds NaN: {boxes[index].tolist()}")
+            raise ValueError(f"{name}[{index}] contains NaN: {boxes[index].tolist()}")
     if ignored_targets is None:
         ignored_targets = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     if ignored_targets.shape != targets.shape[:1] or ignored_targets.dtype != torch.bool:
         raise ValueError(
-            f"ignored_truths must be ({len(targets)},) bool like ground truths, "
+            f"ignored_targets must be ({len(targets)},) bool, one for each target, "
             f"but got {tuple(ignored_targets.shape)} {ignored_targets.dtype}"
         )
     target_indices = (~ignored_targets).nonzero().flatten()
@@ -150,18 +148,17 @@ def _match_nothing(ignored: Tensor) -> Match:
 
 
 def _bind_greedily(overlaps: TiledOverlaps | CompiledOverlaps) -> tuple[Tensor, Tensor]:
-    """(K,) anchors and (K,) ground truths that `match_bipartite` binds; K = min(A, N).
+    """Return the (K,) anchors and (K,) targets that `match_bipartite` pairs; K = min(A, N).
 
-    The maximum of all IoUs is not searched again for each ground truth. Each ground truth keeps its best anchor among
-    those that remain, and only the ground truths whose best anchor was just taken look for another.
+    Each target keeps its best anchor among the free ones; only targets whose best anchor was just taken search again.
     """
     values, rows = overlaps.target_iou.tolist(), overlaps.target_anchor.tolist()
     free = torch.ones_like(overlaps.anchor_iou, dtype=torch.bool)
     remaining = list(range(len(values)))
     bound: list[tuple[int, int]] = []
     while remaining and len(bound) < len(free):
-        # Of equal values the lowest ground truth, which binds as row-major order does: equal entries of different
-        # anchors do not compete, and of those of one anchor the lowest ground truth comes first.
+        # Among ties, the lowest target. This equals row-major order: ties of different anchors do not compete, and
+        # among those of one anchor the lowest target comes first.
         target = max(remaining, key=lambda n: values[n])
         anchor = rows[target]
         bound.append((anchor, target))

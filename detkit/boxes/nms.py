@@ -1,4 +1,4 @@
-"""Non-maximum suppression: one call for every image and class of a batch."""
+"""Non-maximum suppression of all images and classes of a batch in one call."""
 
 import gc
 import logging
@@ -43,7 +43,7 @@ except ImportError:  # they are private; without them every call takes the longe
 _FLOAT32, _INT64 = torch.float32, np.int64
 _empty, _from_numpy = np.empty, torch.from_numpy
 
-# The kernels, once they are loaded, and how many boxes the one for few takes.
+# The kernels once loaded, and the maximum number of boxes of the one for few boxes.
 _suppress: Callable[..., int] | None = None
 _suppress_few: Callable[..., int] = NotImplemented
 _few = -1
@@ -58,12 +58,11 @@ def nms(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> Tensor:
-    """Exact greedy non-maximum suppression, apart for each image and class.
+    """Exact greedy non-maximum suppression per image and class.
 
-    Takes the box with the highest score, removes all of the same image and class whose IoU with it is above
-    `iou_threshold`, and repeats. Equal to torchvision.ops.nms on each image and class, equal scores included:
-    there the box that comes first goes first. Boxes without area suppress nothing and are never suppressed.
-    The work is bounded by nothing but the number of boxes; there is no time limit.
+    Keeps the box with the highest score, removes all boxes of the same image and class whose IoU with it is above
+    `iou_threshold`, and repeats. Equal to torchvision.ops.nms on each image and class, including ties of scores, which
+    are broken by index. Boxes without area neither suppress nor are suppressed. There is no time limit.
 
     On an NVIDIA GPU it is computed there, by torchvision's kernel. detkit's own, which need numba-cuda and do not wait
     for the device but for the number of kept boxes, are used if the environment variable DETKIT_GPU_KERNELS is 1: they
@@ -75,25 +74,25 @@ def nms(
         boxes: (N, 4) xyxy pixels of any float dtype, computed in float32.
         scores: (N,) of any float dtype.
         iou_threshold: in 0..1.
-        labels: (N,) integers; boxes of different labels do not suppress each other. None: all one class.
-        image_index: (N,) integers, which image of the batch each box is of. None: all one image.
-        score_threshold: only scores above it (not equal to it) take part. None: all.
-        max_detections: the most kept boxes of each image, those with the highest scores. None: all.
+        labels: (N,) integers; boxes of different labels do not suppress each other. None for a single class.
+        image_index: (N,) integers, the image of the batch that each box belongs to. None for a single image.
+        score_threshold: boxes with a score of at most this value are discarded. None keeps all.
+        max_detections: maximum number of kept boxes per image, those with the highest scores. None for no limit.
 
     Returns:
-        (K,) int64 indices into `boxes` on its device, best score first over all images, ties by index.
+        (K,) int64 indices into `boxes` on its device, by descending score over all images, ties by index.
 
     Raises:
-        ValueError: for wrong shapes, dtypes, devices or thresholds, and for boxes or scores that are not
-            finite, by name: "scores[17] is nan".
+        ValueError: invalid shapes, dtypes, devices or thresholds, or boxes or scores that are not finite, naming the
+            entry: "scores[17] is nan".
     """
-    # A tracer's tensors, or of a subclass that knows torch's operators.
+    # Tensors of a tracer, or of a subclass that overrides torch's operators.
     if (
         type(boxes) is not Tensor or type(scores) is not Tensor
         or is_dynamo_compiling() or _len_torch_dispatch_stack() or _get_tracing_state()
     ):  # fmt: skip
         return _through_operator(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
-    # Of few boxes most of the time goes into the checks: the plainest call takes the shortest way.
+    # For few boxes most of the time goes into the checks, so the simplest call has a fast path.
     if (
         labels is None and image_index is None and score_threshold is None and max_detections is None
         and boxes.dtype is _FLOAT32 and scores.dtype is _FLOAT32 and boxes.is_cpu and scores.is_cpu
@@ -102,12 +101,12 @@ def nms(
     ):  # fmt: skip
         shape = scores.shape
         if len(shape) == 1 and (count := shape[0]) <= _few and boxes.shape == (count, 4):
-            # NumPy makes an empty array, and shortens it, in a third of torch's time.
+            # NumPy allocates and slices an array in a third of torch's time.
             result = _empty(count, _INT64)
             try:
                 kept = _suppress_few(boxes.data_ptr(), scores.data_ptr(), iou_threshold, result)
             except RuntimeError:
-                kept = -1  # in a transform of torch.func tensors have no memory
+                kept = -1  # tensors inside a torch.func transform have no memory
             if kept >= 0:
                 return _from_numpy(result[:kept])
     if peek_interpreter_stack() is not None:  # a transform of torch.func
@@ -117,7 +116,7 @@ def nms(
 
 def _through_operator(boxes: Tensor, *arguments: Any) -> Tensor:
     if not (isinstance(boxes, Tensor) and isinstance(arguments[0], Tensor)):
-        return eager_nms(boxes, *arguments)  # which says what is wrong
+        return eager_nms(boxes, *arguments)  # raises the error
     import detkit.boxes.nms_operator  # noqa: F401  (registers the operator)
 
     return torch.ops.detkit.nms(boxes, *arguments)
@@ -132,7 +131,7 @@ def eager_nms(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> Tensor:
-    """`nms` of tensors that hold values, of any dtype, layout and device; see there."""
+    """`nms` for tensors with values (not traced), of any dtype, layout and device."""
     check_candidates(boxes, scores, labels=labels, image_index=image_index)
     check_thresholds(iou_threshold, max_detections, score_threshold)
     if boxes.is_cuda:
@@ -141,11 +140,11 @@ def eager_nms(
     if device.type != "cpu":
         log.debug("nms of %d boxes on %s is computed on the CPU", len(boxes), device)
     boxes = _ready(boxes, torch.float32)
-    # Not less precise than they are: rounding could make scores equal and change their order.
+    # Keep the precision: rounding could create ties and change the order.
     scores = _ready(scores, torch.float64 if scores.dtype is torch.float64 else torch.float32)
     above_score = -math.inf if score_threshold is None else float(score_threshold)
     if scores.dtype == torch.float32:
-        # Rounded, as torch does where it compares float32 scores with a number.
+        # Rounded to float32, as torch does when comparing float32 scores with a number.
         above_score = float(torch.tensor(above_score, dtype=torch.float32, device="cpu"))
     else:
         check_finite(scores, "scores")
@@ -186,7 +185,7 @@ def _run_kernel(
     above_score: float,
     limit: int,
 ) -> Tensor:
-    """The kernel's call: contiguous float32 boxes and scores, int64 labels and images, all on the CPU."""
+    """Call the kernel with contiguous float32 boxes and scores, int64 labels and image indices, all on the CPU."""
     suppress = _suppress or _load_kernel()
     count = boxes.shape[0]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (boxes, scores, labels, image_index)]
@@ -198,25 +197,25 @@ def _run_kernel(
     result = np.empty(count, dtype=np.int64)
     kept = suppress(*addresses, iou_threshold, above_score, limit, _memory(count), result)
     if kept >= 0:
-        # A slice would keep the memory of all.
+        # A slice would keep all of the memory.
         return torch.from_numpy(result[:kept] if 2 * kept > count else result[:kept].copy())
     check_finite(boxes, "boxes")
     check_finite(scores, "scores")
-    # Labels or images such as 2^40: numbered anew. An image's limit is applied afterwards.
+    # Sparse labels or image indices, such as 2^40, are renumbered; the limit per image is applied afterwards.
     groups = _dense_groups([key for key in (labels, image_index) if key is not None])
     found = _run_kernel(boxes, scores, iou_threshold, groups, None, above_score, len(boxes))
     return first_of_each_image(found, image_index, limit)
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as the kernel reads it: of this dtype, on the CPU, without gaps."""
+    """Convert a tensor to this dtype, on the CPU and contiguous."""
     if tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.detach().to("cpu", dtype).contiguous().resolve_neg()
 
 
 def _memory(count: int) -> np.ndarray:
-    """What the kernel works in; kept by each thread from call to call, up to KEPT_WORDS."""
+    """Working memory of the kernel; each thread keeps it between calls, up to KEPT_WORDS."""
     from detkit.boxes.kernels.nms_numba import words_needed
 
     words = words_needed(count)
@@ -229,7 +228,7 @@ def _memory(count: int) -> np.ndarray:
 
 
 def _dense_groups(keys: list[Tensor]) -> Tensor:
-    """(N,) int64 in 0..N-1, equal where all keys are equal."""
+    """(N,) int64 in 0..N-1, equal if and only if all keys are equal."""
     groups = keys[0].unique(return_inverse=True)[1]
     for key in keys[1:]:
         numbered = key.unique(return_inverse=True)[1]
@@ -238,9 +237,9 @@ def _dense_groups(keys: list[Tensor]) -> Tensor:
 
 
 def _ranked(scores: Tensor, above_score: float) -> tuple[Tensor, float]:
-    """Float32 scores in the same order as the float64 ones, and the threshold for them: consecutive float32 numbers."""
+    """Replace float64 scores by consecutive float32 numbers in the same order, and convert the threshold."""
     order = scores.argsort(descending=True, stable=True)
-    greatest = 0x7F7FFFFF  # the bits of the greatest float32; lesser positive ones have lesser bits
+    greatest = 0x7F7FFFFF  # bits of the largest float32; smaller positive numbers have smaller bits
     bits = torch.empty(len(scores), dtype=torch.int32, device="cpu")
     bits[order] = greatest - torch.arange(len(scores), dtype=torch.int32, device="cpu")
     above = int((scores > above_score).sum())
@@ -249,12 +248,12 @@ def _ranked(scores: Tensor, above_score: float) -> tuple[Tensor, float]:
 
 
 def _load_kernel() -> Callable[..., int]:
-    # Numba takes half a second to import: whoever never suppresses does not wait for it.
+    # Imported on first use: Numba takes half a second to import.
     global _suppress, _suppress_few, _few
-    log.debug("loading the NMS kernel for the CPU; without Numba's cache it is compiled, some ten seconds")
+    log.debug("loading the NMS kernel for the CPU; without Numba's cache it is compiled, which takes about ten seconds")
     started = time.perf_counter()
-    # The import makes so many objects that the garbage collector would look through all of torch's again and again,
-    # for a third of the time.
+    # The import creates so many objects that the garbage collector would repeatedly scan all of torch's, which takes
+    # a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,11 +1,11 @@
-"""`torch.ops.detkit.nms`: suppression as one opaque operator, for torch.compile, torch.export and make_fx.
+"""`torch.ops.detkit.nms`: NMS as one opaque operator, for torch.compile, torch.export and make_fx.
 
-A tracer cannot look into the kernels of `detkit.boxes.nms`. Under one `nms` calls this operator, so that its graph
-holds a single node that computes the same, on the same device. An ordinary call does not come here: the way
-through torch's dispatcher takes some microseconds.
+Tracers cannot see into the kernels of `detkit.boxes.nms`. When traced, `nms` calls this operator, so that the graph
+contains a single node with the same result on the same device. Eager calls do not use it, since torch's dispatcher
+takes some microseconds.
 
-A graph with this node runs where Python and detkit are: import this module before torch.export.load. For what runs
-without Python there is `detkit.boxes.nms_onnx`.
+A graph with this node needs Python and detkit: import this module before torch.export.load. For use without Python see
+`detkit.boxes.nms_onnx`.
 """
 
 import torch
@@ -20,7 +20,7 @@ torch.library.define(
     "float? score_threshold=None, int? max_detections=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# `eager_nms` and not `nms`, which may call the operator again: tracers run it on tensors with values as well.
+# Not `nms`, which may call the operator again: tracers also run it on tensors with values.
 torch.library.impl("detkit::nms", "default", eager_nms)
 
 
@@ -34,7 +34,7 @@ def _fake_nms(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> Tensor:
-    """(K,) int64 without values. K is a new symbol, of which the tracer learns that it is in 0..N."""
+    """(K,) int64 without values, where K is a new symbol in 0..N."""
     check_thresholds(iou_threshold, max_detections, score_threshold)
     if boxes.ndim != 2 or not boxes.is_floating_point():
         raise ValueError(f"boxes must be (N, 4) of a float dtype, but got {tuple(boxes.shape)} {boxes.dtype}")
@@ -48,9 +48,9 @@ def _fake_nms(
 
 
 def _check_column(tensor: Tensor, name: str, boxes: Tensor) -> None:
-    """Raises ValueError unless scores, labels or image_index are (N,) of the right kind."""
+    """Raise ValueError unless scores, labels or image_index are (N,) of a valid dtype."""
     if tensor.ndim != 1 or tensor.is_floating_point() != (name == "scores"):
         what = "of a float dtype" if name == "scores" else "integers"
         raise ValueError(f"{name} must be (N,) {what}, but got {tuple(tensor.shape)} {tensor.dtype}")
-    # A promise to the tracer, and not an `if`, which fails on lengths that depend on data, such as a mask's.
+    # Not an `if`, which fails for data-dependent lengths, such as those of masked tensors.
     torch._check_value(tensor.shape[0] == boxes.shape[0], lambda: f"{name} must be as long as boxes")

@@ -1,4 +1,4 @@
-"""Non-maximum suppression by torchvision's kernel, group after group: for GPUs where numba-cuda is missing."""
+"""Non-maximum suppression by torchvision's kernel, group by group, for GPUs without numba-cuda."""
 
 from itertools import pairwise
 
@@ -18,12 +18,12 @@ def nms_by_torchvision(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> Tensor:
-    """detkit.boxes.nms with one call of torchvision.ops.nms for each image and class. Works on any device.
+    """`detkit.boxes.nms` with one call of torchvision.ops.nms per image and class. Works on any device.
 
-    Arguments and result are those of detkit.boxes.nms, which has checked them.
+    Arguments and result as for `detkit.boxes.nms`, which checks the arguments.
 
     Raises:
-        ValueError: for boxes or scores that are not finite.
+        ValueError: boxes or scores are not finite.
     """
     boxes = boxes.detach().float()
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -37,7 +37,7 @@ def nms_by_torchvision(
     if len(by_score) == 0:
         return by_score
     order, starts = sort_into_groups(by_score, [key for key in (labels, image_index) if key is not None])
-    # The members of a group come best first. Scores that only fall keep them so, whatever the dtype of the real ones.
+    # Each group is sorted by score already. Strictly decreasing scores keep that order, regardless of the real dtype.
     falling = torch.arange(len(order), 0, -1, device=boxes.device).to(boxes.dtype)
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     for begin, end in pairwise(starts.tolist()):

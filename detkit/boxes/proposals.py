@@ -1,4 +1,4 @@
-"""From the scores and offsets of a region-proposal network to the regions that a second stage looks at."""
+"""Selection of the proposals of a region-proposal network for the second stage."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from detkit.boxes.coding import decode
 from detkit.boxes.convert import clip
 from detkit.boxes.nms import nms
 
-SMALLEST_SIDE = 1e-3
-"""Pixels; a proposal with a shorter side is dropped."""
+MIN_PROPOSAL_SIDE = 1e-3
+"""Pixels; proposals with a shorter side are dropped."""
 
 
 @torch.no_grad()
@@ -25,30 +25,31 @@ def select_proposals(
     proposals: int,
     iou_threshold: float,
 ) -> list[Tensor]:
-    """The best regions of each image (Faster R-CNN, Ren et al. 2015, section 3.3; by level as in FPN, Lin et al. 2017).
+    """Select the best proposals of each image (Faster R-CNN, Ren et al. 2015, section 3.3; levels as in FPN, Lin et al.
+    2017).
 
-    Of each level the best `candidates` are decoded and cut to the image; then the levels are suppressed one apart from
-    the other. Equal to torchvision's RegionProposalNetwork.filter_proposals, but that only candidates are decoded, and
-    that logits are compared, where torchvision's sigmoid makes those above 17 equal.
+    The best `candidates` of each level are decoded and clipped to the image, and each level is suppressed separately.
+    Equal to torchvision's RegionProposalNetwork.filter_proposals, except that only candidates are decoded, and that
+    logits are compared: torchvision compares their sigmoid, which ties above 17.
 
     Args:
         objectness: (B, A) logits.
         offsets: (B, A, 4), with means 0 and deviations 1; see detkit.boxes.coding.
         anchors: (A, 4) xyxy pixels.
-        level_counts: how many of the A anchors each level has, in their order.
+        level_counts: number of anchors of each level, in the order of the anchors.
         sizes: (height, width) of each image without padding.
-        candidates: of each level and image that enter suppression.
-        proposals: the most that are kept of each image.
-        iou_threshold: of two of one level that overlap more, the one with the lower score goes.
+        candidates: maximum number per level and image before suppression.
+        proposals: maximum number per image after suppression.
+        iou_threshold: IoU above which the lower-scoring of two proposals of a level is removed.
 
     Returns:
-        For each image (P, 4) float32 xyxy pixels inside it, best score first, P <= proposals.
+        For each image (P, 4) float32 xyxy pixels inside it, by descending score, P <= proposals.
 
     Raises:
-        ValueError: the level counts do not add up to A.
+        ValueError: the level counts do not sum to A.
     """
     if sum(level_counts) != len(anchors):
-        raise ValueError(f"the levels have {sum(level_counts)} anchors together, but there are {len(anchors)}")
+        raise ValueError(f"the levels have {sum(level_counts)} anchors in total, but there are {len(anchors)}")
     chosen, levels, start = [], [], 0
     for level, count in enumerate(level_counts):
         of_level = objectness[:, start : start + count].topk(min(candidates, count), dim=1).indices
@@ -61,7 +62,7 @@ def select_proposals(
     kept = []
     for image, size in enumerate(sizes):
         inside = clip(boxes[image], size)
-        large = ((inside[:, 2:] - inside[:, :2]) >= SMALLEST_SIDE).all(dim=1)
+        large = ((inside[:, 2:] - inside[:, :2]) >= MIN_PROPOSAL_SIDE).all(dim=1)
         inside = inside[large]
         best = nms(inside, scores[image, large], iou_threshold, labels=level_of[image, large], max_detections=proposals)
         kept.append(inside[best])

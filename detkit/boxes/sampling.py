@@ -1,4 +1,4 @@
-"""Which anchors take part in a loss, where nearly all of them are background."""
+"""Sampling of the anchors for a loss, since nearly all of them are background."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from detkit.structures import Match
 def sample_balanced(
     match: Match, count: int = 256, positive_fraction: float = 0.5, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A random choice of positives and negatives (Faster R-CNN, Ren et al. 2015: 128 + 128 of one image).
+    """Sample positives and negatives at random (Faster R-CNN, Ren et al. 2015: 128 + 128 of one image).
 
-    At most int(count * positive_fraction) positives; places that they leave empty go to negatives. Places that
-    negatives leave empty stay so. Ignored anchors are never chosen.
+    At most int(count * positive_fraction) positives; the rest are negatives, as far as there are enough. Ignored
+    anchors are never chosen.
 
     Args:
-        match: of A anchors.
-        count: anchors chosen in all.
-        positive_fraction: largest part of positives, in 0..1.
-        generator: source of chance, on any device; default torch's global one of the CPU, whose state a run saves.
+        match: the assignment of A anchors.
+        count: total number of samples.
+        positive_fraction: maximum fraction of positives, in 0..1.
+        generator: random generator on any device; default torch's global CPU generator, whose state a run saves.
 
     Returns:
         (P,) int64 indices of positive anchors and (Q,) of negative ones, P + Q <= count, in random order.
@@ -30,21 +30,21 @@ def sample_balanced(
 
 
 def hard_negatives(losses: Tensor, positive: Tensor, ignored: Tensor, ratio: float = 3.0, minimum: int = 0) -> Tensor:
-    """The negatives with the highest loss, `ratio` for each positive of the same image (SSD, Liu et al. 2016: 3:1).
+    """Select the negatives with the highest loss, `ratio` per positive of the same image (SSD, Liu et al. 2016: 3:1).
 
-    Torchvision's rule, apart from `ignored` and `minimum`. Of equal losses the lower anchor goes first. A loss
-    of NaN counts as the highest, so that it is chosen and stops the training instead of hiding.
+    Torchvision's rule, except for `ignored` and `minimum`. Ties by index. A loss of NaN counts as the highest, so that
+    it is selected and stops the training instead of being hidden.
 
     Args:
-        losses: (B, A) classification loss of each anchor of each image; no gradient flows through the choice.
+        losses: (B, A) classification loss of each anchor of each image; the selection is not differentiable.
         positive: (B, A) bool.
-        ignored: (B, A) bool; never chosen.
-        ratio: negatives for each positive.
-        minimum: least number of an image's negatives, as far as it has them; above 0 also images without
-            objects teach what background is.
+        ignored: (B, A) bool; never selected.
+        ratio: negatives per positive.
+        minimum: minimum number of negatives per image, as far as there are enough; above 0, images without objects
+            contribute background, too.
 
     Returns:
-        (B, A) bool, true for the chosen negatives.
+        (B, A) bool, true for the selected negatives.
     """
     if not losses.shape == positive.shape == ignored.shape or losses.ndim != 2:
         raise ValueError(
@@ -53,7 +53,7 @@ def hard_negatives(losses: Tensor, positive: Tensor, ignored: Tensor, ratio: flo
         )
     negative = ~(positive | ignored)
     wanted = (ratio * positive.sum(1, keepdim=True)).clamp(min=minimum)
-    # Sorting puts NaN above every number; what is not negative goes below every number.
+    # Sorting puts NaN above every number, and anchors that are not negative below every number.
     candidates = losses.detach().masked_fill(~negative, -torch.inf)
     order = candidates.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
@@ -61,7 +61,7 @@ def hard_negatives(losses: Tensor, positive: Tensor, ignored: Tensor, ratio: flo
 
 
 def _choose(mask: Tensor, limit: int, generator: torch.Generator | None) -> Tensor:
-    """At most `limit` indices of true entries of `mask`, at random."""
+    """Choose at most `limit` indices of true entries of `mask` at random."""
     indices = mask.nonzero().flatten()
     order = torch.randperm(len(indices), generator=generator, device=None if generator is None else generator.device)
     return indices[order[:limit].to(mask.device)]

@@ -1,4 +1,4 @@
-"""Soft-NMS: boxes that overlap a better one lose score instead of being removed."""
+"""Soft-NMS: decays the scores of overlapping boxes instead of removing the boxes."""
 
 import logging
 from typing import Literal, get_args
@@ -32,44 +32,44 @@ def soft_nms(
     image_index: Tensor | None = None,
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-NMS (Bodla et al. 2017, arXiv 1704.04503), exact, apart for each image and class.
+    """Exact Soft-NMS per image and class (Bodla et al. 2017, arXiv 1704.04503).
 
-    Takes the box with the highest current score, of equal ones that which comes first, lets the scores of all
-    others of the same image and class decay, and repeats:
+    Takes the box with the highest current score, ties by index, decays the scores of the other boxes of the same image
+    and class, and repeats:
 
         linear:   score * (1 - iou) where iou > iou_threshold, else unchanged
         gaussian: score * exp(-iou^2 / sigma)
 
-    An IoU of exactly the threshold does not decay, as in `nms` and in the authors' program; the paper's equation
-    says >=. Boxes without area have an IoU of 0 with all others.
+    An IoU equal to the threshold does not decay, as in `nms` and the authors' program; the paper's equation has >=.
+    Boxes without area have an IoU of 0 with all others.
 
-    On a GPU's tensors the decay is computed on the CPU, which a log line of level debug says; the results
-    return to the device. No gradient passes through.
+    Tensors on a GPU are processed on the CPU (logged at debug level), and the results are returned to their device. The
+    result is not differentiable.
 
     Args:
         boxes: (N, 4) xyxy pixels of any float dtype, computed in float32.
         scores: (N,) of any float dtype.
-        method: which decay.
-        iou_threshold: in 0..1, of the linear decay only. None: 0.3.
-        sigma: in 1e-30..1e30, of the Gaussian decay only; the smaller, the stronger the decay. None: 0.5.
-        score_threshold: 0 or more; boxes whose score is not above it, at first or once decayed, are out.
-        labels: (N,) integers; boxes of different labels do not decay each other. None: all one class.
-        image_index: (N,) integers, which image of the batch each box is of. None: all one image.
-        max_detections: the most boxes of each image, those with the highest decayed scores. None: all.
+        method: the decay function.
+        iou_threshold: in 0..1, for the linear decay only. None for 0.3.
+        sigma: in 1e-30..1e30, for the Gaussian decay only; smaller values decay more. None for 0.5.
+        score_threshold: at least 0; boxes whose initial or decayed score is not above it are removed.
+        labels: (N,) integers; boxes of different labels do not decay each other. None for a single class.
+        image_index: (N,) integers, the image of the batch that each box belongs to. None for a single image.
+        max_detections: maximum number of boxes per image, those with the highest decayed scores. None for no limit.
 
     Returns:
-        (K,) int64 indices into `boxes` on its device, best decayed score first over all images, ties by index;
-        and (K,) their decayed scores, float64 where `scores` are, else float32.
+        (K,) int64 indices into `boxes` on its device, by descending decayed score over all images, ties by index; and
+        (K,) their decayed scores, float64 if `scores` is, otherwise float32.
 
     Raises:
-        ValueError: for wrong shapes, dtypes, devices or thresholds, an unknown method, an option of the other
-            method, and for boxes or scores that are not finite, by name: "scores[17] is nan".
+        ValueError: invalid shapes, dtypes, devices or thresholds, an unknown method, an option of the other method, or
+            boxes or scores that are not finite, naming the entry: "scores[17] is nan".
     """
     iou_threshold, sigma = _options(method, iou_threshold, sigma)
     check_candidates(boxes, scores, labels=labels, image_index=image_index)
     check_thresholds(iou_threshold, max_detections)
     if not score_threshold >= 0:
-        raise ValueError(f"score_threshold must be 0 or more, but is {score_threshold}")
+        raise ValueError(f"score_threshold must be at least 0, but is {score_threshold}")
     device = boxes.device
     if device.type != "cpu":
         log.debug("soft_nms of %d boxes on %s is computed on the CPU", len(boxes), device)
@@ -101,13 +101,13 @@ def _take_and_decay(
     image_index: Tensor | None,
     limit: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(K,) int64 the boxes taken, at most `limit` of each image and class, and (N,) the scores, decayed for those."""
+    """Return (K,) int64 boxes taken, at most `limit` per image and class, and (N,) scores, decayed for those."""
     by_score = scores.argsort(descending=True, stable=True)
     least = torch.tensor(score_threshold, dtype=scores.dtype, device=scores.device)
     by_score = by_score[scores[by_score] > least]
     if len(by_score) == 0:
         return by_score, scores
-    # Numba takes a second to import: whoever never suppresses does not wait for it.
+    # Imported on first use: Numba takes a second to import.
     from detkit.boxes.kernels.soft_nms_numba import take_and_decay
 
     order, starts = sort_into_groups(by_score, [key for key in (labels, image_index) if key is not None])
@@ -127,13 +127,13 @@ def _take_and_decay(
 
 
 def _options(method: str, iou_threshold: float | None, sigma: float | None) -> tuple[float, float]:
-    """The IoU threshold and sigma, their defaults filled in; raises ValueError for one the method does not have."""
+    """Fill in the defaults of the IoU threshold and sigma; raise ValueError for an option of the other method."""
     if method not in get_args(Method):
         raise ValueError(f"unknown method {method!r}. {nearest(str(method), get_args(Method))}")
     if method == "gaussian" and iou_threshold is not None:
-        raise ValueError("iou_threshold belongs to method='linear'; the Gaussian decay has none: leave it out")
+        raise ValueError("iou_threshold applies only to method='linear'; leave it out for the Gaussian decay")
     if method == "linear" and sigma is not None:
-        raise ValueError("sigma belongs to method='gaussian'; the linear decay has none: leave it out")
-    if sigma is not None and not 1e-30 <= sigma <= 1e30:  # a float32 that is neither 0 nor infinite
+        raise ValueError("sigma applies only to method='gaussian'; leave it out for the linear decay")
+    if sigma is not None and not 1e-30 <= sigma <= 1e30:  # neither 0 nor infinite as float32
         raise ValueError(f"sigma must be in 1e-30..1e30, but is {sigma}")
     return 0.3 if iou_threshold is None else float(iou_threshold), 0.5 if sigma is None else float(sigma)

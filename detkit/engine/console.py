@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: progress, a line for each epoch, metrics.csv and TensorBoard."""
+"""Progress reports of a training run: progress bar, a line per epoch, metrics.csv and TensorBoard."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ from detkit.tasks.base import task_of
 
 
 class TrainingConsole:
-    """Reports one run; silent on all processes but the first."""
+    """Reports one run; silent in all processes except the first."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class TrainingConsole:
             self._events.close()
 
     def step(self, progress: Any, number: int, batches: int, losses: dict[str, float], lr: float, images: int) -> None:
-        """After each batch: loss, learning rate, images a second, time left."""
+        """Report a batch: loss, learning rate, images per second, time left."""
         now = time.perf_counter()
         if number == 1:
             self._started, self._image_files = now, 0
@@ -95,7 +95,7 @@ class TrainingConsole:
 
     @contextmanager
     def validation(self, images: int) -> Iterator[Callable[[int], None]]:
-        """A bar for one evaluation; yields what to call with the number of images done."""
+        """Show a progress bar for an evaluation; yields a function to call with the number of images done."""
         task = self.progress.add_task("validation", total=images, status="")
         try:
             yield lambda count: self.progress.update(task, advance=count)
@@ -105,11 +105,11 @@ class TrainingConsole:
     def epoch(
         self, progress: Any, losses: dict[str, float], evaluation: Evaluation | None, seconds: float, waited: float
     ) -> None:
-        """After each epoch: a line here, a row for metrics.csv, TensorBoard's scalars.
+        """Report an epoch: a line on the console, a row of metrics.csv, and scalars for TensorBoard.
 
         Args:
-            seconds: of training.
-            waited: seconds of them in which there was no image to train on.
+            seconds: duration of the training.
+            waited: part of it spent waiting for images, in seconds.
         """
         row: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step, "lr": self._lr, "seconds": seconds}
         row["seconds_waiting"] = waited
@@ -136,7 +136,7 @@ class TrainingConsole:
             self._events.flush()
 
     def limits(self, watch: Stopwatch) -> None:
-        """After the last epoch: where the time went, and what limits the run."""
+        """Report after the last epoch which stage limits the run."""
         if watch.seconds:
             self.console.print(f"time       {verdict(watch, self.options, usable_processors())}")
 
@@ -162,12 +162,12 @@ class TrainingConsole:
 
 
 class EventFile:
-    """A file of scalars for TensorBoard, in a folder.
+    """An event file of scalars for TensorBoard, in a folder.
 
-    Unlike TensorBoard's own writer it has no thread, in which the error of a full disk would be lost.
+    Unlike TensorBoard's writer it does not use a thread, in which errors such as a full disk would be lost.
 
     Raises:
-        WriteError: by all methods, if the file cannot be written.
+        WriteError: from all methods, if the file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -180,11 +180,11 @@ class EventFile:
         self._write(file_version="brain.Event:2")
 
     def add(self, tag: str, value: float, step: int) -> None:
-        """Add the value that a curve has at a step."""
+        """Add a scalar at a step."""
         self._write(step=step, summary={"value": [{"tag": tag, "simple_value": value}]})
 
     def flush(self) -> None:
-        """Let readers see what has been added."""
+        """Write buffered scalars to the file."""
         with self._naming():
             self._records.flush()
 

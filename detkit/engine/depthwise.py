@@ -1,4 +1,4 @@
-"""Depthwise convolutions in float32 where the rest of a network trains in bf16 on a CPU."""
+"""Depthwise convolutions in float32 while the rest of a network trains in bf16 on a CPU."""
 
 from functools import cache
 from typing import Any
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 
 def depthwise_in_float32(model: nn.Module) -> int:
-    """Take the depthwise convolutions of a model out of autocast, for good; how many they are.
+    """Exclude the depthwise convolutions of a model from autocast permanently, and return their number.
 
-    They have no sums of many products for bf16 instructions to be fast at, and oneDNN's way back through strided ones
-    takes nine times as long in bf16 (96 channels of 64 x 64, Zen 4: 15 ms, 1.7 ms). A training step of three detectors
-    on EfficientNet-Lite0 took 1.1 to 1.3 times as long in bf16 as in float32, and 0.70 to 0.77 times with this.
+    They have no long dot products that bf16 instructions could accelerate, and oneDNN's backward pass of strided ones
+    takes nine times as long in bf16 (96 channels of 64 x 64, Zen 4: 15 ms against 1.7 ms). A training step of three
+    detectors on EfficientNet-Lite0 took 1.1 to 1.3 times as long in bf16 as in float32, and 0.70 to 0.77 times with
+    this.
 
-    What the model is made of and its weights stay: the convolutions get a class of their own.
+    Modules and weights are kept; only the class of the convolutions is replaced.
     """
     count = 0
     for module in model.modules():
@@ -26,7 +27,7 @@ def depthwise_in_float32(model: nn.Module) -> int:
 
 @cache
 def _in_float32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    """The same kind of convolution, but always in float32; timm's that pad as TensorFlow does included."""
+    """Derive a convolution class that always computes in float32, also from timm's with TensorFlow padding."""
 
     def forward(self: Any, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):

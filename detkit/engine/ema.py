@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which generalises better than the last weights."""
+"""Exponential moving average (EMA) of a model's weights, which generalises better than the last weights."""
 
 import copy
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class AveragedModel:
-    """average = decay · average + (1 - decay) · weights, after every optimiser step.
+    """A model with the averaged weights: average = decay · average + (1 - decay) · weights, after every step.
 
-    The decay starts small, (1 + updates) / (10 + updates), so that the random weights of the start are
-    forgotten also in short runs (as in TensorFlow's ExponentialMovingAverage). Running statistics of batch
-    norms are averaged like weights; counters are copied.
+    The decay starts small, (1 + updates) / (10 + updates), so that the initial random weights are forgotten even in
+    short runs (as in TensorFlow's ExponentialMovingAverage). Running statistics of batch norms are averaged like
+    weights; counters are copied.
 
     Args:
-        model: copied; the copy is `self.model`, for evaluation only.
+        model: the model; `self.model` is a copy of it for evaluation.
         decay: in 0..1.
     """
 
@@ -25,7 +25,7 @@ class AveragedModel:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the model's present weights."""
+        """Update the average by the current weights of `model`."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         new: dict[str, Tensor] = model.state_dict()

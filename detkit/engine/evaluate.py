@@ -1,4 +1,4 @@
-"""A model's losses and scores on a data set, from one forward pass of each image."""
+"""Evaluation of a model on a data set: losses and scores from one forward pass per image."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from detkit.tasks.base import task_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Args:
         losses: mean over images, by name.
-        scores: of all predictions, of a class of the task (Detections: DetectionScores).
-        results: the predictions as the task writes them (Detections: COCO results).
+        scores: the scores, of a class that depends on the task (detection: DetectionScores).
+        results: the predictions in the task's file format (detection: COCO results).
     """
 
     losses: dict[str, float]
@@ -43,26 +43,27 @@ def evaluate(
     network: FastNetwork | None = None,
     max_dets: int | None = None,
 ) -> Evaluation:
-    """Losses and scores of `model`, which is left in evaluation mode.
+    """Compute losses and scores of `model`, which is left in evaluation mode.
 
     Args:
         advance: called with the number of images after each batch.
-        store: of the backbone's maps of these images, which is frozen.
-        network: the model as predictions run it, to score these; without a store.
-        max_dets: of the training's options.
+        store: the stored feature maps of these images, for a frozen backbone.
+        network: the optimised model to evaluate instead; not with a store.
+        max_dets: see `TrainOptions.max_dets`.
     """
     task = task_of(model.head)
     sums: dict[str, float] = defaultdict(float)
     device = next(model.parameters()).device
     model.eval()
-    # The stored maps of all images have one size.
+    # Stored maps have the same size for all images.
     fit = model.fit if store is None else model.fit.untrimmed()
     on_gpu = device.type == "cuda"
     loader = evaluation_loader(dataset, fit, batch_size=batch_size, workers=workers, pin=on_gpu)
     position = 0
-    # Only a head of an open set may see other classes than its own (check_classes), and has no loss for them.
+    # Only an open-set head may be evaluated on other classes than its own (check_classes); it has no loss for them.
     known = not model.head.open_set or dataset.classes.names == model.classes.names
-    # Losses of heads that sample at random: the same choice in every evaluation, and none of training's numbers spent.
+    # Heads with random sampling in the loss: use the same samples in every evaluation, and leave training's generator
+    # unchanged.
     arithmetic = torch.inference_mode() if network is None else network.arithmetic()
     evaluator, decoding = task.scoring(dataset.classes, model.head, max_dets)
     fork = torch.random.fork_rng([device] if on_gpu else [])
@@ -73,9 +74,9 @@ def evaluate(
             predictions, losses = predict_with_losses(model, batch, network, decoding)
             for name, value in losses.items():
                 sums[name] += value * len(batch)
-            # Image by image, since the masks of a batch are large.
+            # One image at a time, since masks are large.
             for found, meta in zip(predictions, batch.metas):
-                # The ground truth in the source's own pixels comes straight from the file: no rounding on the way.
+                # Targets in source pixels come directly from the data set, without rounding.
                 target = dataset.target(position)
                 found = task.undo(found.to("cpu"), meta, dataset.classes.names)
                 evaluator.update([found], [target], [replace(meta, matrix=None)])
@@ -86,6 +87,6 @@ def evaluate(
 
 
 def _without_labels(batch: Batch) -> Batch:
-    """The batch without the classes of its images, which the model does not know."""
+    """Remove the image labels, which are not among the model's classes."""
     none = torch.zeros(0, dtype=torch.int64, device=batch.images.device)
     return replace(batch, targets=tuple(replace(target, image_labels=none) for target in batch.targets))

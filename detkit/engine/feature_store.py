@@ -1,4 +1,4 @@
-"""What a frozen backbone gives, computed once and kept: later epochs read no image and run the neck and head only."""
+"""Storage of a frozen backbone's feature maps, so that later epochs read no images and run only the neck and head."""
 
 import math
 import os
@@ -27,31 +27,28 @@ FOLDER = "features"
 
 
 def check_storable(experiment: Experiment) -> None:
-    """Refuse `train.store_features` where the backbone's maps of an image are not the same in every epoch.
+    """Check that with `train.store_features` the feature maps of an image are the same in every epoch.
 
     Raises:
-        ConfigError: saying why, and what to change.
+        ConfigError: with the reason and the remedy.
     """
     options, fitting = experiment.train, experiment.input
     if not options.store_features:
         return
     reason = ""
     if options.freeze != "all":
-        reason = f"train.freeze is {options.freeze}, so that the backbone's maps change. Set train.freeze to all"
+        reason = f"train.freeze is {options.freeze}, so its feature maps change. Set train.freeze to all"
     elif experiment.augment:
-        reason = "each epoch augments images anew. Set augment to []"
+        reason = "the images are augmented differently in each epoch. Set augment to []"
     elif fitting.multi_scale is not None:
-        reason = "inputs of many sizes give other maps each time. Set input.multi_scale to null"
+        reason = "with input.multi_scale the input size changes. Set input.multi_scale to null"
     elif fitting.resize not in ("stretch", "letterbox"):
-        reason = (
-            f"under input.resize {fitting.resize} the maps of an image are not of one size. Set it to stretch or "
-            "letterbox"
-        )
+        reason = f"with input.resize {fitting.resize} the maps of images differ in size. Set it to stretch or letterbox"
     elif options.devices > 1:
-        reason = f"each of {options.devices} processes would see other images in every epoch. Set train.devices to 1"
+        reason = f"each of {options.devices} processes would get other images in every epoch. Set train.devices to 1"
     if reason:
         raise ConfigError(
-            f"'train.store_features' keeps what the backbone gives for each image from the first epoch on, but "
+            f"'train.store_features' reuses the feature maps that the backbone computes in the first epoch, but "
             f"{reason}, or train.store_features to false."
         )
 
@@ -60,16 +57,16 @@ def check_storable(experiment: Experiment) -> None:
 def feature_stores(
     experiment: Experiment, run: Path, train_count: int, val_count: int
 ) -> Iterator[tuple["FeatureStore | None", "FeatureStore | None"]]:
-    """The stores of training and validation images, None without `train.store_features`; gone afterwards.
+    """Create the stores of training and validation images, or None without `train.store_features`; deleted afterwards.
 
     Args:
-        run: the run's folder, in which their files lie meanwhile.
+        run: the run's folder, for the temporary files.
     """
     if not experiment.train.store_features:
         yield None, None
         return
     folder = run / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     make_folder(folder)
     try:
         yield FeatureStore(folder / "train", train_count), FeatureStore(folder / "val", val_count)
@@ -79,7 +76,7 @@ def feature_stores(
 
 @dataclass(frozen=True)
 class _ImageRecord:
-    """What a batch says of one image besides its pixels."""
+    """The data of an image in a batch, besides its pixels."""
 
     size: tuple[int, int]
     target: Target
@@ -88,14 +85,14 @@ class _ImageRecord:
 
 
 class FeatureStore:
-    """The backbone's maps of all images of a split, exactly as computed, in a file for each level.
+    """The backbone's feature maps of all images of a split, unchanged, in one file per level.
 
-    The files are mapped into memory: fast as memory where it is large enough, and no more than disk where it is not.
-    Targets, with their masks, and proposals are kept in memory.
+    The files are memory-mapped: as fast as memory if it is large enough, otherwise limited by the disk. Targets, with
+    their masks, and proposals are kept in memory.
 
     Args:
-        path: what the names of the files begin with.
-        count: images of the split.
+        path: prefix of the file names.
+        count: number of images of the split.
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -108,20 +105,22 @@ class FeatureStore:
     def batches(
         self, loader: "DataLoader[Any]", model: Model, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Iterator[Batch]:
-        """The batches of a loader with the backbone's maps: from the store, if it has all their images; otherwise the
-        images are read, and what they give is put into the store.
+        """Iterate over the batches of a loader with feature maps.
+
+        If the store contains all images, the maps come from the store; otherwise the images are read and their maps
+        are stored.
 
         Args:
-            autocast: within what it gives the backbone runs.
+            autocast: creates the context in which the backbone runs.
 
         Raises:
             DataError: an image could not be read.
-            WriteError: there is not enough space on the disk.
+            WriteError: there is not enough disk space.
         """
         numbers = [key.image if isinstance(key, Key) else key for key in loader.sampler]
         device = model.mean.device
         if all(self._image_files[number] is not None for number in numbers):
-            # Of DataLoader's own class, so that the stream of random numbers is spent as without a store.
+            # A DataLoader, so that the random generator advances as without a store.
             yield from DataLoader(
                 _Keys(),
                 batch_size=loader.batch_size,
@@ -143,18 +142,18 @@ class FeatureStore:
             self._input_size = (batch.images.shape[2], batch.images.shape[3])
         for position, number in enumerate(numbers):
             if self._image_files[number] is not None:
-                continue  # batches are filled up from the front
+                continue  # repeated to fill the last batch
             for level, channels_last, maps in zip(self._levels, self._channels_last, features):
                 one = maps[position]
                 level[number].copy_(one.permute(1, 2, 0) if channels_last else one)
             proposals = None if batch.proposals is None else batch.proposals[position].clone()
-            # Copies, else the memory of the whole batch would stay.
+            # Copies, since views would keep the whole batch in memory.
             target = batch.targets[position].copy()
             self._image_files[number] = _ImageRecord(batch.sizes[position], target, batch.metas[position], proposals)
 
     def _stored(self, keys: Sequence[Key | int], device: torch.device) -> Batch:
-        """The batch of images that the store has. Its pixels, which nothing reads, take no memory; they lie on
-        `device` since the way there would give them some."""
+        """Create a batch of stored images. Its unused pixels take no memory; they are on `device` already, since moving
+        them would allocate it."""
         numbers = [key.image if isinstance(key, Key) else key for key in keys]
         images = [image for number in numbers if (image := self._image_files[number]) is not None]
         features = []
@@ -172,7 +171,7 @@ class FeatureStore:
         )
 
     def _allocate(self, features: tuple[Tensor, ...]) -> None:
-        """Make the files, for maps of the shape, type and order in memory of these."""
+        """Create the files for maps of the given shapes, types and memory formats."""
         for number, maps in enumerate(features):
             channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
             shape = maps.shape[1:]
@@ -188,17 +187,17 @@ class FeatureStore:
 
 
 class _Keys(TorchDataset[Any]):
-    """Gives back what it is asked for."""
+    """A data set that returns its keys."""
 
     def __getitem__(self, key: Any) -> Any:
         return key
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of `size` bytes whose place on the disk is certain: a full disk, met later, would kill the process.
+    """Create a file with `size` bytes of allocated disk space: a full disk would kill the process later.
 
     Raises:
-        WriteError: there is no such space.
+        WriteError: there is not enough disk space.
     """
     try:
         with path.open("wb") as file:
@@ -208,7 +207,7 @@ def _reserve(path: Path, size: int) -> None:
                 file.truncate(size)
     except OSError as error:
         raise WriteError(
-            f"The features to be stored take {size / 1e9:.2f} GB in '{path}', which are not available "
-            f"({error.strerror}). Free some space, set 'runs' to another disk, take fewer 'levels' of the backbone or "
-            "a smaller input.size, or set train.store_features to false."
+            f"The stored features need {size / 1e9:.2f} GB in '{path}', which are not available ({error.strerror}). "
+            "Free some space, set 'runs' to another disk, use fewer 'levels' of the backbone or a smaller input.size, "
+            "or set train.store_features to false."
         ) from None

@@ -1,4 +1,4 @@
-"""Images that show a person what a run learns from and what it has learned."""
+"""Images for a run's folder: the first training batch, and predictions on validation images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from detkit.structures import ClassList, Sample, Target
 from detkit.tasks.base import Task, task_of
 from detkit.tasks.drawing import grid, write_image
 
-SMALLEST_SIDE = 320
+MIN_LABELLED_SIDE = 320
 
 
 def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: ClassList, count: int = 12) -> None:
-    """Draw the first training images as the network gets them, augmented, with their ground truth.
+    """Write the first training images after augmentation, with their ground truth.
 
     Raises:
         DataError: one of the images cannot be read.
@@ -39,7 +39,7 @@ def write_training_batch(reader: Any, task: Task[Any], path: Path, classes: Clas
 
 
 def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> None:
-    """Validation images, ground truth beside what the best checkpoint finds, spread over the set."""
+    """Write validation images, spread over the set, with ground truth beside the best checkpoint's predictions."""
     model = load_model(folder.best)
     task = task_of(model.head)
     names = dataset.classes.names
@@ -54,14 +54,14 @@ def write_predictions(folder: RunFolder, dataset: Dataset, count: int = 8) -> No
 
 @torch.inference_mode()
 def predict_sample(model: Model, task: Task[Any], sample: Sample) -> Any:
-    """The prediction of one sample in its own pixels."""
+    """Predict one sample, in source pixels."""
     batch = collate([model.fit(sample)], model.fit)
     return task.undo(predict(model, batch)[0], batch.metas[0], model.classes.names)
 
 
 def _enlargement(image: np.ndarray) -> int:
-    """By how much an image must grow for its labels to be read; 1 for all but very small ones."""
-    return -(-SMALLEST_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < SMALLEST_SIDE else 1
+    """Return the factor that makes labels on a very small image readable; 1 for other images."""
+    return -(-MIN_LABELLED_SIDE // max(image.shape[:2])) if max(image.shape[:2]) < MIN_LABELLED_SIDE else 1
 
 
 def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _enlarge_target(target: Target, factor: int) -> Target:
-    """The ground truth for the image that `_enlarge` makes."""
+    """Scale a target like `_enlarge` scales its image."""
 
     def repeated(pixels: torch.Tensor | None) -> torch.Tensor | None:
         if pixels is None:

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, for training, evaluation and predictions in batches on a CPU."""
+"""Configuration of glibc's malloc for training, evaluation and batched prediction on a CPU."""
 
 import ctypes
 import platform
@@ -8,13 +8,12 @@ _M_TRIM_THRESHOLD = -1
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse large freed blocks instead of returning each to the operating system.
+    """Make glibc reuse large freed blocks instead of returning them to the operating system.
 
-    A training step frees and allocates the same hundreds of megabytes again and again; by default every large
-    tensor is a fresh mapping whose pages the kernel zeroes anew, which took some 40 % of the step's time where this
-    was measured (EfficientNet-Lite0 with FPN, 16 images of 320 px, two shared cores,
-    one run of each: 1.9 s a step against 1.1 s).
-    Does nothing elsewhere than on Linux with glibc.
+    A training step repeatedly frees and allocates hundreds of megabytes; by default every large tensor is a new mapping
+    whose pages the kernel must zero, which took about 40 % of the step's time in a measurement (EfficientNet-Lite0 with
+    FPN, 16 images of 320 px, two shared cores, one run each: 1.9 s per step against 1.1 s). Does nothing except on
+    Linux with glibc.
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")

@@ -1,4 +1,4 @@
-"""The processes of one training: if one of them fails, it says why, and the others end without a word."""
+"""Error handling across the processes of a training: the first that fails reports its error, the others exit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import distributed
 from detkit.errors import DetkitError
 
 
-def forget_children(fabric: Fabric) -> None:
-    """Keep lightning-fabric from killing this process at the end of another one, in the middle of its own message.
+def detach_children(fabric: Fabric) -> None:
+    """Keep lightning-fabric from killing this process when another one ends, while it reports its error.
 
-    A process that waits for one that has ended gets an error at once, at least on CPUs, where it waits in gloo.
+    A process that waits for one that has ended gets an error immediately, at least on CPUs, where it waits in gloo.
     """
     children = getattr(fabric.strategy.launcher, "procs", None)
     if children and fabric.device.type == "cpu":
@@ -22,10 +22,10 @@ def forget_children(fabric: Fabric) -> None:
 
 @contextmanager
 def ending_together(fabric: Fabric) -> Iterator[None]:
-    """Let only the first process that fails raise its error; the others, which wait for it in vain, exit with status 1.
+    """Raise only the error of the first process that fails; the others exit with status 1.
 
     Raises:
-        DetkitError: another process has ended without an error of its own.
+        DetkitError: another process ended without an error.
     """
     try:
         yield
@@ -36,8 +36,8 @@ def ending_together(fabric: Fabric) -> Iterator[None]:
             raise SystemExit(1) from None
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
             raise DetkitError(
-                "Another process of this training has ended; the system ends processes when memory runs out. Lower "
-                "train.batch_size or train.workers. The run goes on from its last whole epoch with --resume RUN."
+                "Another process of this training has ended; the system kills processes when memory runs out. Lower "
+                "train.batch_size or train.workers. Continue from the last complete epoch with --resume RUN."
             ) from error
         raise
 
@@ -47,4 +47,4 @@ def _is_first_to_fail() -> bool:
         store = torch.distributed.distributed_c10d._get_default_store()
         return bool(store.add("detkit: processes that failed", 1) == 1)
     except (RuntimeError, ValueError):
-        return False  # the first process, which keeps the store, has ended
+        return False  # the first process, which hosts the store, has ended

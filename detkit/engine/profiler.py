@@ -1,4 +1,4 @@
-"""Where the time of training goes, and which stage limits it."""
+"""Time of training by stage, and which stage limits it."""
 
 import time
 from collections import defaultdict
@@ -8,18 +8,18 @@ IMAGES, STORED, NETWORK, VALIDATION = "waiting for images", "stored features", "
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "step"
 REST = "reports and saving"
 NOTICEABLE = 0.1
-"""Of the time: who waits longer for images than that would be as much faster if they came in time."""
+"""Fraction of the time spent waiting for images above which they are said to limit the run."""
 
 
 class Stopwatch:
-    """Seconds by stage; a lap adds the time since the last one to a stage.
+    """Accumulates seconds by stage; each lap adds the time since the previous one to a stage.
 
     Args:
-        detailed: whether the parts of the network are told apart. A GPU works on while Python goes on, so that a part's
-            time there is known only by waiting for its end, which would slow the run down; their sum is right anyway.
+        detailed: record forward, backward and step separately. On a GPU, which runs asynchronously, this would need
+            synchronisation, which slows the run down; their sum is right without.
 
     Attributes:
-        seconds: of each stage so far.
+        seconds: time of each stage so far.
     """
 
     def __init__(self, detailed: bool) -> None:
@@ -28,11 +28,11 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def start(self) -> None:
-        """Begin a lap here; what was since the last one belongs to no stage."""
+        """Start a lap; the time since the previous one is discarded."""
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """End a lap of `stage`, and begin the next."""
+        """End a lap of `stage` and start the next."""
         now = time.perf_counter()
         if not self.detailed and stage in (FORWARD, BACKWARD, STEP):
             stage = NETWORK
@@ -40,20 +40,20 @@ class Stopwatch:
         self._last = now
 
     def shares(self) -> dict[str, float]:
-        """Of the time, by stage, largest first."""
+        """Fraction of the time by stage, in descending order."""
         total = sum(self.seconds.values()) or 1.0
         return {name: value / total for name, value in sorted(self.seconds.items(), key=lambda item: -item[1])}
 
 
 def verdict(watch: Stopwatch, options: Any, cores: int) -> str:
-    """One line: the share of each stage, which of them limits the run, and what would help.
+    """Describe in one line the share of each stage, which stage limits the run, and the remedy.
 
-    Images limit a run as soon as it waits for them noticeably: workers read while the network computes, so that who
-    waits is the faster of the two.
+    Images limit a run if it waits for them noticeably: workers read while the network computes, so the one that waits
+    is the faster.
 
     Args:
-        options: of training: `workers`, `cache`, `validate_every`.
-        cores: that this process may use.
+        options: training options `workers`, `cache` and `validate_every`.
+        cores: number of cores that this process may use.
     """
     shares = watch.shares()
     parts = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005)

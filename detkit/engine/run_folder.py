@@ -1,7 +1,7 @@
-"""The folder of one training run: config, metrics, checkpoints, images.
+"""The folder of a training run: config, metrics, checkpoints, images.
 
-The training state is the one file that decides where a run stands. It is written first after each epoch, and holds what
-all the others can be made from again: a process that is killed at any moment leaves a run that can be resumed.
+The training state alone defines the progress of a run. It is written first after each epoch, and the other files can be
+restored from it, so that a run can be resumed after its process was killed at any moment.
 """
 
 import csv
@@ -27,7 +27,7 @@ from detkit.io.torch_file import read_torch
 from detkit.tasks.base import Scores
 
 STATE_FORMAT, EARLIER_STATE_FORMAT = 2, 1
-"""The earlier one has no checksum."""
+"""The earlier format has no checksum."""
 MAY_CHANGE = frozenset(
     {"data.root", "data.data.root", "name", "proposals.cache", "proposals.path", "runs"}
     | {
@@ -38,11 +38,11 @@ MAY_CHANGE = frozenset(
 
 
 class RunFolder:
-    """runs/<task>/<name>, and where each thing lies in it.
+    """The folder runs/<task>/<name> and the paths in it.
 
     Attributes:
-        rows: of metrics.csv, the names of the columns first.
-        best_scores: of `best` on the validation data, if this process evaluated it as `detkit eval` does.
+        rows: rows of metrics.csv, starting with the header.
+        best_scores: validation scores of `best`, if this process evaluated it as `detkit eval` does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,12 +61,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, experiment: Experiment, task: str) -> "RunFolder":
-        """A new folder, held as by `acquire`; a name that is taken gets a number: <name>2, <name>3 ...
+        """Create a new folder and lock it; a number is appended to a name that exists: <name>2, <name>3 ...
 
-        It is filled under another name first: a folder with the name of a run can always be resumed.
+        It is created under a temporary name, so that a folder with the name of a run can always be resumed.
 
         Raises:
-            WriteError: the folder cannot be made.
+            WriteError: the folder cannot be created.
         """
         parent = Path(experiment.runs) / task
         target = parent / experiment.name
@@ -86,10 +86,10 @@ class RunFolder:
         return run
 
     def acquire(self) -> None:
-        """Hold the run for this process, until `release` or until the process ends, however it ends.
+        """Lock the run for this process, until `release` or the end of the process.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process has locked it.
         """
         try:
             import fcntl
@@ -98,16 +98,16 @@ class RunFolder:
         path = self.path / "train.lock"
         try:
             self._lock = path.open("a+", encoding="utf-8")
-            # Unlike flock's, this lock does not pass to the processes that read images, which outlive a killed parent.
+            # Unlike flock, worker processes, which outlive a killed parent, do not inherit this lock.
             try:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return  # a file system without locks
+                    return  # the file system does not support locks
                 self._lock.seek(0)
                 raise ConfigError(
-                    f"The run '{self.path}' is being trained by the process {self._lock.read().strip() or '(unknown)'}."
-                    f" Wait for its end or stop it, then give --resume again."
+                    f"The run '{self.path}' is being trained by process {self._lock.read().strip() or '(unknown)'}. "
+                    f"Wait until it ends or stop it, then give --resume again."
                 ) from None
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()}\n")
@@ -116,40 +116,40 @@ class RunFolder:
             raise write_error(path, error) from error
 
     def release(self) -> None:
-        """Let other processes train the run."""
+        """Unlock the run for other processes."""
         if self._lock is not None:
             self._lock.close()
 
     def write_config(self, experiment: Experiment) -> None:
-        """Write config.yaml, from which `--resume` goes on."""
+        """Write config.yaml, which `--resume` reads."""
         with replacing(self.config, "w") as file:
             yaml.safe_dump(experiment_to_dict(experiment), file, sort_keys=False)
 
     def check_same_experiment(self, experiment: Experiment) -> None:
-        """Refuse to go on with other options than the run began with, but for those in MAY_CHANGE.
+        """Check that no options have changed since the run started, except those in MAY_CHANGE.
 
         Raises:
-            ConfigError: naming what differs.
+            ConfigError: naming the first option that differs.
         """
         before = _flat(experiment_to_dict(load_experiment([str(self.config)])))
         now = _flat(experiment_to_dict(experiment))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and key not in MAY_CHANGE:
                 raise ConfigError(
-                    f"The run '{self.path}' began with {key} = {before.get(key)!r}, and cannot go on with "
+                    f"The run '{self.path}' was started with {key} = {before.get(key)!r} and cannot continue with "
                     f"{now.get(key)!r}. Only {', '.join(sorted(MAY_CHANGE))} may change; start a new run with "
                     f"--weights {self.last} instead."
                 )
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add a row to those of metrics.csv; the first one names the columns, which a run keeps."""
+        """Add a row to metrics.csv; the first one defines the columns of the run."""
         if not self.rows:
             self.rows.append(list(row))
         values = (row.get(column) for column in self.rows[0])
         self.rows.append(["" if value is None else str(value) for value in values])
 
     def read_metrics(self, epoch: int) -> None:
-        """Take the rows up to an epoch from metrics.csv, for a run whose training state does not have them."""
+        """Read the rows of metrics.csv up to an epoch, for a run whose training state does not contain them."""
         if not self.metrics.is_file():
             return
         lines = read_text(self.metrics, "file").replace("\0", "").splitlines()
@@ -168,10 +168,10 @@ class RunFolder:
             file.write(content)
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write what `--resume` needs besides the config; the state before it stays as the previous one.
+        """Write the state that `--resume` needs besides the config; the last one is kept as the previous state.
 
         Raises:
-            WriteError: it cannot be written; the earlier state is left as it was.
+            WriteError: it cannot be written; the earlier state is unchanged.
         """
         buffer = io.BytesIO()
         torch.save({"format": STATE_FORMAT, **state}, buffer)
@@ -182,12 +182,12 @@ class RunFolder:
                 self.state.replace(self.previous_state)
 
     def recover(self) -> str:
-        """Put the previous training state in the place of one that is missing or damaged.
+        """Replace a missing or damaged training state by the previous one.
 
-        Also removes what a process that was killed was about to write. For a process that holds the run.
+        Also removes temporary files of a killed process. The run must be locked by this process.
 
         Returns:
-            A line that says so, empty if there was nothing to do.
+            A line about the recovery; empty if there was nothing to do.
         """
         for left in [*self.path.glob(".*.part"), *self.checkpoints.glob(".*.part")]:
             with suppress(OSError):
@@ -205,16 +205,16 @@ class RunFolder:
             epoch = _read_state(self.previous_state)["progress"]["epoch"]
             self.previous_state.replace(self.state)
         except (CheckpointError, LookupError, TypeError):
-            return ""  # `load_state` says what is wrong with the newest
+            return ""  # `load_state` reports the error
         except OSError as error:
             raise write_error(self.state, error) from error
-        return f"{reason} The run goes on from the one before it, of epoch {epoch}."
+        return f"{reason} The run continues from the previous one, of epoch {epoch}."
 
     def load_state(self) -> dict[str, Any] | None:
-        """What `save_state` wrote; None for a run that has not finished its first epoch.
+        """Read the training state; None for a run that has not finished its first epoch.
 
         Raises:
-            CheckpointError: it cannot be read, or is missing though the run has checkpoints, or this is not a run.
+            CheckpointError: it cannot be read, or is missing although the run has checkpoints, or this is not a run.
         """
         if not os.path.isfile(self.config):
             raise CheckpointError(
@@ -237,7 +237,7 @@ class RunFolder:
 
 
 def _with_checksum(content: memoryview) -> bytes:
-    """A zip archive with the SHA-256 of all before it as its comment, the length of which is the last two bytes."""
+    """Append the SHA-256 of a zip archive as its comment, whose length is the archive's last two bytes."""
     begin = bytes(content[:-2]) + len(_comment(b"")).to_bytes(2, "little")
     return begin + _comment(begin)
 
@@ -260,7 +260,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _renamed(folder: Path, target: Path) -> Path:
-    """Rename a folder to `target`, or to that name with the first free number behind it."""
+    """Rename a folder to `target`, or to that name followed by the first free number."""
     for number in itertools.count(1):
         path = target if number == 1 else target.parent / f"{target.name}{number}"
         try:
@@ -274,7 +274,7 @@ def _renamed(folder: Path, target: Path) -> Path:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict by dotted key."""
+    """Flatten nested dicts to one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

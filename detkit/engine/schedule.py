@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, as a multiple of its peak."""
+"""Learning-rate schedules."""
 
 import bisect
 import math
@@ -7,11 +7,11 @@ from detkit.config import TrainOptions
 
 
 def learning_rate_factor(step: int, steps_per_epoch: int, options: TrainOptions) -> float:
-    """The multiple of the peak learning rate that optimiser step `step` (from 0) takes.
+    """Return the learning rate of optimiser step `step` (from 0) as a multiple of its peak.
 
-    It rises linearly over `warmup_epochs` and then follows `schedule`, which counts epochs from the start of
-    training: step and exponential multiply by gamma, inverse_time is 1 / (1 + gamma * epoch), cosine falls along
-    half a cosine from the end of the warm-up to `final_lr_factor` at the last step (Loshchilov and Hutter 2017).
+    It rises linearly over `warmup_epochs` and then follows `schedule`, with epochs counted from the start of training:
+    step and exponential multiply by gamma, inverse_time is 1 / (1 + gamma * epoch), cosine is half a cosine from the
+    end of the warm-up to `final_lr_factor` at the last step (Loshchilov and Hutter 2017).
     """
     warmup_steps = round(options.warmup_epochs * steps_per_epoch)
     if step < warmup_steps:

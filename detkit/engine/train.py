@@ -1,4 +1,4 @@
-"""Training: the loop, and what surrounds it. Devices, precision and processes are lightning-fabric's."""
+"""The training loop and its setup. Devices, precision and processes are handled by lightning-fabric."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ from detkit.engine.evaluate import Evaluation, evaluate
 from detkit.engine.feature_store import FeatureStore, check_storable, feature_stores
 from detkit.engine.images import write_predictions, write_training_batch
 from detkit.engine.malloc import keep_freed_memory
-from detkit.engine.processes import ending_together, forget_children
+from detkit.engine.processes import detach_children, ending_together
 from detkit.engine.profiler import BACKWARD, FORWARD, IMAGES, REST, STEP, STORED, VALIDATION, Stopwatch
 from detkit.engine.run_folder import RunFolder
 from detkit.engine.schedule import learning_rate_factor
@@ -47,16 +47,16 @@ from detkit.tasks.base import task_of
 
 
 class LossNotFiniteError(DetkitError):
-    """A loss became infinite or not a number; going on would only destroy the weights."""
+    """A loss became infinite or NaN; training on would destroy the weights."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved after each epoch.
+    """The progress of a run; saved after each epoch.
 
     Args:
-        best_checksum: of the best checkpoint; empty before the first evaluation.
-        run: an id that no other run has, which its checkpoints carry.
+        best_checksum: checksum of the best checkpoint; empty before the first evaluation.
+        run: unique id of the run, which its checkpoints contain.
     """
 
     epoch: int = 0
@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass
 class Setup:
-    """Everything the loop works with.
+    """The objects of a training.
 
     Args:
         data: the fingerprint of each split.
@@ -92,28 +92,29 @@ class Setup:
 
     @property
     def evaluated(self) -> Model:
-        """The model that is evaluated and saved: the average, if there is one."""
+        """The model that is evaluated and saved: the EMA model if there is one."""
         return self.model if self.average is None else self.average.model  # type: ignore[return-value]
 
 
 def train(experiment: Experiment, resume: str | None = None) -> RunFolder | None:
-    """Train, evaluate and save what `experiment` describes.
+    """Run an experiment: train, evaluate and save its model.
 
     Args:
-        resume: the folder of an unfinished run, which goes on exactly where its last whole epoch ended.
+        experiment: the experiment.
+        resume: the folder of an unfinished run, which continues exactly after its last complete epoch.
 
     Returns:
-        The run's folder, with checkpoints/best.safetensors and metrics.csv in it, and the scores of the best epoch
-        unless that was before the resume; None in all processes but the first, which alone evaluates and writes.
+        The run's folder, with checkpoints/best.safetensors and metrics.csv, and the scores of the best epoch unless it
+        was before the resume; None in all processes except the first, which alone evaluates and writes.
 
     Raises:
-        DetkitError: a mistake in config, data or weights, found before the first step where possible.
+        DetkitError: a mistake in config, data or weights, found before the first step if possible.
         LossNotFiniteError: naming the loss, the step and the images.
     """
     head: type[Head] = heads.get(str(experiment.head.get("name")))  # type: ignore[assignment]
     fabric, options = _launch(experiment.train, head)
     with ending_together(fabric), naming_lost_workers():
-        # The run's config then says what was computed.
+        # The run's config then contains the actual precision.
         return _train(fabric, replace(experiment, train=options), head, resume)
 
 
@@ -156,7 +157,7 @@ def _train(fabric: Fabric, experiment: Experiment, head: type[Head], resume: str
 
 
 def _epoch(setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder, console: TrainingConsole) -> None:
-    """Train for one epoch, evaluate if it is time to, and save."""
+    """Train for one epoch, evaluate if due, and save."""
     fabric, options = setup.fabric, setup.options
     started = time.perf_counter()
     waited = setup.watch.seconds[IMAGES]
@@ -177,7 +178,7 @@ def _epoch(setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder
 
 
 def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptions]:
-    """Start the processes, one for each device; also the options with the precision that "auto" stands for."""
+    """Start the processes, one per device; also return the options with the precision "auto" resolved."""
     fabric = _fabric(options, "32-true")
     if options.precision == "auto":
         exact = head.full_precision or not bf16_instructions(fabric.device)
@@ -192,20 +193,20 @@ def _launch(options: TrainOptions, head: type[Head]) -> tuple[Fabric, TrainOptio
         assert isinstance(precision, MixedPrecision)
         fabric.strategy.precision = _ExactInputs(precision.precision, precision.device)
     fabric.launch()
-    forget_children(fabric)
+    detach_children(fabric)
     return fabric, options
 
 
 def _fabric(options: TrainOptions, precision: Any) -> Fabric:
-    # It says of itself what the console says of the run.
+    # Its messages repeat those of the console.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
         return Fabric(accelerator=options.device, devices=options.devices, precision=precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
-                "'train.device' cuda cannot be used: torch finds no GPU (`nvidia-smi` lists those of the machine). Set "
-                "it to auto or cpu."
+                "'train.device' cuda cannot be used: torch finds no GPU (`nvidia-smi` lists the GPUs of the machine). "
+                "Set it to auto or cpu."
             ) from None
         raise ConfigError(
             f"'train.device' {options.device} with 'train.devices' {options.devices} cannot be used: "
@@ -221,15 +222,18 @@ class _SameInputs(Precision):
 
 
 class _ExactInputs(MixedPrecision):
-    """Fabric's mixed precision, but for the inputs: rounded to 16 bits, a box near pixel 1,000 would be off by up to 2,
-    and the colour of the padding would no longer be the mean. Each layer rounds what it gets anyway."""
+    """Fabric's mixed precision without conversion of the inputs.
+
+    Rounded to 16 bits, a box near pixel 1,000 would be off by up to 2 pixels, and the padding would differ from the
+    mean colour. Layers convert their inputs themselves.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data
 
 
 def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tuple[Dataset, Dataset]:
-    """Both splits, with the proposals of all their images where the head needs them."""
+    """Open both splits, with proposals for all images if the head needs them."""
     data, proposals = experiment.data, experiment.proposals
     train_set, val_set = open_train_and_val(data, head.needs, head.open_set)
     task = task_of(head)
@@ -246,7 +250,7 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
         bound = int(experiment.train.cache_gb * 1e9 / fabric.world_size)
         train_set, val_set, line = with_cache(train_set, val_set, experiment.train.cache, bound, Path(experiment.runs))
         console.print(f"cache      {line}")
-    # The first process fills the cache that the others then read.
+    # The first process fills the cache for the others.
     with fabric.rank_zero_first():
         train_set = with_proposals(train_set, proposals, str(data.get("train", "train")), "training", quiet)
         val_set = with_proposals(val_set, proposals, str(data.get("val", "val")), "validation", quiet)
@@ -256,11 +260,11 @@ def _open_data(fabric: Fabric, experiment: Experiment, head: type[Head]) -> tupl
 def _run_to_resume(
     fabric: Fabric, resume: str | None, console: Console
 ) -> tuple[RunFolder | None, dict[str, Any] | None]:
-    """The folder of the run to resume, held for this training, and its training state; None where there is none.
+    """Return the locked folder of the run to resume, and its training state, None if there is none.
 
     Raises:
         CheckpointError: there is nothing to resume.
-        ConfigError: another process trains this run.
+        ConfigError: another process is training this run.
     """
     if resume is None:
         return None, None
@@ -272,19 +276,19 @@ def _run_to_resume(
     fabric.barrier()
     state = folder.load_state()
     if state is None:
-        console.print(f"resume     '{folder.path}' has not finished an epoch; it begins anew.")
+        console.print(f"resume     '{folder.path}' has not finished an epoch; it starts again.")
     return folder, state
 
 
 def _new_run(fabric: Fabric, experiment: Experiment, task: str) -> RunFolder:
-    """The folder of a new run, made by the first process and the same in all."""
+    """Create the folder of a new run in the first process; all processes return the same."""
     folder = RunFolder.create(experiment, task) if fabric.is_global_zero else None
     path = fabric.broadcast(None if folder is None else str(folder.path))
     return RunFolder(Path(path)) if folder is None else folder
 
 
 def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> dict[str, float]:
-    """One pass over the training images; the mean of each loss."""
+    """Train for one pass over the training images; return the mean of each loss."""
     options, optimizer, head, watch = setup.options, setup.optimizer, setup.model.head, setup.watch
     setup.wrapped.train()
     setup.sampler.epoch = progress.epoch
@@ -296,13 +300,13 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
     watch.start()
     for number, batch in enumerate(source, start=1):
         watch.lap(IMAGES if setup.store is None else STORED)
-        whole_step = number % options.accumulate == 0 or number == setup.sampler.batches
+        is_step = number % options.accumulate == 0 or number == setup.sampler.batches
         batch = batch.to(setup.fabric.device)
         factor = learning_rate_factor(progress.step, setup.steps_per_epoch, options)
         for group, peak in zip(optimizer.param_groups, setup.peak_lrs):
             group["lr"] = peak * factor
         share = group_size(number, setup.sampler.batches, options.accumulate)
-        with setup.fabric.no_backward_sync(setup.wrapped, enabled=not whole_step):
+        with setup.fabric.no_backward_sync(setup.wrapped, enabled=not is_step):
             outputs = setup.wrapped(batch.images, batch.sizes, batch.proposals, batch.features, batch.targets)
             # A head of two stages runs layers in its loss, too.
             with setup.fabric.autocast():
@@ -312,11 +316,11 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
             each = torch.stack(list(losses.values()))
             watch.lap(FORWARD)
             setup.fabric.backward(each.sum() / share)
-        # Once a batch, and after the way back is queued: a GPU is waited for here.
+        # The only synchronisation with a GPU per batch, after the backward pass is queued.
         values = dict(zip(losses, each.tolist()))
         _check_finite(values, progress.step, batch)
         watch.lap(BACKWARD)
-        if whole_step:
+        if is_step:
             if options.clip_norm is not None:
                 setup.fabric.clip_gradients(
                     setup.wrapped, optimizer, max_norm=options.clip_norm, error_if_nonfinite=False
@@ -334,7 +338,7 @@ def _train_epoch(setup: Setup, progress: Progress, console: TrainingConsole) -> 
 
 
 def group_size(number: int, batches: int, accumulate: int) -> int:
-    """How many batches make up the step of batch `number` (from 1); the last step of an epoch may have fewer."""
+    """Return the number of batches in the step of batch `number` (from 1); the last step of an epoch may have fewer."""
     first = (number - 1) // accumulate * accumulate
     return min(accumulate, batches - first)
 
@@ -344,8 +348,8 @@ def _check_finite(losses: dict[str, float], step: int, batch: Batch) -> None:
         if not math.isfinite(value):
             images = ", ".join(meta.source for meta in batch.metas)
             raise LossNotFiniteError(
-                f"The loss '{name}' is {value} at step {step}, on the images {images}. Look at their boxes "
-                "(detkit check), lower train.lr, lengthen train.warmup_epochs, set train.clip_norm (10, say), or use "
+                f"The loss '{name}' is {value} at step {step}, on the images {images}. Check their boxes (detkit "
+                "check), lower train.lr, increase train.warmup_epochs, set train.clip_norm (for example 10), or use "
                 "train.precision 32-true."
             )
 
@@ -355,7 +359,7 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
     model = build_model(experiment, train_set.classes, load_weights=load_weights)
     _check_smallest_size(model, experiment.input.training_sizes)
     model.freeze(options.freeze, options.freeze_norms)
-    # Convolutions on the CPU and on tensor cores run faster with the channels of a pixel side by side.
+    # Convolutions are faster in channels_last on CPUs and tensor cores.
     model = model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.precision == "bf16-mixed" and fabric.device.type == "cpu":
         depthwise_in_float32(model)
@@ -387,24 +391,24 @@ def _set_up(fabric: Fabric, experiment: Experiment, train_set: Dataset, load_wei
 
 
 def _refuse_mixes(head: Head, reader: Any) -> None:
-    """Refuse mosaic and mixup where the ground truth is of the image as a whole, which a mixed one is not.
+    """Raise ConfigError for mosaic or mixup with a head that learns the class of the whole image.
 
     Raises:
-        ConfigError: naming the head.
+        ConfigError: with the augmentations that may be used.
     """
     if reader.augment is not None and reader.augment.mixes and "image_labels" in head.needs:
         raise ConfigError(
-            "'augment' mixes images (mosaic, mixup), but this head learns the class of an image as a whole, and a "
-            "mixed one has several. Leave them out; random_resized_crop, flip and photometric go with it."
+            "'augment' mixes images (mosaic, mixup), but this head learns the class of the whole image, and a mixed "
+            "image has several. Remove them; random_resized_crop, flip and photometric are supported."
         )
 
 
 @torch.no_grad()
 def _check_smallest_size(model: Model, sizes: tuple[tuple[int, int], ...]) -> None:
-    """Refuse input.multi_scale where the model cannot take the smallest input, before it comes up in some epoch.
+    """Check that the model accepts the smallest input of input.multi_scale, before it occurs in some epoch.
 
     Raises:
-        ConfigError: with what the model says.
+        ConfigError: with the model's error.
     """
     if not sizes:
         return
@@ -416,15 +420,15 @@ def _check_smallest_size(model: Model, sizes: tuple[tuple[int, int], ...]) -> No
         model.eval()(torch.zeros(1, 3, height, width), ((height, width),), proposals)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"'input.multi_scale' makes inputs as small as {[height, width]}, which this model cannot take: "
-            f"{' '.join(str(error).split())}. Raise its first number, or set it to null for a model of one size only."
+            f"'input.multi_scale' gives inputs as small as {[height, width]}, which this model does not support: "
+            f"{' '.join(str(error).split())}. Raise its first number, or set it to null for a model of fixed size."
         ) from None
     model.train(training)
 
 
 def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer:
     betas = (options.momentum, 0.999)
-    # A fused step unscales half-precision gradients itself, too late for clipping them.
+    # A fused step unscales half-precision gradients itself, after they would be clipped.
     fused = options.precision != "16-mixed"
     match options.optimizer:
         case "sgd":
@@ -438,7 +442,7 @@ def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer
 def _validate(
     setup: Setup, progress: Progress, val_set: Dataset, folder: RunFolder, console: TrainingConsole
 ) -> Evaluation | None:
-    """Score the model on the first process, and note whether it is the best so far."""
+    """Evaluate the model in the first process, and record whether it is the best so far."""
     evaluation = None
     if setup.fabric.is_global_zero:
         model = setup.evaluated
@@ -458,15 +462,15 @@ def _validate(
             task_of(each.head).keep(each.head, evaluation.scores)
         score = task_of(model.head).score(evaluation.scores, model.head)
         score = -math.inf if math.isnan(score) else score
-        # The first is the best so far, whatever its score.
+        # The first evaluation is the best so far, whatever its score.
         if score > progress.best_score or not progress.best_checksum:
             progress.best_score, progress.evaluations_since_best = score, 0
-            # Stored maps have all of the padding, without which `detkit eval` scores, so these figures may differ.
+            # Stored maps have the full padding, which `detkit eval` trims, so the scores may differ.
             folder.best_scores = evaluation.scores if store is None else None
             task_of(model.head).plot(evaluation.scores, folder.images)
         else:
             progress.evaluations_since_best += 1
-    # Every process must come to the same decision about stopping early.
+    # All processes must make the same decision about early stopping.
     shared = setup.fabric.broadcast((progress.best_score, progress.evaluations_since_best))
     progress.best_score, progress.evaluations_since_best = shared
     return evaluation
@@ -477,12 +481,12 @@ def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
 
 
 def _is_best(progress: Progress) -> bool:
-    """Whether the last evaluation gave the best score so far."""
+    """Return whether the last evaluation has the best score so far."""
     return progress.evaluations_since_best == 0
 
 
 def _save(setup: Setup, progress: Progress, folder: RunFolder, random_states: Any, is_best: bool) -> None:
-    """Save the training state, then what can be made from it: last weights, those of the best epoch, metrics.csv."""
+    """Save the training state, then the files derived from it: last and best weights, and metrics.csv."""
     content, checksum = _serialized(setup, progress)
     if is_best:
         progress.best_checksum = checksum
@@ -512,12 +516,12 @@ def _serialized(setup: Setup, progress: Progress) -> tuple[bytes, str]:
 def _resume(
     setup: Setup, folder: RunFolder, experiment: Experiment, state: dict[str, Any], console: Console
 ) -> Progress:
-    """Put weights, optimiser, random state and files back to the end of the run's last whole epoch.
+    """Restore weights, optimiser, random state and files of the run's last complete epoch.
 
     Raises:
-        CheckpointError: the state does not fit the model, the data have other classes now, a checkpoint is of another
-            run, or the best one is lost.
-        ConfigError: the experiment differs in what cannot change within a run.
+        CheckpointError: the state does not match the model, the classes of the data have changed, a checkpoint belongs
+            to another run, or the best one is lost.
+        ConfigError: an option has changed that must not change within a run.
         DataError: the images or their annotations have changed.
     """
     folder.check_same_experiment(experiment)
@@ -530,11 +534,11 @@ def _resume(
             setup.average.updates = state["average_updates"]
         setup.fabric.strategy.precision.load_state_dict(state["scaler"])
         random_states = state["random"].view(-1, torch.get_rng_state().numel())
-        # A copy, since torch takes no part of a larger tensor.
+        # A copy, since torch rejects a view of a larger tensor.
         torch.set_rng_state(random_states[setup.fabric.global_rank % len(random_states)].clone())
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"The training state '{folder.state}' does not fit this model: {reason}") from error
+        raise CheckpointError(f"The training state '{folder.state}' does not match this model: {reason}") from error
     if setup.fabric.is_global_zero:
         _check_same_data(setup, state.get("data", {}), folder)
         _restore_files(setup, progress, folder, state, console)
@@ -544,28 +548,28 @@ def _resume(
 
 
 def _check_same_data(setup: Setup, before: dict[str, dict[str, Any]], folder: RunFolder) -> None:
-    """Refuse to go on with other data than the run began with; where their files lie does not matter.
+    """Check that the data have not changed since the run started, except for the location of their files.
 
     Raises:
         CheckpointError: the classes have changed.
-        DataError: anything else has, with the counts.
+        DataError: the images or annotations have changed; the message has the counts.
     """
     for split, fingerprint in before.items():
         if change := fingerprint_change(fingerprint, setup.data[split]):
             check_classes(ClassList.from_names(fingerprint["classes"]), setup.model.classes, str(folder.last))
             raise DataError(
-                f"The data of split '{split}' are not those that the run '{folder.path}' began with: {change}. Put "
-                f"them back as they were, or start a new run on the new data with --weights {folder.last}."
+                f"The data of split '{split}' have changed since the run '{folder.path}' was started: {change}. "
+                f"Restore them, or start a new run on the new data with --weights {folder.last}."
             )
 
 
 def _restore_files(
     setup: Setup, progress: Progress, folder: RunFolder, state: dict[str, Any], console: Console
 ) -> None:
-    """Write what the state can make and what is missing, damaged or of another epoch.
+    """Restore files that are missing, damaged or of another epoch from the training state.
 
     Raises:
-        CheckpointError: a checkpoint is of another run or has other classes, or the best one is lost.
+        CheckpointError: a checkpoint belongs to another run or has other classes, or the best one is lost.
     """
     classes = setup.model.classes
     last, _ = _problem(folder.last, progress.run, state.get("last", ""), classes)
@@ -580,17 +584,17 @@ def _restore_files(
     if best and progress.best_checksum and progress.best_checksum == state["last"]:
         lost.append((folder.best, best))
         progress.best_checksum = checksum
-    # A best checkpoint of a later epoch is left where the newest state was lost; that epoch makes it again.
+    # A best checkpoint of a later epoch remains if the newest state was lost; that epoch writes it again.
     elif best and int(metadata.get("epoch", "0")) <= progress.epoch:
         raise CheckpointError(
-            f"'{folder.best}' {best}, and cannot be made again. Put back the file of this run, or start a new run from "
-            f"its last weights, with --weights {folder.last}."
+            f"'{folder.best}' {best} and cannot be restored. Put the file of this run back, or start a new run from "
+            f"its last weights with --weights {folder.last}."
         )
     elif not best:
         progress.best_checksum = metadata["checksum"]
     for path, problem in lost:
         folder.write_checkpoint(path, content)
-        console.print(f"resume     '{path}' {problem}; written again from the training state.")
+        console.print(f"resume     '{path}' {problem}; restored from the training state.")
     if "metrics" in state:
         folder.rows = state["metrics"]
     else:
@@ -599,14 +603,14 @@ def _restore_files(
 
 
 def _problem(path: Path, run: str, checksum: str, classes: ClassList) -> tuple[str, dict[str, str]]:
-    """In what a checkpoint is not the one that a run saved, empty for nothing, and its metadata.
+    """Describe how a checkpoint differs from the one that the run saved (empty if it does not), with its metadata.
 
     Args:
-        run: the id of the run, empty where that is not known.
-        checksum: of the checkpoint, empty where that is not known.
+        run: the id of the run; empty if unknown.
+        checksum: the checksum of the checkpoint; empty if unknown.
 
     Raises:
-        CheckpointError: it is of another run, or has other classes.
+        CheckpointError: it belongs to another run, or has other classes.
     """
     if not path.is_file():
         return "is missing", {}
@@ -618,8 +622,8 @@ def _problem(path: Path, run: str, checksum: str, classes: ClassList) -> tuple[s
     check_classes(found, classes, str(path))
     if run and metadata.get("run") != run:
         raise CheckpointError(
-            f"'{path}' is a checkpoint of another run than the training state beside it. Put back the files of one run."
+            f"'{path}' belongs to another run than the training state in its folder. Put the files of one run back."
         )
     if checksum and metadata["checksum"] != checksum:
-        return f"is of another time (epoch {metadata.get('epoch', 'unknown')}) than the training state", metadata
+        return f"is of another epoch ({metadata.get('epoch', 'unknown')}) than the training state", metadata
     return "", metadata

@@ -1,7 +1,7 @@
 """Reading and writing files: the only module that parses JSON and YAML, and the only one that writes.
 
-Every reader answers a damaged or hostile file with one error that names it. Every writer replaces a file whole or not
-at all. A new format that goes through these functions cannot forget either.
+Readers report a damaged or malicious file by an error that names it. Writers replace a file atomically. New formats
+get both by using these functions.
 """
 
 import errno
@@ -20,32 +20,32 @@ import yaml
 from detkit.errors import DataError, DetkitError, WriteError, printable
 
 YAML_LENGTH = 10_000_000
-"""Characters that a YAML file may have: PyYAML needs about a second for each megabyte."""
+"""Maximum characters of a YAML file: PyYAML takes about a second per megabyte."""
 EXPANDED_LENGTH = 20_000_000
-"""Characters that a YAML file may have with its aliases expanded: nine lines of aliases can stand for a billion."""
+"""Maximum characters of a YAML file with aliases expanded: nine lines of aliases can expand to a billion."""
 FLOW_DEPTH = 100
-"""Brackets that may be open inside each other in a YAML file."""
+"""Maximum depth of nested brackets in a YAML file."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 LONGEST_NAME = 200
-"""Bytes of a name made by `safe_name`; file systems allow 255, and an ending may follow."""
+"""Maximum bytes of a name returned by `safe_name`; file systems allow 255, which leaves room for a suffix."""
 REMEDIES = {
     errno.ENOSPC: "Free some space on that disk, or write elsewhere.",
     errno.EDQUOT: "Free some space of your quota, or write elsewhere.",
     errno.EACCES: "Change its permissions, or write elsewhere.",
     errno.EPERM: "Change its permissions, or write elsewhere.",
     errno.EROFS: "Write to another disk.",
-    errno.ENOENT: "Its folder does not exist, or was removed in the meantime.",
+    errno.ENOENT: "Its folder does not exist or was removed.",
     errno.ENAMETOOLONG: "Give a shorter name.",
 }
 
 
 def read_text(path: str | Path, kind: str, error: type[DetkitError] = DataError) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Args:
         path: the file.
-        kind: what the file is, for messages: "config", "annotation file".
+        kind: description of the file, for messages: "config", "annotation file".
         error: the class of the error raised.
 
     Raises:
@@ -60,30 +60,29 @@ def read_text(path: str | Path, kind: str, error: type[DetkitError] = DataError)
         ) from None
     except OSError as reason:
         raise error(f"The {kind} '{path}' cannot be read: {reason.strerror}. Check the path.") from None
-    except ValueError as reason:  # a path that holds NUL
+    except ValueError as reason:  # a path with NUL
         raise error(f"The {kind} {str(path)!r} cannot be read: {reason}. Check the path.") from None
 
 
 def read_json(path: str | Path, kind: str, error: type[DetkitError] = DataError, allow_nan: bool = False) -> Any:
-    """The content of a JSON file; the arguments and errors are those of `read_text` and `parse_json`."""
+    """Read a JSON file; arguments and errors as for `read_text` and `parse_json`."""
     return parse_json(read_text(path, kind, error), f"{kind} '{path}'", error, allow_nan)
 
 
 def parse_json(text: str, where: str, error: type[DetkitError] = DataError, allow_nan: bool = False) -> Any:
-    """The content of JSON text.
+    """Parse JSON text.
 
-    Text that cannot be encoded (half of a surrogate pair) is refused. A number such as 1e999 is read as infinity: a
-    reader checks the numbers that it uses.
+    Lone surrogates are rejected. A number such as 1e999 is read as infinity: callers check the numbers that they use.
 
     Args:
         text: the JSON text.
-        where: the file or the part of one, for messages: "annotation file 'x.json'".
+        where: the file or the part of it, for messages: "annotation file 'x.json'".
         error: the class of the error raised.
-        allow_nan: read NaN and Infinity, which JSON does not have, instead of refusing the text: for readers that name
-            the entry with such a number.
+        allow_nan: accept NaN and Infinity, which are not valid JSON, for callers that report the entry with such a
+            number themselves.
 
     Raises:
-        DetkitError: of the class `error`, if the text is not JSON, or is nested too deeply to be read.
+        DetkitError: of the class `error`, if the text is not valid JSON or is nested too deeply.
     """
 
     def refuse(constant: str) -> Any:
@@ -95,36 +94,36 @@ def parse_json(text: str, where: str, error: type[DetkitError] = DataError, allo
             json.dumps(content, ensure_ascii=False).encode()
         return content
     except RecursionError:
-        raise error(f"The {where} is nested too deeply to be read. Write it anew.") from None
+        raise error(f"The {where} is nested too deeply to be read. Generate it again.") from None
     except UnicodeEncodeError:
-        raise error(f"The {where} holds text with half of a surrogate pair, which is not valid. Correct it.") from None
+        raise error(f"The {where} contains text with half of a surrogate pair, which is not valid. Fix it.") from None
     except ValueError as reason:
-        raise error(f"The {where} is not valid JSON: {_one_line(reason)}. Correct it, or write it anew.") from None
+        raise error(f"The {where} is not valid JSON: {_one_line(reason)}. Fix it or generate it again.") from None
 
 
 def read_yaml(path: str | Path, kind: str, error: type[DetkitError] = DataError, as_text: bool = False) -> Any:
-    """The content of a YAML file; the arguments and errors are those of `read_text` and `parse_yaml`."""
+    """Read a YAML file; arguments and errors as for `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path, kind, error), f"{kind} '{path}'", error, as_text)
 
 
 def parse_yaml(text: str, where: str, error: type[DetkitError] = DataError, as_text: bool = False) -> Any:
-    """The content of YAML text: dicts, lists, text, numbers, true, false and null, never an object of Python's.
+    """Parse YAML text to dicts, lists, text, numbers, true, false and null, never to Python objects.
 
-    A key that is given twice is an error, 1e-3 is a number, and a date is text.
+    Duplicate keys are an error, 1e-3 is a number, and a date is text.
 
     Args:
         text: the YAML text.
-        where: the file or the part of one, for messages: "config 'x.yaml'".
+        where: the file or the part of it, for messages: "config 'x.yaml'".
         error: the class of the error raised.
-        as_text: return every scalar as the text that was written, so that the class names `yes`, `1` and `null` stay
-            those. A scalar that is left empty becomes "".
+        as_text: return every scalar as its source text, so that the class names `yes`, `1` and `null` are kept. An
+            empty scalar becomes "".
 
     Raises:
-        DetkitError: of the class `error`, if the text is not YAML, is longer than YAML_LENGTH, is nested too deeply
-            (FLOW_DEPTH), or is longer than EXPANDED_LENGTH once its aliases are expanded.
+        DetkitError: of the class `error`, if the text is not valid YAML, is longer than YAML_LENGTH, is nested too
+            deeply (FLOW_DEPTH), or is longer than EXPANDED_LENGTH with its aliases expanded.
     """
     if len(text) > YAML_LENGTH:
-        raise error(f"The {where} has {len(text):,} characters, more than the {YAML_LENGTH:,} that are read as YAML.")
+        raise error(f"The {where} has {len(text):,} characters, but YAML is read up to {YAML_LENGTH:,}.")
     loader = None
     try:
         loader = (_TextLoader if as_text else _Loader)(text)
@@ -134,10 +133,10 @@ def parse_yaml(text: str, where: str, error: type[DetkitError] = DataError, as_t
         _check_nodes(node)
         return loader.construct_document(node)
     except RecursionError:
-        raise error(f"The {where} is nested too deeply to be read. Write it anew.") from None
-    # The constructors of PyYAML raise any of these for scalars such as 0b, 12:a or !!int "".
+        raise error(f"The {where} is nested too deeply to be read. Generate it again.") from None
+    # PyYAML's constructors raise any of these for scalars such as 0b, 12:a or !!int "".
     except (yaml.YAMLError, ValueError, TypeError, IndexError, KeyError, AttributeError) as reason:
-        raise error(f"The {where} is not valid YAML: {printable(_one_line(reason))}. Correct it.") from None
+        raise error(f"The {where} is not valid YAML: {printable(_one_line(reason))}. Fix it.") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -145,20 +144,20 @@ def parse_yaml(text: str, where: str, error: type[DetkitError] = DataError, as_t
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb", durable: bool = True, **options: Any) -> Iterator[IO[Any]]:
-    """Open a file for writing that takes the place of `path` when the block ends, and only if it ends without an error.
+    """Open a file for writing that replaces `path` atomically when the block ends without an error.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk, and is renamed. Somebody who reads
-    `path`, or finds it after a power cut, has the old content or the new one, never a part. A path that is not a
-    regular file, such as /dev/stdout, is written to directly.
+    The content is written to a temporary file in the same folder, flushed to disk and renamed. Readers of `path` see
+    the old content or the new, never a part, even after a power failure. A path that is not a regular file, such as
+    /dev/stdout, is written to directly.
 
     Args:
         path: the file to write; its folder must exist.
         mode: "wb", or "w" for UTF-8 text.
-        durable: wait for the disk (fsync). False for results of which many are written and which can be made again.
+        durable: wait for the disk (fsync). False for numerous results that can be computed again.
         options: further arguments of `open`, such as newline.
 
     Raises:
-        WriteError: the file cannot be written; an earlier file is left as it was.
+        WriteError: the file cannot be written; an existing file is unchanged.
     """
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
@@ -187,7 +186,7 @@ def replacing(path: str | Path, mode: str = "wb", durable: bool = True, **option
     except OSError as reason:
         raise write_error(path, reason) from reason
     except UnicodeEncodeError as reason:
-        raise WriteError(f"{_named(path)} cannot be written: {reason.reason}. Correct that name or text.") from None
+        raise WriteError(f"{_named(path)} cannot be written: {reason.reason}. Fix that name or text.") from None
     except ValueError as reason:
         if "\0" not in str(path):
             raise
@@ -195,7 +194,7 @@ def replacing(path: str | Path, mode: str = "wb", durable: bool = True, **option
 
 
 def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> None:
-    """Write a file whole or not at all, as `replacing`; its folder is made if need be.
+    """Write a file atomically, see `replacing`; its folder is created if needed.
 
     Raises:
         WriteError: the file cannot be written.
@@ -206,24 +205,24 @@ def write_bytes(path: str | Path, content: bytes, durable: bool = True) -> None:
 
 
 def write_text(path: str | Path, content: str, durable: bool = True) -> None:
-    """Write UTF-8 text, as `write_bytes`."""
+    """Write UTF-8 text; see `write_bytes`."""
     try:
         encoded = content.encode()
     except UnicodeEncodeError as reason:
-        raise WriteError(f"{_named(path)} cannot be written as UTF-8: {reason.reason}. Correct that text.") from None
+        raise WriteError(f"{_named(path)} cannot be written as UTF-8: {reason.reason}. Fix that text.") from None
     write_bytes(path, encoded, durable)
 
 
 def write_json(path: str | Path, content: Any, durable: bool = True) -> None:
-    """Write JSON, as `write_bytes`. NaN and infinite numbers, which JSON does not have, are a ValueError."""
+    """Write JSON; see `write_bytes`. NaN and infinity, which are not valid JSON, raise ValueError."""
     write_text(path, json.dumps(content, allow_nan=False), durable)
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder and those above it if need be.
+    """Create a folder and its parents if needed.
 
     Raises:
-        WriteError: the folder cannot be made.
+        WriteError: the folder cannot be created.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -233,12 +232,12 @@ def make_folder(path: str | Path) -> Path:
 
 
 def claim_folder(path: str | Path) -> Path:
-    """Make a new folder `path`, or `path` with the first free number behind it: run, run2, run3 ...
+    """Create a new folder `path`, or `path` followed by the first free number: run, run2, run3 ...
 
-    Two processes that ask for the same folder at the same time get two folders.
+    Processes that claim the same folder at the same time get different ones.
 
     Raises:
-        WriteError: no folder can be made there.
+        WriteError: no folder can be created there.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -255,11 +254,11 @@ def claim_folder(path: str | Path) -> Path:
 
 
 def safe_name(text: str) -> str:
-    """A name for a file or folder that stands for any text, such as the name of a class.
+    """Encode any text, such as a class name, as the name of a file or folder.
 
-    Letters, digits, spaces and harmless punctuation stay; everything else, and a dot or space at either end, becomes
-    %XX as in an address. Two texts of up to LONGEST_NAME bytes never get the same name, and none leads to another
-    folder. A longer text is cut off and ends in a part of its SHA-256.
+    Letters, digits, spaces and harmless punctuation are kept; everything else, and a dot or space at either end,
+    becomes %XX as in a URL. Names of up to LONGEST_NAME bytes are unique, and none refers to another folder. A longer
+    name is truncated and ends in a part of the text's SHA-256.
     """
     last = len(text) - 1
     name = "".join(
@@ -276,7 +275,7 @@ def safe_name(text: str) -> str:
 
 
 def write_error(path: str | Path, reason: OSError | ValueError) -> WriteError:
-    """The error that says why `path` cannot be written, and what to do."""
+    """Create the error that says why `path` cannot be written, and the remedy."""
     code = getattr(reason, "errno", None) or 0
     text = getattr(reason, "strerror", None) or str(reason)
     remedy = REMEDIES.get(code, "Check the path, the free space and the permissions.")
@@ -284,10 +283,10 @@ def write_error(path: str | Path, reason: OSError | ValueError) -> WriteError:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only; refuses a key that is given twice, where PyYAML lets the last one win silently."""
+    """A loader of plain values only, which rejects duplicate keys; PyYAML silently keeps the last one."""
 
     def fetch_flow_collection_start(self, *arguments: Any) -> None:
-        # For each bracket PyYAML looks at all that are open: thousands of them would take seconds.
+        # PyYAML's time per bracket grows with the number of open ones: thousands would take seconds.
         if self.flow_level >= FLOW_DEPTH:
             raise RecursionError
         super().fetch_flow_collection_start(*arguments)
@@ -308,7 +307,7 @@ def _as_written(loader: _Loader, node: yaml.ScalarNode) -> str:
     return str(loader.construct_scalar(node))
 
 
-# PyYAML reads 1e-3 as text, because YAML 1.1 wants 1.0e-3; every user means the number.
+# PyYAML reads 1e-3 as text, because YAML 1.1 requires 1.0e-3; users mean the number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -318,7 +317,7 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_written)
 
 
 class _TextLoader(_Loader):
-    """Every scalar is the text that was written."""
+    """A loader that returns every scalar as its source text."""
 
 
 for _kind in ("bool", "int", "float", "null", "timestamp"):
@@ -326,10 +325,10 @@ for _kind in ("bool", "int", "float", "null", "timestamp"):
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Refuse a document that contains itself, that is too long with its aliases expanded, or whose text is not valid.
+    """Check that a document does not contain itself, is not too long with its aliases expanded, and is valid text.
 
     Raises:
-        yaml.YAMLError: what is wrong.
+        yaml.YAMLError: it fails one of these checks.
     """
     lengths: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -337,7 +336,7 @@ def _check_nodes(root: yaml.Node) -> None:
     def length(node: yaml.Node) -> int:
         key = id(node)
         if key in open_nodes:
-            raise yaml.YAMLError("an alias stands for a value that contains the alias itself")
+            raise yaml.YAMLError("an alias refers to a value that contains the alias itself")
         if key not in lengths:
             open_nodes.add(key)
             if isinstance(node, yaml.MappingNode):
@@ -347,7 +346,7 @@ def _check_nodes(root: yaml.Node) -> None:
             else:
                 total = len(node.value)
                 if LONE_SURROGATE.search(node.value) is not None:
-                    raise yaml.YAMLError("it holds text with half of a surrogate pair")
+                    raise yaml.YAMLError("it contains text with half of a surrogate pair")
             open_nodes.discard(key)
             lengths[key] = total + 1
         return lengths[key]
@@ -357,7 +356,7 @@ def _check_nodes(root: yaml.Node) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming in a folder durable, where the file system can (network file systems and Windows may not)."""
+    """Flush a rename in a folder to disk, if the file system supports it (network file systems and Windows may not)."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

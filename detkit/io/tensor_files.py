@@ -1,4 +1,4 @@
-"""Files of tensors by name, of torch.save or safetensors; the format is decided by the content, not by the ending."""
+"""Reader of named tensors from torch.save and safetensors files; the format is detected by content, not by suffix."""
 
 import re
 import struct
@@ -13,13 +13,13 @@ from detkit.io.torch_file import Foreign, one_line, read_torch
 
 NAME_LENGTH = 300
 DEPTH = 3
-"""Dicts inside dicts in which a state dict is looked for."""
+"""Levels of nested dicts that are searched for a state dict."""
 WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")
-"""What DataParallel, torch.compile and Lightning put before every name."""
+"""Prefixes that DataParallel, torch.compile and Lightning add to every name."""
 SIGNATURES = (
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
-    (0, b"\x93NUMPY", "an array of NumPy"),
-    (0, b"version https://git-lfs", "a pointer of Git LFS in place of the file, which `git lfs pull` gets"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as written by Keras"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; get the file by `git lfs pull`"),
     (0, b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (0, b"BZh", "compressed with bzip2; unpack it first"),
     (0, b"\xfd7zXZ", "compressed with xz; unpack it first"),
@@ -29,41 +29,41 @@ SIGNATURES = (
     (0, b"\x89PNG", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (4, b"TFL3", "a TensorFlow Lite model"),
-    (0, b"\x08\x01\x12", "a SavedModel of TensorFlow"),
-    (0, b"<", "a web page or an XML file; was it saved in place of the file of weights?"),
+    (0, b"\x08\x01\x12", "a TensorFlow SavedModel"),
+    (0, b"<", "a web page or an XML file; was it saved instead of the file of weights?"),
     (0, b"{", "a JSON file"),
 )
-"""(offset, bytes, words) of what is taken for a file of weights."""
+"""(offset, bytes, description) of other formats that may be mistaken for a file of weights."""
 ONNX = re.compile(rb"\x08[\x03-\x1f][\x12\x1a\x22\x28\x3a\x42]", re.DOTALL)
 PROTOCOL_BUFFERS = re.compile(rb"\x0a[\x01-\xff]+[\x0a\x12]", re.DOTALL)
 DARKNET_VERSION = 10
 FORMATS = {
     "safetensors": "a safetensors file",
-    "torch": "a file of torch.save, or another zip archive or pickle",
-    "darknet": "a file of Darknet's weights",
+    "torch": "a torch.save file, or another zip archive or pickle",
+    "darknet": "a Darknet weight file",
 }
-"""What `file_format` answers for the files that can be read, and words for it."""
-OF_TENSORS = ("safetensors", "torch")
-"""Those of FORMATS that `read_tensors` reads."""
+"""The formats that `file_format` detects and detkit reads, with descriptions."""
+TENSOR_FORMATS = ("safetensors", "torch")
+"""The FORMATS that `read_tensors` reads."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors by name in a file of torch.save or of safetensors, on the CPU, all of them finite.
+    """Read the named tensors of a torch.save or safetensors file to the CPU, checking that they are finite.
 
-    The state dict inside the checkpoint of a training, such as {"state_dict": ..., "epoch": 3}, is found where it is
-    the only one. Names lose what DataParallel (module.), torch.compile (_orig_mod.) and Lightning (model.) put before
-    all of them.
+    The state dict inside a training checkpoint, such as {"state_dict": ..., "epoch": 3}, is found if it is the only
+    one. Prefixes that DataParallel (module.), torch.compile (_orig_mod.) or Lightning (model.) added to all names are
+    removed.
 
     Raises:
-        CheckpointError: there is no such file, it has another format, is damaged, or holds something else than one
-            dict of tensors; the message names the file.
+        CheckpointError: there is no such file, it has another format, is damaged, or does not contain exactly one dict
+            of tensors; the message names the file.
     """
     where = f"The file of weights '{printable(str(path))}'"
     kind = file_format(path)
-    if kind not in OF_TENSORS:
+    if kind not in TENSOR_FORMATS:
         raise CheckpointError(
-            f"{where} is {FORMATS.get(kind, kind)}. A .safetensors file, or one of torch.save(model.state_dict(), "
-            f"FILE), is needed here."
+            f"{where} is {FORMATS.get(kind, kind)}. Give a .safetensors file, or one written by "
+            f"torch.save(model.state_dict(), FILE)."
         )
     file = Path(path).expanduser()
     state = _read_safetensors(file, where) if kind == "safetensors" else _state_dict(read_torch(file), where)
@@ -73,7 +73,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def file_format(path: str | Path) -> str:
-    """The format of a file by its content: a key of FORMATS, or words for what it is instead: "an ONNX model".
+    """Detect the format of a file by its content: a key of FORMATS, or a description such as "an ONNX model".
 
     Raises:
         CheckpointError: there is no such file, or it is empty or cannot be read.
@@ -83,7 +83,7 @@ def file_format(path: str | Path) -> str:
     try:
         if not file.is_file():
             raise CheckpointError(
-                f"There is no file of weights '{shown}' (looked at {printable(str(file.absolute()))})."
+                f"There is no file of weights '{shown}' (searched at {printable(str(file.absolute()))})."
             )
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -92,12 +92,12 @@ def file_format(path: str | Path) -> str:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"The file of weights '{shown}' cannot be read: {one_line(error)}.") from None
     if not start:
-        raise CheckpointError(f"The file of weights '{shown}' is empty. Get a whole copy of it.")
+        raise CheckpointError(f"The file of weights '{shown}' is empty. Get a complete copy of it.")
     return _format_of(start)
 
 
 def of_detkit(path: str | Path) -> bool:
-    """Whether a safetensors file holds a checkpoint of detkit, or is damaged; False for tensors of others alone."""
+    """Return whether a safetensors file is a detkit checkpoint or damaged; False for tensors of other programs."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -121,7 +121,7 @@ def _format_of(start: bytes) -> str:
         return "an ONNX model"
     if PROTOCOL_BUFFERS.match(start):
         return "a graph of TensorFlow, Caffe or another program that uses Protocol Buffers"
-    return "of a format that is not known (or cut off at its start)"
+    return "of an unknown format (or truncated at its start)"
 
 
 def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
@@ -130,38 +130,38 @@ def _read_safetensors(file: Path, where: str) -> dict[str, Tensor]:
 
     try:
         return load_file(file)
-    # Types of numbers that PyTorch does not have are a KeyError.
+    # Data types that PyTorch does not support raise KeyError.
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{where} is not a whole safetensors file ({one_line(error)}); it may be cut off. Get a whole copy of it."
+            f"{where} is not a complete safetensors file ({one_line(error)}); it may be truncated. Get a complete copy."
         ) from None
 
 
 def _state_dict(content: Any, where: str) -> dict[str, Tensor]:
-    """The one dict of tensors by name in the content of a file of torch.save.
+    """Find the only dict of named tensors in the content of a torch.save file.
 
     Raises:
-        CheckpointError: there is none, or there are several.
+        CheckpointError: there is none, or more than one.
     """
     level, seen = [("", content)], {id(content)}
     for _ in range(DEPTH):
         found = {path: state for path, value in level if (state := _as_state(value)) is not None}
         if len(found) > 1:
             raise CheckpointError(
-                f"{where} holds several dicts of tensors: {_listed(found)}. Save the one to be used alone: "
+                f"{where} contains several dicts of tensors: {_listed(found)}. Save only the one to use: "
                 f"torch.save(torch.load(FILE){next(iter(found))}, 'weights.pth')."
             )
         if found:
             return next(iter(found.values()))
         level = list(_inside(level, seen))
     raise CheckpointError(
-        f"{where} must hold one dict of tensors by name, but holds {_words(content)}. Save the tensors alone: "
+        f"{where} must contain one dict of named tensors, but contains {_describe(content)}. Save only the tensors: "
         f"torch.save(model.state_dict(), 'weights.pth')."
     )
 
 
 def _as_state(value: Any) -> dict[str, Tensor] | None:
-    """`value` without the entries in which modules keep things that are not tensors; None if it is no state dict."""
+    """Return `value` without the entries of modules that are not tensors; None if it is not a state dict."""
     if not isinstance(value, dict):
         return None
     tensors = {name: item for name, item in value.items() if not str(name).endswith("_extra_state")}
@@ -169,7 +169,7 @@ def _as_state(value: Any) -> dict[str, Tensor] | None:
 
 
 def _inside(level: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """The dicts in the dicts of a level, by text keys, each once."""
+    """Iterate over the dicts one level deeper that have text keys, each once."""
     for path, value in level:
         for key, item in value.items() if isinstance(value, dict) else ():
             if isinstance(key, str) and isinstance(item, dict) and id(item) not in seen:
@@ -177,14 +177,14 @@ def _inside(level: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[str,
                 yield f"{path}[{key[:NAME_LENGTH]!r}]", item
 
 
-def _words(content: Any) -> str:
+def _describe(content: Any) -> str:
     if isinstance(content, Foreign):
-        return f"a whole pickled object ({printable(content.name)[:NAME_LENGTH]}), which detkit does not make"
+        return f"a whole pickled object ({printable(content.name)[:NAME_LENGTH]}), which detkit does not load"
     if not isinstance(content, dict):
         return f"a value of the type {type(content).__name__}"
     foreign = {f"'{key}' ({value.name})": value for key, value in content.items() if isinstance(value, Foreign)}
     if foreign:
-        return f"a dict with pickled objects, which detkit does not make: {_listed(foreign)}"
+        return f"a dict with pickled objects, which detkit does not load: {_listed(foreign)}"
     return f"a dict of {_listed(content)}" if content else "an empty dict"
 
 
@@ -194,14 +194,14 @@ def _listed(names: Mapping[Any, Any]) -> str:
 
 
 def _check(name: Any, tensor: Tensor, where: str) -> None:
-    """Refuse what no network computes with.
+    """Raise CheckpointError if a tensor has an invalid name, type or value.
 
     Raises:
         CheckpointError: naming the tensor.
     """
     if not isinstance(name, str) or len(name) > NAME_LENGTH or name != printable(name) or "\n" in name:
         raise CheckpointError(
-            f"{where} has a tensor with the name {printable(repr(name)[:100])}, which is not one of a module. It is "
+            f"{where} has a tensor with the name {printable(repr(name)[:100])}, which is not valid for a module. It is "
             f"damaged."
         )
     if tensor.is_complex() or tensor.is_quantized:
@@ -210,10 +210,10 @@ def _check(name: Any, tensor: Tensor, where: str) -> None:
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
-    """Refuse values with which every output would be NaN.
+    """Check for values that would make every output NaN.
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or a variance negative.
+        CheckpointError: a value is NaN or infinite, or a variance is negative.
     """
     values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     if not values.isfinite().all() or (name.endswith("running_var") and (values < 0).any()):
@@ -224,7 +224,7 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the prefixes that all of its names share."""
+    """Remove the prefixes that all names share."""
     plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     state = plain if len(plain) == len(state) else state
     if "n_averaged" in state and all(name == "n_averaged" or name.startswith("module.") for name in state):

@@ -1,4 +1,4 @@
-"""What detkit prints: one console for every command, safe for any text and for a reader that goes away."""
+"""Console output: one console for all commands, safe for any text and for closed pipes."""
 
 import os
 import sys
@@ -10,11 +10,10 @@ from detkit.errors import printable
 
 
 class Console(rich.console.Console):
-    """A rich console that prints text as it is: no markup, no highlighting, no hard line breaks.
+    """A rich console that prints text verbatim: no markup, no highlighting, no hard line breaks.
 
-    Control characters in a text, such as escape sequences in the name of a file, are printed as escapes, so that
-    nothing in a user's data reaches the terminal as a command. When the reader of a pipe goes away (`| head -1`), the
-    work goes on and the output is dropped.
+    Control characters, such as escape sequences in file names, are escaped, so that data cannot send commands to the
+    terminal. If the reader of a pipe exits (`| head -1`), the command continues and further output is dropped.
     """
 
     def __init__(self, quiet: bool = False, **options: Any) -> None:
@@ -24,13 +23,13 @@ class Console(rich.console.Console):
         super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
 
     def on_broken_pipe(self) -> None:
-        """Drop the output from here on, where rich would end the process."""
+        """Drop further output; rich would exit the process."""
         self.quiet = True
         drop_output()
 
 
 def drop_output() -> None:
-    """Let standard output lead nowhere, after the reader of the pipe has gone."""
+    """Redirect standard output to the null device, after the reader of the pipe has exited."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, sys.stdout.fileno())
@@ -39,7 +38,7 @@ def drop_output() -> None:
 
 
 def tolerate_any_text() -> None:
-    """Let standard output and error print text that their encoding does not have, as escapes instead of an error."""
+    """Print characters that the encoding of standard output or error lacks as escapes, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,9 +1,9 @@
-"""Reads what torch.save wrote, without running anything: the only module that opens a pickle.
+"""Safe reader of torch.save files, which executes nothing: the only module that opens a pickle.
 
-torch.load, with `weights_only` too, calls functions and classes that a file names, with arguments from the file. Here
+torch.load, even with `weights_only`, calls functions and classes named in the file with arguments from the file. Here
 the pickle is parsed by the standard library's pickletools, which executes nothing, and only dicts, lists, tuples, text,
-bytes, numbers and plain tensors are built from it. Everything else (a pickled model, a number of NumPy, a Namespace of
-options) becomes a `Foreign`, which is nothing but the name. Memory and time are bounded by the size of the file.
+bytes, numbers and plain tensors are built from it. Everything else (a pickled model, a NumPy scalar, a Namespace of
+options) becomes a `Foreign`, which stores only the name. Memory and time are bounded by the size of the file.
 """
 
 import math
@@ -22,9 +22,9 @@ from torch import Tensor
 from detkit.errors import CheckpointError, printable
 
 OPERATIONS = 1_000_000
-"""Steps that a pickle may have, and one more for each 100 bytes of the file; a tensor takes about 75."""
+"""Maximum number of opcodes of a pickle, plus one per 100 bytes of the file; a tensor takes about 75."""
 CALL_COST = 20
-"""Steps that a call counts for: a tensor takes about a kilobyte, whatever its size."""
+"""Opcodes that a call counts for: a tensor object takes about a kilobyte, regardless of its size."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -50,13 +50,13 @@ PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """Stands for a class, a function or an object in a file, of which nothing was made but its name."""
+    """Placeholder for a class, a function or an object in a file, of which only the name is kept."""
 
     name: str
 
 
 class DamagedError(ValueError):
-    """The message says what is wrong with a file, without its name."""
+    """A damaged file; the message gives the reason without the file's name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class _Storage:
 
 
 def read_torch(path: str | Path, kind: str = "file of weights") -> Any:
-    """The content of a file of torch.save: dicts, lists, tuples, text, bytes, numbers, None and tensors on the CPU.
+    """Read a file of torch.save: dicts, lists, tuples, text, bytes, numbers, None and tensors on the CPU.
 
-    Objects of any other class are `Foreign`.
+    Objects of any other class become `Foreign`.
 
     Args:
         path: the file.
-        kind: what the file is, for messages.
+        kind: description of the file, for messages.
 
     Raises:
         CheckpointError: torch.save did not write it, it is damaged, or it cannot be read; the message names it.
@@ -87,19 +87,19 @@ def read_torch(path: str | Path, kind: str = "file of weights") -> Any:
         raise CheckpointError(f"{where} cannot be read: {error}.") from None
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}. Check the path.") from None
-    # Damaged content makes zipfile, pickletools and torch fail with dozens of classes; the remedy is the same for all.
+    # zipfile, pickletools and torch raise dozens of exception classes on damaged content; the remedy is the same.
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"{where} is damaged or cut off ({reason}). Get a whole copy of it.") from None
+        raise CheckpointError(f"{where} is damaged or truncated ({reason}). Get a complete copy of it.") from None
 
 
 def one_line(error: Exception) -> str:
-    """The message of an exception of another library, safe to print and of a bearable length."""
+    """Format the message of another library's exception as one printable line of limited length."""
     return printable(" ".join(str(error)[:300].split()))
 
 
 class _Storages:
-    """Makes the storages that a pickle refers to; all together they may not be larger than the file."""
+    """Creates the storages that a pickle refers to; their total size may not exceed that of the file."""
 
     def __init__(self, file_size: int, fill: Callable[[str, Tensor], None]) -> None:
         self.file_size = self.left = file_size
@@ -107,10 +107,10 @@ class _Storages:
         self.known: dict[str, tuple[Tensor, int]] = {}
 
     def get(self, reference: Any) -> _Storage | Foreign:
-        """The storage of ("storage", type, key, device, count), and before PyTorch 0.4 (key, first, count) of a part.
+        """Get the storage of a persistent id.
 
         Args:
-            reference: what the pickle says.
+            reference: ("storage", type, key, device, count), before PyTorch 0.4 with the view (key, first, count).
         """
         word, kind, key, _, count, *view = reference
         if word != "storage" or not isinstance(kind, Foreign) or not isinstance(key, str) or not _is_count(count):
@@ -122,41 +122,43 @@ class _Storages:
             size = count * dtype.itemsize
             self.left -= size
             if self.left < 0:
-                raise DamagedError("its tensors claim more bytes than the file has. It is damaged or cut off")
+                raise DamagedError("its tensors claim more bytes than the file has. It is damaged or truncated")
             self.known[key] = torch.empty(size, dtype=torch.uint8), dtype.itemsize
             self.fill(key, self.known[key][0])
         content, _ = self.known[key]
         if view and view[0] is not None:
             _, first, length = view[0]
             if not _is_count(first) or not _is_count(length) or (first + length) * dtype.itemsize > len(content):
-                raise DamagedError("a part of a storage lies outside of it")
+                raise DamagedError("a view lies outside its storage")
             content = content[first * dtype.itemsize : (first + length) * dtype.itemsize]
         return _Storage(content, dtype)
 
 
 def _read_zip(file: IO[bytes]) -> Any:
-    """Since PyTorch 1.6: an archive with the pickle and each storage as a part of its own."""
+    """Read the format of PyTorch 1.6 and later: a zip archive with the pickle and a file for each storage."""
     size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
             raise DamagedError(
-                "it is a TorchScript archive, a program with its tensors. Save the tensors alone: "
+                "it is a TorchScript archive, which contains a program. Save only the tensors: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
             )
         if len(pickles) != 1:
             raise DamagedError(
-                f"it is a zip archive of {printable(', '.join(names[:3]))[:200] or 'nothing'}, not of torch.save"
+                f"it is a zip archive of {printable(', '.join(names[:3]))[:200] or 'nothing'}, not a torch.save file"
             )
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in names and archive.read(_stored(archive, f"{folder}byteorder", size)) != b"little":
-            raise DamagedError("it was written on a machine with another order of bytes. Save it again on a usual one")
+            raise DamagedError("it was written on a big-endian machine. Save it again on a little-endian one")
 
         def fill(key: str, content: Tensor) -> None:
             part = _stored(archive, f"{folder}data/{key}", size)
             if part.file_size != len(content):
-                raise DamagedError("a tensor has another number of bytes than it claims. Get a whole copy of the file")
+                raise DamagedError(
+                    "a tensor does not have the number of bytes it claims. Get a complete copy of the file"
+                )
             content.numpy().data[:] = archive.read(part)
 
         pickle = archive.open(_stored(archive, pickles[0], size))
@@ -164,35 +166,35 @@ def _read_zip(file: IO[bytes]) -> Any:
 
 
 def _stored(archive: zipfile.ZipFile, name: str, most: int) -> zipfile.ZipInfo:
-    """A part of an archive; torch.save compresses none, so that none can become larger than the file."""
+    """Get a file of an archive. torch.save does not compress, so a valid one is never larger than the archive."""
     part = archive.getinfo(name)
     if part.compress_type != zipfile.ZIP_STORED or part.file_size > most:
         raise DamagedError(
-            f"its part '{printable(name)[:100]}' is compressed, or larger than the file. torch.save never writes that; "
-            "load and save it again with torch"
+            f"its part '{printable(name)[:100]}' is compressed or larger than the file, which torch.save never "
+            "writes. Load and save it again with torch"
         )
     return part
 
 
 def _read_legacy(file: IO[bytes]) -> Any:
-    """Before PyTorch 1.6: four pickles, the keys of the storages, then the bytes of these in that order."""
+    """Read the format before PyTorch 1.6: four pickles, the keys of the storages, and their bytes in that order."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages = _Storages(len(data), lambda key, content: None)
         if _Unpickler(storages).run(data) != LEGACY_MAGIC or _Unpickler(storages).run(data) != LEGACY_PROTOCOL:
             raise DamagedError(
-                "it is a pickle that torch.save did not write, which detkit does not open. Save the tensors with "
+                "it is a pickle that was not written by torch.save, which detkit does not open. Save the tensors with "
                 "torch.save(model.state_dict(), 'weights.pth')"
             )
         system = _Unpickler(storages).run(data)
         if not isinstance(system, dict) or not system.get("little_endian"):
-            raise DamagedError("it was written on a machine with another order of bytes. Save it again on a usual one")
+            raise DamagedError("it was written on a big-endian machine. Save it again on a little-endian one")
         content = _Unpickler(storages).run(data)
         for key in _Unpickler(storages).run(data):
             target, item_size = storages.known.pop(key)
             (count,) = struct.unpack("<q", data.read(8))
             part = data.read(len(target))
             if count * item_size != len(target) or len(part) != len(target):
-                raise DamagedError("it is cut off. Get a whole copy of the file")
+                raise DamagedError("it is truncated. Get a complete copy of the file")
             target.numpy().data[:] = part
         if storages.known:
             raise DamagedError("it lacks the bytes of some tensors. Get a whole copy of the file")
@@ -200,7 +202,7 @@ def _read_legacy(file: IO[bytes]) -> Any:
 
 
 class _Unpickler:
-    """Builds plain values from a pickle."""
+    """Builds plain values from a pickle; see the module."""
 
     def __init__(self, storages: _Storages) -> None:
         self.storages = storages
@@ -210,7 +212,7 @@ class _Unpickler:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: Any) -> Any:
-        """The value of the next pickle in a stream, which is left behind the pickle's end."""
+        """Return the value of the next pickle in a stream, which is left at the pickle's end."""
         for opcode, argument, _ in pickletools.genops(stream):
             self._count(1)
             name = opcode.name
@@ -222,7 +224,7 @@ class _Unpickler:
                 return self.stack.pop()
             else:
                 self._step(name, argument)
-        raise DamagedError("its pickle has no end. It is cut off")
+        raise DamagedError("its pickle has no end. It is truncated")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -274,7 +276,7 @@ class _Unpickler:
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
                 if not isinstance(attribute, str) or not isinstance(module, str):
-                    raise DamagedError("it names a class by something that is not text")
+                    raise DamagedError("it contains a class name that is not text")
                 stack.append(Foreign(f"{module}.{attribute}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
@@ -288,17 +290,17 @@ class _Unpickler:
             case "INST":
                 self._since_mark()
                 self.stack.append(Foreign(argument.replace(" ", ".")))
-            case "BUILD":  # the state of an object, none of which is made
+            case "BUILD":  # sets the state of an object, which is not built
                 stack.pop()
             case "BINPERSID":
                 stack.append(self.storages.get(stack.pop()))
             case _:
-                raise DamagedError(f"its pickle has the step {name}, which torch.save does not write")
+                raise DamagedError(f"its pickle has the opcode {name}, which torch.save does not write")
 
     def _count(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
-            raise DamagedError("its pickle has more steps than tensors need. Save the state dict of the model alone")
+            raise DamagedError("its pickle has more opcodes than tensors need. Save only the model's state dict")
 
     def _since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
@@ -312,7 +314,7 @@ class _Unpickler:
         target = self.stack[-1]
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                # To hash nested tuples can take for ever.
+                # Only plain keys: hashing nested tuples can take exponential time.
                 target[key if type(key) in PLAIN_KEYS else Foreign("key")] = value
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -332,7 +334,7 @@ class _Unpickler:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor | Foreign:
-    """A tensor as `torch._utils._rebuild_tensor` makes it, provided that it lies within its storage."""
+    """Build a tensor as `torch._utils._rebuild_tensor` does, checking that it lies within its storage."""
     if not isinstance(storage, _Storage):
         return Foreign(f"a tensor of {storage.name}" if isinstance(storage, Foreign) else "a tensor without a storage")
     if len(rest) > 2 and rest[2]:
@@ -350,7 +352,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
 def _tensor_of_dtype(
     storage: Any, offset: Any, size: Any, stride: Any, _: Any, hooks: Any, dtype: Any, *rest: Any
 ) -> Any:
-    """As `_tensor`, for dtypes that have no storage class of their own."""
+    """Build a tensor of a dtype without its own storage class."""
     if not isinstance(storage, _Storage) or not isinstance(dtype, Foreign) or dtype.name not in DTYPES:
         return Foreign("a tensor of an unknown type")
     return _tensor(_Storage(storage.content, DTYPES[dtype.name]), offset, size, stride, None, None, *rest)
@@ -365,7 +367,7 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> None:
-    """Stands for `_rebuild_from_type_v2`, which calls another function of this table."""
+    """Placeholder for `_rebuild_from_type_v2`, which calls another function of this table."""
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {

@@ -14,25 +14,25 @@ from detkit.registry import necks
 
 @necks.register("fpn")
 class FeaturePyramid(Neck):
-    """Carries the meaning of coarse maps down to the fine ones; all maps get the same width.
+    """The feature pyramid network, which adds semantics of coarse maps to fine ones; all maps get the same width.
 
-    Each map goes through a 1x1 convolution; from coarse to fine, the map above is enlarged (nearest neighbour)
-    and added; a 3x3 convolution then gives the output. Layers are named as in torchvision's
-    FeaturePyramidNetwork (`inner_blocks.0.0.weight`), but for `extra_blocks.0`, its `extra_blocks.p6`.
+    Each map passes through a 1x1 convolution; top-down, the coarser map is upsampled (nearest neighbour) and added; a
+    3x3 convolution gives the output. Layers are named as in torchvision's FeaturePyramidNetwork
+    (`inner_blocks.0.0.weight`), except `extra_blocks.0`, its `extra_blocks.p6`.
 
     Args:
-        channels: channels of the maps that come in.
-        strides: their strides, ascending.
-        width: channels of every map that goes out.
-        extra_levels: coarser maps made from the last output, each of half the size.
-        extra: how these are made: "conv", 3x3 convolutions of stride 2 with ReLU between (RetinaNet's P6, P7);
-            "conv_input", the same, but the first reads the last map that comes in (as the paper of RetinaNet has it);
-            or "pool", every second value (Faster R-CNN).
-        norm: batch norm behind each convolution, which a pyramid trained from scratch wants.
+        channels: channels of the input maps.
+        strides: strides of the input maps, ascending.
+        width: channels of the output maps.
+        extra_levels: number of coarser maps computed from the last output, each half the previous size.
+        extra: how they are computed: "conv" by 3x3 convolutions of stride 2 with ReLU between (RetinaNet's P6, P7);
+            "conv_input" likewise, but the first from the last input map (as in the RetinaNet paper); "pool" by taking
+            every second value (Faster R-CNN).
+        norm: batch norm after each convolution, useful for a pyramid trained from scratch.
 
     Raises:
-        ConfigError: the strides are not ascending (a map pooled from the whole image has no place in a
-            pyramid), or `width` or `extra_levels` is out of range.
+        ConfigError: the strides are not ascending (a map pooled from the whole image is not allowed), or `width` or
+            `extra_levels` is out of range.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class FeaturePyramid(Neck):
         self.strides = (*strides, *(strides[-1] * 2 ** (i + 1) for i in range(extra_levels)))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Maps [(B, width, h_i, w_i)] of the sizes that came in, then the extra ones, each half (rounded up).
+        """Maps [(B, width, h_i, w_i)] of the input sizes, then the extra ones, each half the previous size (rounded
+        up).
 
         Args:
-            features: [(B, channels[i], h_i, w_i)], finest first; sizes need not be multiples of each other.
+            features: [(B, channels[i], h_i, w_i)], from fine to coarse; sizes need not be multiples of each other.
         """
         inner = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
         for i in range(len(inner) - 2, -1, -1):

@@ -1,4 +1,4 @@
-"""The neck of YOLOX: a feature pyramid, then a path back up from fine to coarse (Liu et al., "Path Aggregation Network
+"""The neck of YOLOX: a top-down feature pyramid followed by a bottom-up path (Liu et al., "Path Aggregation Network
 for Instance Segmentation", CVPR 2018; Ge et al. 2021, "YOLOX")."""
 
 import torch
@@ -13,19 +13,19 @@ from detkit.registry import necks
 
 @necks.register("pafpn")
 class PathAggregation(Neck):
-    """Three maps in, three of the same channels and strides out; layers are named as in YOLOX's published weights.
+    """Fuses three maps and keeps their channels and strides; layer names are those of YOLOX's published weights.
 
-    From coarse to fine a map is narrowed, enlarged (nearest neighbour), put beside the finer one and mixed with it by
-    cross-stage partial blocks; then the same from fine to coarse, with convolutions of stride 2.
+    Top-down, a map is reduced in channels, upsampled (nearest neighbour), concatenated with the finer map and fused by
+    a cross-stage partial block; then likewise bottom-up, with convolutions of stride 2.
 
     Args:
-        channels: channels of the maps that come in.
-        strides: their strides, each twice the one before.
+        channels: channels of the input maps.
+        strides: strides of the input maps, each twice the previous one.
         depth: bottlenecks of each block, as a multiple of 3; at least one.
-        depthwise: 3x3 convolutions become a depthwise and a pointwise one.
+        depthwise: replace 3x3 convolutions by a depthwise and a pointwise one.
 
     Raises:
-        ConfigError: there are not three maps of such strides, or `depth` is out of range.
+        ConfigError: the input is not three maps of such strides, or `depth` is out of range.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PathAggregation(Neck):
         check_range("neck", 0, 8, depth=depth)
         if len(strides) != 3 or strides[0] < 1 or list(strides) != [strides[0] * factor for factor in (1, 2, 4)]:
             raise ConfigError(
-                f"The neck 'pafpn' needs three maps, each of half the size of the one before, but the backbone gives "
+                f"The neck 'pafpn' needs three maps, each half the size of the previous one, but the backbone gives "
                 f"maps of strides {list(strides)}. Choose others by the backbone's 'levels'."
             )
         self.channels, self.strides = tuple(channels), tuple(strides)
@@ -55,10 +55,10 @@ class PathAggregation(Neck):
         self.C3_n4 = mix(2 * middle, coarse)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Maps [(B, channels[i], h_i, w_i)] of the sizes that came in.
+        """Maps [(B, channels[i], h_i, w_i)] of the input sizes.
 
         Args:
-            features: [(B, channels[i], h_i, w_i)], finest first, each half as large as the one before, rounded up.
+            features: [(B, channels[i], h_i, w_i)], from fine to coarse, each half the previous size, rounded up.
         """
         fine, middle, coarse = features
         narrow_coarse = self.lateral_conv0(coarse)
@@ -70,8 +70,8 @@ class PathAggregation(Neck):
 
 
 def _beside(coarse: Tensor, fine: Tensor) -> Tensor:
-    """The coarse map, enlarged to the size of the fine one, and that one as further channels."""
+    """Upsample the coarse map to the size of the fine one and concatenate both along the channels."""
     height, width = fine.shape[2:]
-    # Doubled and cut, not scaled to an odd size, which would move it against the finer map.
+    # Doubled and cropped: scaling to an odd size would misalign it with the finer map.
     enlarged = F.interpolate(coarse, scale_factor=2, mode="nearest")[..., :height, :width]
     return torch.cat((enlarged, fine), dim=1)

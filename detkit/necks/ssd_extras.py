@@ -1,4 +1,4 @@
-"""Further, coarser maps behind any backbone, as SSD has them (Liu et al., "SSD", ECCV 2016)."""
+"""Additional coarser maps after any backbone, as in SSD (Liu et al., "SSD", ECCV 2016)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from detkit.registry import necks
 
 @necks.register("ssd_extras")
 class SSDExtras(Neck):
-    """Passes the maps through unchanged, and adds `count` maps, each half the size of the one before.
+    """Passes the maps through and adds `count` maps, each half the size of the previous one.
 
-    Each is a 1x1 convolution to width / 2 and a 3x3 one of stride 2 to width, both with batch norm and ReLU.
+    Each is computed by a 1x1 convolution to width / 2 channels and a 3x3 one of stride 2 to width, both with batch norm
+    and ReLU.
 
     Args:
-        channels: channels of the maps that come in.
-        strides: their strides.
-        count: how many maps are added.
-        width: channels of the maps added.
+        channels: channels of the input maps.
+        strides: strides of the input maps.
+        count: number of added maps.
+        width: channels of the added maps.
 
     Raises:
-        ConfigError: `count` or `width` is out of range, or the last map is pooled from the whole image already.
+        ConfigError: `count` or `width` is out of range, or the last input map is pooled from the whole image.
     """
 
     def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], count: int = 3, width: int = 256) -> None:
@@ -35,7 +36,7 @@ class SSDExtras(Neck):
                 f"and {width}."
             )
         if strides[-1] < 1:
-            raise ConfigError("The neck 'ssd_extras' cannot go behind a map pooled from the whole image.")
+            raise ConfigError("The neck 'ssd_extras' cannot follow a map that is pooled from the whole image.")
         self.levels = nn.ModuleList(
             nn.Sequential(*_convolution(before, width // 2, 1, 1), *_convolution(width // 2, width, 3, 2))
             for before in (channels[-1], *[width] * (count - 1))
@@ -44,10 +45,10 @@ class SSDExtras(Neck):
         self.strides = (*strides, *(strides[-1] * 2 ** (i + 1) for i in range(count)))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """The maps that came in, then [(B, width, h_i, w_i)], each half the size before (rounded up).
+        """The input maps, then [(B, width, h_i, w_i)], each half the previous size (rounded up).
 
         Args:
-            features: [(B, channels[i], h_i, w_i)], finest first.
+            features: [(B, channels[i], h_i, w_i)], from fine to coarse.
         """
         maps = list(features)
         for level in self.levels:

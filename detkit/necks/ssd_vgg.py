@@ -1,4 +1,4 @@
-"""The maps of SSD300 and SSD512 behind VGG-16 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016)."""
+"""The layers of SSD300 and SSD512 after VGG-16 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from detkit.backbones.base import Neck
 from detkit.errors import CheckpointError, ConfigError
 from detkit.registry import necks
 
-# (channels between, channels out, kernel, stride, padding) of conv8, conv9 ... of the paper.
+# (middle channels, output channels, kernel, stride, padding) of the paper's conv8, conv9 ...
 _EXTRA = [(256, 512, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 3, 1, 0), (128, 256, 3, 1, 0)]
 _EXTRA_512 = [*_EXTRA[:2], (128, 256, 3, 2, 1), (128, 256, 3, 2, 1), (128, 256, 4, 1, 1)]
 
-# Index in VGG-16 of the max pool before block 5. torchvision's SSD ends `features` there and starts `extra.0`
-# with it, whose layers 0..6 are thus block 5, and whose layer 7 holds fc6 and fc7.
+# Index in VGG-16 of the max pool before block 5. torchvision's SSD starts `extra.0` with it: layers 0..6 are block 5,
+# layer 7 contains fc6 and fc7.
 _POOL4 = 23
 
 
 @necks.register("ssd_vgg")
 class SSDVGG(Neck):
-    """SSD's own layers behind `{name: vgg16, levels: [4, 5], ceil_mode: true}`.
+    """SSD's layers after `{name: vgg16, levels: [4, 5], ceil_mode: true}`.
 
-    The map of block 4 is divided by its L2 norm over channels, whose values are far larger than those of the
-    deeper maps, and multiplied by a learned scale per channel. The map of block 5 goes through a 3x3 max pool of
-    stride 1 and VGG's fully connected layers rewritten as convolutions, fc6 dilated; then come the extra maps.
-    For 300 pixels the layers are those of torchvision's SSDFeatureExtractorVGG, for 512 those of the paper.
+    The map of block 4, whose values are far larger than those of deeper maps, is L2-normalised over channels and
+    multiplied by a learned scale per channel. The map of block 5 passes through a 3x3 max pool of stride 1 and VGG's
+    fully connected layers as convolutions, with dilation in fc6; then follow the extra maps. For 300 pixels the layers
+    are those of torchvision's SSDFeatureExtractorVGG, for 512 those of the paper.
 
-    The strides are those of the image size the network is made for: SSD300's maps are 38, 19, 10, 5, 3 and 1 wide,
-    SSD512's 64, 32, 16, 8, 4, 2 and 1.
+    The strides hold for the nominal image size: SSD300's maps are 38, 19, 10, 5, 3 and 1 wide, SSD512's 64, 32, 16, 8,
+    4, 2 and 1.
 
     Args:
         channels: (512, 512).
@@ -41,7 +41,7 @@ class SSDVGG(Neck):
         size: 300 for six maps, 512 for seven; images are at least this many pixels wide and high.
 
     Raises:
-        ConfigError: the maps that come in are not VGG-16's of blocks 4 and 5.
+        ConfigError: the input maps are not those of VGG-16's blocks 4 and 5.
     """
 
     def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], size: Literal[300, 512] = 300) -> None:
@@ -89,16 +89,16 @@ class SSDVGG(Neck):
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The backbone's part of torchvision's `ssd300_vgg16` under detkit's names.
+    """Convert the backbone of torchvision's `ssd300_vgg16` to detkit's names.
 
     Args:
-        state: torchvision's state dict; names that start with `head.` belong to the head and are left to it.
+        state: torchvision's state dict; names that start with `head.` are ignored.
 
     Returns:
         The states of the backbone `vgg16` (levels 4 and 5, ceil_mode) and of the neck `ssd_vgg`.
 
     Raises:
-        CheckpointError: a name is none of torchvision's.
+        CheckpointError: a name is not one of torchvision's.
     """
     backbone: dict[str, Tensor] = {}
     neck: dict[str, Tensor] = {}
@@ -116,5 +116,5 @@ def from_torchvision(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         elif found := re.fullmatch(r"backbone\.extra\.([1-5])\.([02]\.(?:weight|bias))", name):
             neck[f"extra.{int(found[1]) - 1}.{found[2]}"] = tensor
         else:
-            raise CheckpointError(f"'{name}' is no tensor of torchvision's ssd300_vgg16.")
+            raise CheckpointError(f"'{name}' is not a tensor of torchvision's ssd300_vgg16.")
     return backbone, neck

@@ -1,4 +1,4 @@
-"""Torchvision's AlexNet, VGG, GoogLeNet, ResNet and DenseNet under detkit's names, as complete classifiers."""
+"""Conversion of torchvision's AlexNet, VGG, GoogLeNet, ResNet and DenseNet classifiers."""
 
 import re
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ NETWORKS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "densenet121"),
 )
 OLD_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-"""Of DenseNet's layers in torchvision's published file."""
+"""Names of DenseNet's layers in torchvision's published file."""
 INPUT = (224, 224)
 HIDDEN = {"widths": [4096, 4096], "dropout": 0.5}
-# Of torchvision's classifiers, where they are more than one layer.
+# Names in torchvision's classifiers.
 HEAD_NAMES = (
     (r"classifier\.6\.(\w+)", r"head.predictor.\1"),
     (r"(?:classifier|fc)\.(weight|bias)", r"head.predictor.\1"),
@@ -36,19 +36,19 @@ AUXILIARY_NAMES = ((".conv.conv.", ".conv."), (".conv.bn.", ".norm."), (".fc1.",
 @weight_converters.register("classifier.weight")
 @weight_converters.register("classifier.6.weight")
 def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of one of torchvision's NETWORKS; the published ones have ImageNet's classes.
+    """Convert one of torchvision's NETWORKS; the published ones have ImageNet's classes.
 
-    Torchvision resizes an image's shorter side to 256 pixels and cuts 224 x 224 from its middle; detkit stretches it
-    to 224 x 224. From equal pixels both compute the same.
+    Torchvision resizes an image's shorter side to 256 pixels and takes the central 224 x 224; detkit stretches the
+    image to 224 x 224. For equal inputs both compute the same.
 
     Raises:
-        CheckpointError: the tensors are of none of these networks.
+        CheckpointError: the tensors do not belong to any of these networks.
     """
     state = with_current_names(state)
     network = _network(state)
     tensors = {_detkit_name(name, network): tensor for name, tensor in state.items()}
     for name in list(tensors):
-        # Files from before PyTorch 0.4.1 have no such counters, and with a fixed momentum nothing reads them.
+        # Files from before PyTorch 0.4.1 lack these counters, which are not used with a fixed momentum.
         if name.endswith("running_mean"):
             tensors.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     classes = count_rows(tensors, "head.predictor", "a classifier of torchvision's")
@@ -64,12 +64,12 @@ def convert_classifier(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` under the names of torchvision's code, which is newer than its published file."""
+    """Rename tensors of torchvision's published file to the names of its current code."""
     return {OLD_NAME.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
 
 
 def imagenet_classes(count: int) -> ClassList:
-    """ImageNet's 1000 classes where the model has so many; otherwise "class 0", "class 1" ..."""
+    """ImageNet's classes if `count` is 1000; otherwise "class 0", "class 1" ..."""
     from torchvision.models import AlexNet_Weights
 
     names = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
@@ -77,7 +77,7 @@ def imagenet_classes(count: int) -> ClassList:
 
 
 def _network(state: Mapping[str, Tensor]) -> str:
-    """Which of NETWORKS has tensors of these names and shapes, whatever the number of classes."""
+    """Find the one of NETWORKS with tensors of these names and shapes, for any number of classes."""
     from torchvision import models
 
     for network in NETWORKS:
@@ -90,20 +90,20 @@ def _network(state: Mapping[str, Tensor]) -> str:
         if same and needed <= state.keys():
             return network
     raise CheckpointError(
-        f"The state dict is of none of torchvision's classifiers that detkit runs: {', '.join(NETWORKS)}. Weights of a "
-        f"backbone alone go to --backbone.weights."
+        f"The state dict is not one of torchvision's classifiers that detkit supports: {', '.join(NETWORKS)}. For "
+        f"weights of a backbone use --backbone.weights."
     )
 
 
 def _parts(network: str, auxiliary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of backbone and head."""
+    """Return the options of backbone and head."""
     if network == "alexnet":
         return {"name": network, "levels": [5]}, {"pool": 6, **HIDDEN}
     if network.startswith("vgg"):
         name, _, norm = network.partition("_")
         return {"name": name, "levels": [6], "batch_norm": bool(norm)}, {"pool": 7, **HIDDEN}
     if network == "googlenet":
-        # The published weights were converted from TensorFlow, with its normalisation.
+        # The published weights were converted from TensorFlow and use its normalisation.
         own: dict[str, Any] = {"name": network, "mean": [0.5] * 3, "std": [0.5] * 3}
         if auxiliary:
             levels = ["inception4a", "inception4d", "inception5b"]

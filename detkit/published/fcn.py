@@ -1,4 +1,4 @@
-"""Torchvision's fcn_resnet50 and fcn_resnet101 under detkit's names."""
+"""Conversion of torchvision's fcn_resnet50 and fcn_resnet101."""
 
 from collections.abc import Mapping
 
@@ -19,28 +19,27 @@ NAMES = (
     (r"aux_classifier\.(.+)", r"head.auxiliary.\1"),
 )
 THIRD_LAYERS = {6: "resnet50", 23: "resnet101"}
-"""Blocks of the third layer, which tell the networks apart."""
+"""Network by number of blocks of the third layer."""
 SHORT_SIDE, LONG_SIDE = 520, 2080
 """Torchvision scales the shorter side to 520 and does not limit the longer one."""
 
 
 @weight_converters.register("classifier.1.running_mean")
 def convert_fcn(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of torchvision's `fcn_resnet50` or `fcn_resnet101`; the published ones have the
-    20 classes of VOC and background.
+    """Convert torchvision's `fcn_resnet50` or `fcn_resnet101`; the published ones have VOC's 20 classes and background.
 
     Raises:
-        CheckpointError: a tensor is unknown, or missing.
+        CheckpointError: a tensor is unknown or missing.
     """
     tensors = {renamed(name, NAMES, "fcn_resnet50 or fcn_resnet101"): tensor for name, tensor in state.items()}
     count = count_rows(state, "classifier.4", "torchvision's FCN")
     blocks = len({name.split(".")[2] for name in state if name.startswith("backbone.layer3.")})
     if blocks not in THIRD_LAYERS:
         raise CheckpointError(
-            f"The state dict is not torchvision's FCN: its backbone.layer3 has {blocks} blocks, but that of ResNet-50 "
-            f"has 6 and that of ResNet-101 23."
+            f"The state dict is not torchvision's FCN: its backbone.layer3 has {blocks} blocks, but ResNet-50 has 6 "
+            f"and ResNet-101 has 23."
         )
-    # configs/fcn_resnet50.yaml trains the same model.
+    # The model of configs/fcn_resnet50.yaml.
     head = {"name": "dilated_fcn", **({} if "aux_classifier.4.bias" in state else {"auxiliary_weight": 0.0})}
     experiment = Experiment(
         data={"name": "voc_segmentation"},

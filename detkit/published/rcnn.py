@@ -1,4 +1,4 @@
-"""Torchvision's Faster and Mask R-CNN (R50-FPN, first and second version) under detkit's names."""
+"""Conversion of torchvision's Faster and Mask R-CNN (R50-FPN, first and second version)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,26 +31,26 @@ NAMES = (
 RATIOS = [0.5, 1.0, 2.0]
 OLD_MASK_NAME = re.compile(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(\w+)")
 BACKGROUND_ROWS = {"head.regions.box_predictor": 4, "head.mask.predictor": 1}
-"""Torchvision predicts a box and a mask of the background, too, which nothing reads."""
+"""Rows of torchvision's box and mask predictions for the background, which are not used."""
 
 
 @weight_converters.register("rpn.head.cls_logits.weight")
 def convert_rcnn(
     state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of torchvision's `fasterrcnn_resnet50_fpn`, `maskrcnn_resnet50_fpn` and their v2.
+    """Convert torchvision's `fasterrcnn_resnet50_fpn`, `maskrcnn_resnet50_fpn` and their second versions.
 
     Args:
-        state: its state dict.
-        coco: whether it is a COCO file of torchvision's; None for those with 91 outputs.
-        options: names of the options that the user gives, of which those of the anchors count here.
+        state: the state dict.
+        coco: whether it is one of torchvision's COCO files; None if it has 91 outputs.
+        options: names of the user's options; those of the anchors are checked.
 
     Raises:
-        CheckpointError: a tensor is unknown, or missing, or the anchors are not known.
+        CheckpointError: a tensor is unknown or missing, or the anchors are unknown.
     """
     outputs = count_rows(state, "roi_heads.box_predictor.cls_score", "torchvision's Faster R-CNN")
     if outputs < 2:
-        raise CheckpointError("The model has one output, which is background, and so no class.")
+        raise CheckpointError("The model has one output, the background, and so no class.")
     count_rows(state, "roi_heads.box_predictor.bbox_pred", "torchvision's Faster R-CNN")
     anchors = count_rows(state, "rpn.head.cls_logits", "torchvision's Faster R-CNN")
     check_anchors(anchors, len(RATIOS), "head.rpn.anchors", options)
@@ -82,7 +82,7 @@ def _detkit_name(name: str) -> str:
 
 
 def _head(second: bool, masks: bool) -> dict[str, Any]:
-    """Of the second version if `second`, with masks if `masks`."""
+    """Return the options of the head: of the second version if `second`, with masks if `masks`."""
     anchors = {"name": "pyramid", "sizes": [[32.0], [64.0], [128.0], [256.0], [512.0]], "ratios": RATIOS}
     head: dict[str, Any] = {
         "name": "mask_rcnn" if masks else "faster_rcnn",

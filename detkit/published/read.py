@@ -1,4 +1,4 @@
-"""Weights that torchvision and others publish, under detkit's names, with the experiment and classes they belong to."""
+"""Reading of weights published by torchvision and others, with their experiment and classes."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ from detkit.config import Experiment, experiment_from_dict, experiment_to_dict
 from detkit.errors import CheckpointError, DetkitError, nearest, printable
 from detkit.io.files import parse_yaml
 from detkit.io.runs import PREFIXES, TORCHVISION, split_options
-from detkit.io.tensor_files import FORMATS, OF_TENSORS, file_format, of_detkit, read_tensors
+from detkit.io.tensor_files import FORMATS, TENSOR_FORMATS, file_format, of_detkit, read_tensors
 from detkit.io.torch_file import one_line
 from detkit.published.classifiers import NETWORKS
 from detkit.registry import weight_converters, weight_files
@@ -39,25 +39,25 @@ Converter = Callable[..., Result]
 
 
 class WeightFile(Protocol):
-    """Weights in files that are not state dicts, registered in detkit.registry.weight_files."""
+    """A reader of weights that are not state dicts, registered in detkit.registry.weight_files."""
 
     def matches(self, source: str) -> bool:
-        """Whether `source` is such a file, or stands for some."""
+        """Return whether `source` is such a file, or a name of some."""
         ...
 
     def read(self, source: str) -> Result:
-        """The tensors under detkit's names, the experiment and the classes.
+        """Read the tensors under detkit's names, the experiment and the classes.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model.
+            CheckpointError: the file is missing, damaged, or belongs to another model.
         """
         ...
 
 
 COCO, CLASS_NAMES = "coco", "data.class_names"
 CHANGEABLE = ("backbone.", "neck.", "head.", "input.")
-OF_COCO = ("retinanet", "faster_rcnn", "mask_rcnn")
-"""Heads of which files with 91 classes are taken for torchvision's own."""
+COCO_HEADS = ("retinanet", "faster_rcnn", "mask_rcnn")
+"""Heads whose files with 91 classes are assumed to be torchvision's COCO files."""
 ASSUMED = (
     "input.size",
     "backbone.norm_epsilon",
@@ -67,11 +67,11 @@ ASSUMED = (
     "head.rpn.anchors.sizes",
     "head.rpn.anchors.ratios",
 )
-"""Options on which results depend and which no file of torchvision's or YOLOX's stores."""
+"""Options that affect results and are not stored in files of torchvision or YOLOX."""
 
 
 def is_published(source: str) -> bool:
-    """Whether `source` is "torchvision:" and a name, "mtcnn:" and a folder, or a file that is not one of detkit's."""
+    """Return whether `source` is "torchvision:NAME", "mtcnn:FOLDER", or a file that is not a detkit checkpoint."""
     file, options = split_options(source)
     if source.startswith(PREFIXES) or options:
         return True
@@ -80,18 +80,18 @@ def is_published(source: str) -> bool:
 
 
 def read_published(source: str) -> Result:
-    """Tensors, experiment and classes of a published model.
+    """Read the tensors, experiment and classes of a published model.
 
     Args:
         source: "torchvision:ssd300_vgg16" downloads the weights of one of PUBLISHED (or takes them from torch's cache);
-            a path is a state dict of one of these or of YOLOX, in a file of torch.save or safetensors, or a file of
-            Darknet's YOLOv2 or YOLOv3; "mtcnn:" and a folder reads the networks of facenet-pytorch. What a path leads
-            to was perhaps not trained as the published models were; the file does not say so. Options of the model may
-            follow the path: "own.pth?input.size=[600, 1000]&head.anchors.sizes=[...]&data.class_names=[cat, dog]", and
-            "coco=false" for a model with 91 classes that are not those of torchvision's COCO files.
+            a path is a state dict of one of these or of YOLOX, in a torch.save or safetensors file, or a file of
+            Darknet's YOLOv2 or YOLOv3; "mtcnn:FOLDER" reads the networks of facenet-pytorch. A file does not store how
+            its model was trained; options that differ from the published model's may follow the path:
+            "own.pth?input.size=[600, 1000]&head.anchors.sizes=[...]&data.class_names=[cat, dog]", and "coco=false" for
+            a model with 91 classes that are not those of torchvision's COCO files.
 
     Raises:
-        CheckpointError: the weights are not available, are damaged, or are of another model.
+        CheckpointError: the weights are not available, damaged, or belong to another model.
         ConfigError: an option does not exist.
     """
     file, text = split_options(source)
@@ -99,15 +99,15 @@ def read_published(source: str) -> Result:
     options = {key: value for key, value in given.items() if key not in (COCO, CLASS_NAMES)}
     tensors, experiment, classes = _read(source, file, given.get(COCO), tuple(options))
     if not file.startswith(PREFIXES):
-        _say_what_is_assumed(source, experiment, classes, given)
+        _log_assumptions(source, experiment, classes, given)
     return tensors, _changed(experiment, options), _named(classes, given.get(CLASS_NAMES), source)
 
 
 def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -> Result:
-    """As `read_published`, without the changes that options ask for; of these only the names are given."""
+    """As `read_published`, without applying `options`, of which only the names are given."""
     if file.startswith(TORCHVISION):
         return _converted(_download(file), source, coco, options)
-    if file.startswith(PREFIXES) or file_format(file) not in OF_TENSORS:
+    if file.startswith(PREFIXES) or file_format(file) not in TENSOR_FORMATS:
         readers: list[WeightFile] = [weight_files.get(name)() for name in weight_files.names()]
         for reader in readers:
             if reader.matches(file):
@@ -116,7 +116,7 @@ def _read(source: str, file: str, coco: bool | None, options: tuple[str, ...]) -
 
 
 def find_converter(state: Mapping[str, Tensor]) -> Converter | None:
-    """The function that turns a state dict of another library into detkit's; None for an unknown one."""
+    """Find the function that converts a state dict of another library; None if it is unknown."""
     return next((weight_converters.get(name) for name in weight_converters.names() if name in state), None)
 
 
@@ -133,22 +133,22 @@ def _converted(state: Mapping[str, Tensor], source: str, coco: bool | None, opti
                 return convert(inner, **taken)
             except DetkitError as error:
                 raise CheckpointError(f"{where} cannot be used. {error}") from None
-            # What tensors of other shapes than those of the model lead to.
+            # Raised for tensors of unexpected shapes.
             except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise CheckpointError(
-                    f"{where} has tensors of other shapes than the model that their names belong to "
+                    f"{where} has tensors of other shapes than the model with these names "
                     f"({one_line(error)}). Was it trained with other options?"
                 ) from None
         inner = _without_shared_prefix(inner)
     raise CheckpointError(
-        f"{where} is none of torchvision's models that detkit runs ({', '.join(PUBLISHED)}), nor one of YOLOX's or "
-        f"Darknet's, and no checkpoint of detkit: it has none of the tensors {', '.join(weight_converters.names())}, "
-        f"but {', '.join(list(state)[:3])}. Weights of a backbone alone go to --backbone.weights."
+        f"{where} is not a torchvision model that detkit supports ({', '.join(PUBLISHED)}), nor a model of YOLOX or "
+        f"Darknet, nor a detkit checkpoint: it has none of the tensors {', '.join(weight_converters.names())}, but "
+        f"{', '.join(list(state)[:3])}. For weights of a backbone use --backbone.weights."
     )
 
 
 def _without_shared_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-    """`state` without the attribute in which all of it was kept ("net."); None where there is no such."""
+    """Remove the attribute name that all names start with ("net."); None if there is none."""
     prefixes = {name.partition(".")[0] if "." in name else "" for name in state}
     if len(prefixes) != 1 or "" in prefixes:
         return None
@@ -170,10 +170,10 @@ def _download(source: str) -> Mapping[str, Tensor]:
 
 
 def _parsed(text: str, source: str) -> dict[str, Any]:
-    """The options behind a path by key.
+    """Parse the options after a path.
 
     Raises:
-        CheckpointError: one has no value, or cannot be changed.
+        CheckpointError: an option has no value, or cannot be changed.
     """
     options: dict[str, Any] = {}
     for item in text.split("&") if text else ():
@@ -186,7 +186,7 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
             )
         options[key] = parse_yaml(value, f"option '{key}'", CheckpointError, as_text=key == CLASS_NAMES)
     if not isinstance(options.get(COCO, False), bool):
-        raise CheckpointError(f"The option '{COCO}' is true or false, not {options[COCO]!r}.")
+        raise CheckpointError(f"The option '{COCO}' must be true or false, but is {options[COCO]!r}.")
     return options
 
 
@@ -205,39 +205,43 @@ def _changed(experiment: Experiment, options: Mapping[str, Any]) -> Experiment:
 
 
 def _named(classes: ClassList, names: Any, source: str) -> ClassList:
-    """`classes` under other names.
+    """Rename the classes.
 
     Raises:
-        CheckpointError: there are not as many, or they are not a list of different texts.
+        CheckpointError: `names` is not a list of different texts, one for each class.
     """
     if names is None:
         return classes
     if not isinstance(names, list) or len(names) != len(classes):
-        raise CheckpointError(f"'{printable(source)}' has {len(classes)} classes; give as many in {CLASS_NAMES}=[...].")
+        raise CheckpointError(
+            f"'{printable(source)}' has {len(classes)} classes; give their names in {CLASS_NAMES}=[...]."
+        )
     try:
         return ClassList(tuple(map(str, names)), classes.raw_ids)
     except ValueError as error:
         raise CheckpointError(f"The option '{CLASS_NAMES}' of '{printable(source)}': {error}.") from None
 
 
-def _say_what_is_assumed(source: str, experiment: Experiment, classes: ClassList, given: Mapping[str, Any]) -> None:
-    """One line on what results depend on and the file does not tell, unless it is one of the published."""
+def _log_assumptions(source: str, experiment: Experiment, classes: ClassList, given: Mapping[str, Any]) -> None:
+    """Log the assumed options that the file does not store, unless it is a published one."""
     shown, join = printable(source), "&" if given else "?"
     if classes.names[0] == "class 0":
         values = experiment_to_dict(experiment)
         assumed = [
             f"{key}={value}" for key in ASSUMED if key not in given and (value := _value(values, key)) is not None
         ]
-        unnamed = "" if CLASS_NAMES in given else f" The names of its classes follow as {CLASS_NAMES}=[NAME, ...]."
+        unnamed = "" if CLASS_NAMES in given else f" Add the names of its classes as {CLASS_NAMES}=[NAME, ...]."
         if assumed:
             logger.warning(
-                f"'{shown}' does not store how it was trained. Assumed: {', '.join(assumed)}. Where that is wrong, add "
+                f"'{shown}' does not store how it was trained. Assumed: {', '.join(assumed)}. If that is wrong, append "
                 f"the right values to the path: '{shown}{join}{assumed[0]}'.{unnamed}"
             )
-    elif COCO not in given and experiment.head["name"] in OF_COCO and Path(source).name not in _names_of_coco_files():
+    elif (
+        COCO not in given and experiment.head["name"] in COCO_HEADS and Path(source).name not in _names_of_coco_files()
+    ):
         logger.warning(
-            f"'{shown}' has 91 classes and is read as a file of torchvision's that was trained on COCO. If it was "
-            f"trained on 91 other classes, add that to the path: '{shown}{join}{COCO}=false'."
+            f"'{shown}' has 91 classes and is assumed to be a torchvision model trained on COCO. If it was trained on "
+            f"91 other classes, append that to the path: '{shown}{join}{COCO}=false'."
         )
 
 

@@ -1,4 +1,4 @@
-"""Torchvision's RetinaNet (R50-FPN, first and second version) under detkit's names."""
+"""Conversion of torchvision's RetinaNet (R50-FPN, first and second version)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -33,25 +33,25 @@ ANCHORS_PER_LOCATION = len(SIZES[0]) * len(RATIOS)
 def convert_retinanet(
     state: Mapping[str, Tensor], coco: bool | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of torchvision's `retinanet_resnet50_fpn` and its v2.
+    """Convert torchvision's `retinanet_resnet50_fpn` and its second version.
 
-    RetinaNet has no background. Torchvision's COCO files have an output 0 for one all the same, which no image showed;
-    it is left out. In a model that a user trained class 0 is a class like any other.
+    RetinaNet has no background class. Torchvision's COCO files nevertheless have an output 0 for it, which was never
+    trained; it is removed. In models that users trained, class 0 is a regular class.
 
     Args:
-        state: its state dict.
-        coco: whether it is a COCO file of torchvision's; None for those with 91 classes.
-        options: names of the options that the user gives, of which those of the anchors count here.
+        state: the state dict.
+        coco: whether it is one of torchvision's COCO files; None if it has 91 classes.
+        options: names of the user's options; those of the anchors are checked.
 
     Raises:
-        CheckpointError: a tensor is unknown, or missing, or the anchors are not known.
+        CheckpointError: a tensor is unknown or missing, or the anchors are unknown.
     """
     tensors = {_detkit_name(name): tensor for name, tensor in state.items()}
     outputs = count_rows(state, "head.classification_head.cls_logits", "torchvision's RetinaNet")
     anchors = count_rows(state, "head.regression_head.bbox_reg", "torchvision's RetinaNet") // 4
     classes, rest = divmod(outputs, max(anchors, 1))
     if rest or not classes:
-        raise CheckpointError(f"The model has {outputs} outputs of classes for {anchors} anchors. It is damaged.")
+        raise CheckpointError(f"The model has {outputs} class outputs for {anchors} anchors. It is damaged.")
     check_anchors(anchors, ANCHORS_PER_LOCATION, "head.anchors", options)
     coco = is_coco(classes, coco)
     for kind in ("weight", "bias") if coco else ():
@@ -79,5 +79,5 @@ def convert_retinanet(
 def _detkit_name(name: str) -> str:
     old = OLD_TOWER_NAME.fullmatch(name)
     if old:
-        name = f"{old[1]}.{int(old[2]) // 2}.0.{old[3]}"  # between them stood a ReLU, which has no tensors
+        name = f"{old[1]}.{int(old[2]) // 2}.0.{old[3]}"  # the layers between are ReLUs
     return renamed(name, NAMES, "retinanet_resnet50_fpn")

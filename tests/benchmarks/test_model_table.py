@@ -111,7 +111,7 @@ def test_a_run_that_was_not_evaluated_is_refused(tmp_path, text):
         ([], "The table needs models. Give runs' folders and configs"),
         (["--models", "tiny.yaml,configs/none_*.yaml"], "--models holds 'configs/none_*.yaml', which is no run"),
         (["--models", "tiny.yaml", "--classes", "0"], "--classes must be at least 1, but is 0"),
-        (["--models", "runs"], "The folder 'runs' holds no checkpoints/best.safetensors"),
+        (["--models", "runs"], "The folder 'runs' contains no checkpoints/best.safetensors"),
         (["--models", "tiny.yaml", "--source", "nothing.jpg"], "nothing.jpg"),
     ],
 )

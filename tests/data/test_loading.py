@@ -272,7 +272,7 @@ def test_two_thousand_proposals_and_none_travel_through_workers() -> None:
 @pytest.mark.parametrize(
     ("proposals", "message"),
     [
-        ((torch.zeros(0, 4),), "2 images need as many tensors of proposals, but got 1"),
+        ((torch.zeros(0, 4),), "expected one tensor of proposals for each of 2 images, but got 1"),
         ((torch.zeros(0, 4), torch.zeros(3, 5)), r"proposals must be \(N, 4\) float32, but got \(3, 5\)"),
         ((torch.zeros(0, 4), torch.zeros(3, 4).double()), "float64"),
     ],

@@ -85,9 +85,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny: Any) -> None:
     ("options", "reason"),
     [
         (("--train.freeze", "2"), r"train\.freeze is 2"),
-        (("--augment", "[{name: flip}]"), "augments images anew"),
+        (("--augment", "[{name: flip}]"), "augmented differently in each epoch"),
         (("--input.multi_scale", "[1, 1.5]"), "inputs of many sizes"),
-        (("--input.resize", "short_side"), "not of one size"),
+        (("--input.resize", "short_side"), "differ in size"),
         (("--train.devices", "2"), "processes"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_disk_without_space_is_said(tiny: Any, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(feature_store.os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DetkitError, match=r"features to be stored take .*No space left on device.*levels"):
+    with pytest.raises(DetkitError, match=r"stored features need .*No space left on device.*levels"):
         train(tiny(*SHARED, "--train.store_features", "true"))
 
 

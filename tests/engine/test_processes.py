@@ -71,4 +71,4 @@ def test_both_processes_refuse_a_run_that_is_trained(tiny_config: Path, tmp_path
     holder.release()
     assert result.returncode == 1
     (line,) = error_lines(result)
-    assert "is being trained by the process" in line
+    assert "is being trained by process" in line

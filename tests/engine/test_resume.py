@@ -124,9 +124,9 @@ def test_a_damaged_file_is_made_again_or_its_predecessor_used(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume")]
     if name == "last":
         assert len(said) == 1
-        assert "written again" in said[0]
+        assert "restored from the training state" in said[0]
     else:
-        assert any("goes on from the one before it, of epoch 1" in line for line in said)
+        assert any("continues from the previous one, of epoch 1" in line for line in said)
     assert_same(whole, folder)
 
 
@@ -152,9 +152,7 @@ def test_a_best_checkpoint_that_is_lost_is_said_at_once(
         pytest.fail("the best epoch of this run must be its first")
     damage(folder.best)
     monkeypatch.setattr(engine, "_train_epoch", lambda *arguments: pytest.fail("it trained"))
-    with pytest.raises(
-        CheckpointError, match=r"best\.safetensors' is (missing|damaged), and cannot be made again.*--w"
-    ):
+    with pytest.raises(CheckpointError, match=r"best\.safetensors' is (missing|damaged) and cannot be restored.*--w"):
         train(make(), str(folder.path))
 
 
@@ -168,7 +166,7 @@ def test_files_of_other_runs_and_epochs(broken: Any, broken_runs: Any, monkeypat
             train(make(), str(folder.path))
         getattr(folder, name).write_bytes(kept)
     shutil.copyfile(folder.last, folder.best)  # a later epoch's than the best
-    with pytest.raises(CheckpointError, match=r"best\.safetensors' is of another time \(epoch 2\)"):
+    with pytest.raises(CheckpointError, match=r"best\.safetensors' is of another epoch \(2\)"):
         train(make(), str(folder.path))
 
 
@@ -178,7 +176,7 @@ def test_last_of_an_earlier_epoch_is_replaced(
     make, whole, folder = broken
     shutil.copyfile(folder.best, folder.last)
     train(make(), str(folder.path))
-    assert "last.safetensors' is of another time (epoch 1)" in capsys.readouterr().out
+    assert "last.safetensors' is of another epoch (1)" in capsys.readouterr().out
     assert_same(whole, folder)
 
 
@@ -272,7 +270,7 @@ def test_a_run_that_is_trained_is_refused(broken: Any) -> None:
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(ConfigError, match=rf"is being trained by the process {other.pid}\. Wait"):
+    with pytest.raises(ConfigError, match=rf"is being trained by process {other.pid}\. Wait"):
         train(make(), str(folder.path))
     other.kill()
     other.wait()
@@ -287,7 +285,7 @@ def test_a_new_run_is_held_from_its_creation_on(tiny: Any) -> None:
         f"RunFolder(pathlib.Path({str(folder.path)!r})).acquire()"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert f"is being trained by the process {os.getpid()}. Wait" in other.stderr
+    assert f"is being trained by process {os.getpid()}. Wait" in other.stderr
     folder.release()
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -263,7 +263,7 @@ def test_a_broken_image_in_a_worker_keeps_its_message(tiny: Any, monkeypatch: py
 
 def test_a_run_cannot_go_on_with_other_options(tiny: Any) -> None:
     folder = train(tiny("--train.epochs", "1"))
-    with pytest.raises(ConfigError, match=r"began with train\.lr = 0\.01, and cannot go on with 0\.5"):
+    with pytest.raises(ConfigError, match=r"was started with train\.lr = 0\.01 and cannot continue with 0\.5"):
         train(tiny("--train.epochs", "2", "--train.lr", "0.5"), str(folder.path))
     longer = train(tiny("--train.epochs", "2"), str(folder.path))
     assert "epochs: 2" in longer.config.read_text()

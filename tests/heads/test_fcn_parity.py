@@ -150,7 +150,7 @@ def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
 
 
 def test_small_resnets_have_no_dilated_form() -> None:
-    with pytest.raises(ConfigError, match=r"'backbone\.output_stride' is 8, but resnet18 has no dilated form"):
+    with pytest.raises(ConfigError, match=r"'backbone\.output_stride' is 8, but resnet18 does not support dilation"):
         backbones.build({"name": "resnet18", "output_stride": 8}, "backbone")
     backbone = backbones.build({"name": "resnet50", "levels": [3, 5], "output_stride": 16}, "backbone").eval()
     with torch.no_grad():

@@ -76,7 +76,7 @@ def test_own_anchors_are_asked_for_and_taken(tmp_path: Path) -> None:
     model = retinanet(2, anchor_generator=AnchorGenerator(sizes, ratios))
     torch.save(model.state_dict(), tmp_path / "own.pth")
     with pytest.raises(
-        CheckpointError, match=r"own\.pth' .*4 anchors at each location.*default 9.*head\.anchors\.sizes"
+        CheckpointError, match=r"own\.pth' .*4 anchors per location.*default has 9.*head\.anchors\.sizes"
     ):
         load_model(tmp_path / "own.pth")
     anchors = f"head.anchors.sizes={list(map(list, sizes))}&head.anchors.ratios=[0.5, 1.0]"
@@ -161,7 +161,7 @@ def test_options_behind_a_path_that_do_not_exist(tmp_path: Path) -> None:
         ("input.size=large", ConfigError, r"input\.size"),
         ("coco=maybe", CheckpointError, "true or false"),
         ("data.class_names=[a]", CheckpointError, "has 2 classes"),
-        ("data.class_names=[a, a]", CheckpointError, "stands twice"),
+        ("data.class_names=[a, a]", CheckpointError, "is listed twice"),
         ("", None, ""),
     ):
         if error is None:

@@ -131,7 +131,7 @@ def test_the_config_trains_the_same_model(reference: nn.Module) -> None:
 def test_another_models_file_is_refused(tmp_path: object) -> None:
     path = f"{tmp_path}/other.pth"
     torch.save({"conv.weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"other\.pth' is none of torchvision's models"):
+    with pytest.raises(CheckpointError, match=r"other\.pth' is not a torchvision model"):
         load_model(path)
     with pytest.raises(CheckpointError, match=r"There is no checkpoint .*missing\.pth"):
         load_model(f"{tmp_path}/missing.pth")

@@ -151,7 +151,7 @@ def test_broken_checkpoints_are_named(tiny: Any, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read"):
         detkit.load(path)
-    with pytest.raises(CheckpointError, match="holds no checkpoints/best"):
+    with pytest.raises(CheckpointError, match="contains no checkpoints/best"):
         detkit.load(tmp_path)
     from safetensors.torch import save_file
 

@@ -43,7 +43,7 @@ def test_of_a_run_that_is_missing_the_nearest_are_named_first(home: Path, given:
         resolve_checkpoint(given)
     message = str(error.value)
     assert f"There is no checkpoint '{given}'. Did you mean 'runs/detect/people'?" in message
-    assert "There are: runs/detect/people, runs/detect/people2, " in message
+    assert "Available: runs/detect/people, runs/detect/people2, " in message
     assert "runs/segment/streets" in message
     assert "unfinished" not in message
     assert "runs/detect," not in message
@@ -51,7 +51,7 @@ def test_of_a_run_that_is_missing_the_nearest_are_named_first(home: Path, given:
 
 @pytest.mark.parametrize("given", ["runs", "runs/detect", "runs/detect/unfinished"])
 def test_a_folder_that_is_no_run_is_answered_with_those_there_are(home: Path, given: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"The folder '{given}' holds no .*There are: .*runs/detect/cells"):
+    with pytest.raises(CheckpointError, match=rf"The folder '{given}' contains no .*Available: .*runs/detect/cells"):
         resolve_checkpoint(given)
 
 
@@ -71,7 +71,7 @@ def test_many_runs_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_any_run_the_message_says_what_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="detkit train makes them"):
+    with pytest.raises(CheckpointError, match="`detkit train` writes them"):
         resolve_checkpoint("runs/detect/x")
 
 

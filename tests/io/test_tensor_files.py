@@ -130,13 +130,13 @@ def others(folder: Path) -> dict[str, tuple[bytes, str]]:
         "NumPy": ((folder / "x.npy").read_bytes(), "NumPy"),
         "NumPy archive": ((folder / "x.npz").read_bytes(), r"zip archive of arr_0\.npy"),
         "zip": ((folder / "x.zip").read_bytes(), "zip archive of weights/readme"),
-        "pickle": (pickle.dumps({"a": 1}), "pickle that torch.save did not write"),
-        "noise": (bytes(range(200, 255)), "format that is not known"),
-        "one byte": (b"\x80", "format that is not known"),
-        "cut safetensors": (whole[:-10], "not a whole safetensors file|cannot be read"),
-        "cut header": (whole[:20], "not a whole safetensors file|cannot be read"),
-        "cut": (torch_file[:-100], "is damaged or cut off"),
-        "cut early": (torch_file[:10], "is damaged or cut off"),
+        "pickle": (pickle.dumps({"a": 1}), "pickle that was not written by torch.save"),
+        "noise": (bytes(range(200, 255)), "unknown format"),
+        "one byte": (b"\x80", "unknown format"),
+        "cut safetensors": (whole[:-10], "not a complete safetensors file|cannot be read"),
+        "cut header": (whole[:20], "not a complete safetensors file|cannot be read"),
+        "cut": (torch_file[:-100], "is damaged or truncated"),
+        "cut early": (torch_file[:10], "is damaged or truncated"),
         "cut Darknet": (struct.pack("<5i", 0, 2, 0, 0, 0)[:14], "cut off"),
         "other Darknet": (struct.pack("<5i", 0, 2, 0, 0, 0) + bytes(400), "holds 100 floats"),
     }
@@ -195,5 +195,5 @@ def test_a_checkpoint_of_detkit_under_another_name(tmp_path: Path) -> None:
 
 def test_a_file_of_darknet_is_no_file_of_a_backbone_of_torchvision(tmp_path: Path) -> None:
     (tmp_path / "a.weights").write_bytes(struct.pack("<5i", 0, 2, 0, 0, 0) + bytes(400))
-    with pytest.raises(CheckpointError, match=r"a\.weights' is a file of Darknet's weights"):
+    with pytest.raises(CheckpointError, match=r"a\.weights' is a Darknet weight file"):
         backbones.build({"name": "resnet18", "weights": str(tmp_path / "a.weights")}, "backbone")

@@ -307,7 +307,7 @@ def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(BASE.numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"own\.pth' is damaged or cut off \(BadZipFile: Bad CRC"):
+    with pytest.raises(CheckpointError, match=r"own\.pth' is damaged or truncated \(BadZipFile: Bad CRC"):
         read_torch(path)
 
 

@@ -109,7 +109,7 @@ def test_ssd512_has_the_maps_of_the_paper() -> None:
     "name", ["backbone.extra.0.8.weight", "backbone.features.23.weight", "backbone.extra.6.0.weight", "banana"]
 )
 def test_unmapped_tensor_of_torchvision_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"'{name}' is no tensor of torchvision's ssd300_vgg16"):
+    with pytest.raises(CheckpointError, match=f"'{name}' is not a tensor of torchvision's ssd300_vgg16"):
         from_torchvision({name: torch.zeros(1)})
 
 
@@ -121,7 +121,7 @@ def test_unmapped_tensor_of_torchvision_is_refused(name: str) -> None:
         ({"name": "fpn", "width": 0}, SMALL, "positive 'width'"),
         ({"name": "fpn", "extra": "banana"}, SMALL, r"neck\.extra"),
         ({"name": "ssd_extras", "count": 0}, SMALL, "'count' of at least 1"),
-        ({"name": "ssd_extras"}, {"channels": (8, 8), "strides": (8, 0)}, "cannot go behind a map pooled"),
+        ({"name": "ssd_extras"}, {"channels": (8, 8), "strides": (8, 0)}, "cannot follow a map that is pooled"),
         ({"name": "ssd_vgg"}, SMALL, "needs the backbone {name: vgg16"),
         ({"name": "ssd_vgg", "size": 400}, VGG, r"neck\.size"),
     ],

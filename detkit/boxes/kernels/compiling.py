@@ -1,6 +1,6 @@
-"""Compilation of the CPU kernels by Numba, and the cache on the disk that holds what was compiled.
+"""Compilation of the CPU kernels by Numba, with a robust cache on disk.
 
-Numba is imported with this module, so only the modules of kernels import it, and they when they are first needed.
+This module imports Numba, so only the kernel modules import it, which are themselves imported on first use.
 """
 
 import logging
@@ -18,14 +18,14 @@ inlined = njit(nogil=True, error_model="numpy", forceinline=True)  # small, in t
 
 
 def cached(*signatures: str, **options: Any) -> Callable[[Any], Any]:
-    """`numba.njit` for a function that Python calls, kept in Numba's cache between processes.
+    """`numba.njit` for a function called from Python, cached between processes.
 
-    A cache that is damaged, cannot be written, or has no folder costs the time to compile anew, and nothing else. It
-    does not notice changes in other files, so that all that the function calls stands in its own file.
+    A cache that is damaged, not writable or without a folder only costs the time to compile again. The cache does not
+    notice changes in other files, so everything that the function calls must be in its own file.
 
     Args:
-        signatures: types for which the function is compiled on import; none to compile at the first call.
-        options: those of `numba.njit`; error_model "numpy" unless given.
+        signatures: types for which the function is compiled on import; none to compile on the first call.
+        options: options of `numba.njit`; error_model defaults to "numpy".
     """
 
     def decorate(function: Any) -> Any:
@@ -36,8 +36,8 @@ def cached(*signatures: str, **options: Any) -> Callable[[Any], Any]:
             if "cannot cache" not in str(error):
                 raise
             log.warning(
-                "Numba finds no folder to keep compiled code in, so that each process compiles %s anew, which takes "
-                "seconds. Set NUMBA_CACHE_DIR to a writable folder.",
+                "Numba finds no writable cache folder, so each process compiles %s again, which takes seconds. Set "
+                "NUMBA_CACHE_DIR to a writable folder.",
                 function.__name__,
             )
         for signature in signatures:
@@ -50,13 +50,13 @@ def cached(*signatures: str, **options: Any) -> Callable[[Any], Any]:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache, to which a damaged or unwritable file is no entry instead of an error."""
+    """Numba's cache, which treats damaged and unwritable files as missing instead of raising an error."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # unpickling a damaged file raises anything
-            log.warning("The cache of compiled code is damaged (%s), so it is compiled anew.", error)
+            log.warning("The cache of compiled code is damaged (%s), so the code is compiled again.", error)
             with suppress(OSError):
                 self.flush()
             return None

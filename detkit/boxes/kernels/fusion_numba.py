@@ -1,39 +1,37 @@
 """The CPU kernel of weighted box fusion.
 
-Each box is compared with the fused boxes of its group. A test without division, which LLVM turns into vector code,
-passes over those that cannot beat the best overlap so far; for the others it is computed by
-inter / (area_i + area_j - inter) in float32.
+Each box is compared with the fused boxes of its group. A vectorisable test without division skips those that cannot
+exceed the best IoU so far; for the others the IoU is computed as inter / (area_i + area_j - inter) in float32.
 
-Numba is imported with this module, so only `detkit.boxes.fusion.weighted_box_fusion` imports it, when it is first
-called.
+This module imports Numba, so `detkit.boxes.fusion.weighted_box_fusion` imports it on first use.
 """
 
 import numpy as np
 
 from detkit.boxes.kernels.compiling import cached
 
-BLOCK = 128  # clusters tested before looking whether one of them may be better
-MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many divisions
-SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
+BLOCK = 128  # clusters per vectorised test
+MARGIN = 1e-5  # relative; far above the rounding error of the test, small enough to avoid most divisions
+SLACK = np.float32(6e-45)  # four times the smallest float32: a relative margin has no effect on subnormal areas
 
 
 @cached(nogil=True, error_model="python")
 def fuse(boxes, weights, order, starts, iou_threshold):  # type: ignore[no-untyped-def]
-    """Clusters and fuses within each group.
+    """Cluster and fuse the boxes within each group.
 
     Args:
         boxes: (N, 4) float32 xyxy, C-contiguous and finite.
-        weights: (N,) float64, 0 or more.
-        order: (M,) int64 indices of boxes, group after group, the greatest weight first in each.
-        starts: (G + 1,) int64, where in `order` each group begins, and M.
-        iou_threshold: float64 in 0..1; a box joins a cluster whose IoU with it is above it.
+        weights: (N,) float64, at least 0.
+        order: (M,) int64 indices of boxes, grouped, by descending weight in each group.
+        starts: (G + 1,) int64, the start of each group in `order`, and M.
+        iou_threshold: float64 in 0..1; IoU with a cluster above which a box joins it.
 
     Returns:
-        Of the K clusters, group after group, in each in the order of their founding: the (K, 4) float32 fused
-        boxes, (K,) float64 sums of weights, (K,) int64 counts of boxes, and (K,) int64 founders.
+        For the K clusters, grouped, in order of creation: (K, 4) float32 fused boxes, (K,) float64 sums of weights,
+        (K,) int64 numbers of boxes, and (K,) int64 indices of the first boxes.
     """
     total = len(order)
-    # One array for each coordinate: neighbouring boxes fill one vector register.
+    # One array per coordinate, so that consecutive boxes fill a vector register.
     lefts, tops = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.float32)
     rights, bottoms = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.float32)
     areas = np.empty(total, dtype=np.float32)
@@ -68,7 +66,7 @@ def fuse(boxes, weights, order, starts, iou_threshold):  # type: ignore[no-untyp
             members[cluster] += 1
             for axis in range(4):
                 moments[cluster, axis] += weight * boxes[index, axis]
-            if weight > 0.0:  # a box without weight does not move the fused one
+            if weight > 0.0:  # boxes without weight do not move the fused box
                 lefts[cluster], tops[cluster] = moments[cluster, 0] / sums[cluster], moments[cluster, 1] / sums[cluster]
                 rights[cluster] = moments[cluster, 2] / sums[cluster]
                 bottoms[cluster] = moments[cluster, 3] / sums[cluster]
@@ -79,7 +77,7 @@ def fuse(boxes, weights, order, starts, iou_threshold):  # type: ignore[no-untyp
 
 @cached(nogil=True, error_model="python")
 def _best(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, iou_threshold):  # type: ignore[no-untyped-def]
-    """Which fused box has the greatest IoU above the threshold, of equal ones the first; -1: none."""
+    """Return the fused box with the largest IoU above the threshold, the first of ties; -1 if there is none."""
     zero = np.float32(0.0)
     best, best_iou = -1, iou_threshold
     for begin in range(0, len(lefts), BLOCK):
@@ -107,7 +105,7 @@ def _best(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, i
 def _any_above(  # type: ignore[no-untyped-def]
     lefts, tops, rights, bottoms, areas, left, top, right, bottom, factor, bound
 ):
-    """Whether a fused box may overlap enough; without division or a branch, so that it is vectorised."""
+    """Return whether any fused box may overlap enough; without divisions and branches, so that it is vectorised."""
     zero = np.float32(0.0)
     above = False
     for j in range(len(lefts)):

@@ -1,28 +1,27 @@
-"""The CPU kernels of overlap: which boxes overlap most, and the matrix of IoUs, equal to `pairwise_iou` bit for bit.
+"""The CPU kernels for IoU: best overlaps and the IoU matrix, bit-identical to `pairwise_iou`.
 
-Numba is imported with this module, so only functions import it, when they first need it. The first call of all
-compiles for some seconds; later processes load the result from Numba's cache.
+This module imports Numba, so it is imported on first use. The first call compiles for some seconds; later processes
+load the code from Numba's cache.
 
-Boxes come as columns, one array for each coordinate and one for the areas: neighbours then fill one vector
-register. All loops that LLVM is to turn into vector code are functions over arrays from 0 to their end. Every IoU
-is computed by the operations of `detkit.boxes.iou`, in their order and without joining a product and a sum into
-one rounding, so that it does not matter which of the two computed it.
+Boxes are passed as columns, one array per coordinate and one for the areas, so that consecutive boxes fill a vector
+register. Loops that LLVM should vectorise are functions over whole arrays. IoUs are computed by the operations of
+`detkit.boxes.iou` in the same order and without fused multiply-add, so that both give the same bits.
 
-IoUs are never negative nor NaN, and such numbers are ordered as their bits are if read as integers. So the largest
-is searched among the bits: a maximum of integers is vectorised, one of floats is not.
+IoUs are neither negative nor NaN, so they compare like their bits read as integers. Maxima are taken over these bits,
+since a maximum of integers is vectorised and one of floats is not.
 """
 
 import numpy as np
 
 from detkit.boxes.kernels.compiling import cached
 
-# By Numba's own rules a division by 0 raises, and a loop that can raise is not vectorised.
+# With Numba's default error model division by 0 raises, and loops that can raise are not vectorised.
 compiled = cached(nogil=True)
 
 
 @compiled
 def columns(boxes):  # type: ignore[no-untyped-def]
-    """(N, 4) xyxy, float32 or float64, as five (N,): left, top, right, bottom, and area by `convert.area`'s rule."""
+    """Split (N, 4) xyxy, float32 or float64, into five (N,): left, top, right, bottom, and area as `convert.area`."""
     count, dtype = len(boxes), boxes.dtype
     zero = dtype.type(0)
     lefts, tops = np.empty(count, dtype), np.empty(count, dtype)
@@ -30,19 +29,19 @@ def columns(boxes):  # type: ignore[no-untyped-def]
     for i in range(count):
         lefts[i], tops[i], rights[i], bottoms[i] = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
         width, height = rights[i] - lefts[i], bottoms[i] - tops[i]
-        # Written so that NaN stays NaN, as in torch's clamp.
+        # NaN stays NaN, as in torch's clamp.
         areas[i] = (zero if width < zero else width) * (zero if height < zero else height)
     return lefts, tops, rights, bottoms, areas
 
 
 @compiled
 def pairwise(boxes_a, boxes_b, iou):  # type: ignore[no-untyped-def]
-    """Writes the IoU of each of N boxes with each of M into `iou`, the (N * M,) rows of the matrix one after another.
+    """Write the IoUs of N boxes with M boxes into `iou`, the (N * M,) flattened matrix.
 
     Args:
         boxes_a: columns of N boxes.
         boxes_b: columns of M boxes.
-        iou: (N * M,) of their dtype, contiguous.
+        iou: (N * M,) of the same dtype, contiguous.
     """
     lefts, tops, rights, bottoms, areas = boxes_a
     lefts_b, tops_b, rights_b, bottoms_b, areas_b = boxes_b
@@ -56,17 +55,18 @@ def pairwise(boxes_a, boxes_b, iou):  # type: ignore[no-untyped-def]
 
 @compiled
 def best_overlaps(anchors, targets, row, bits):  # type: ignore[no-untyped-def]
-    """The largest IoU of each anchor and of each ground truth, in one pass over tiles of anchors.
+    """Compute the largest IoU of each anchor and each ground-truth box, in one pass over tiles of anchors.
 
     Args:
         anchors: columns of A boxes.
         targets: columns of N boxes.
-        row: (T,) scratch of their dtype; a tile is T anchors.
-        bits: the memory of `row` as integers of the same width.
+        row: (T,) scratch of the same dtype; a tile has T anchors.
+        bits: `row` viewed as integers of the same width.
 
-    Returns: Largest IoU of each anchor (A,), and the first ground truth that has it (A,) integers; the bits of the
-        largest IoU of each ground truth (N,), the first anchor that has it (N,), and the end of the last tile with such
-        an anchor (N,). Where all IoUs are 0 the first is 0.
+    Returns:
+        (A,) largest IoU of each anchor and (A,) integers, the first ground-truth box with it; (N,) bits of the largest
+        IoU of each ground-truth box, (N,) the first anchor with it, and (N,) the end of the last tile with such an
+        anchor. Indices are 0 if all IoUs are 0.
     """
     lefts, tops, rights, bottoms, areas = anchors
     lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
@@ -81,7 +81,7 @@ def best_overlaps(anchors, targets, row, bits):  # type: ignore[no-untyped-def]
         right, bottom = _largest(rights[begin:end]), _largest(bottoms[begin:end])
         for n in range(target_count):
             if lefts_t[n] >= right or rights_t[n] <= left or tops_t[n] >= bottom or bottoms_t[n] <= top:
-                continue  # It touches no anchor of the tile: all IoUs are 0, which is where the results begin.
+                continue  # outside the tile: all IoUs are 0, the initial value
             _iou_row(
                 lefts[begin:end], tops[begin:end], rights[begin:end], bottoms[begin:end], areas[begin:end],
                 lefts_t[n], tops_t[n], rights_t[n], bottoms_t[n], areas_t[n], row[:size],
@@ -100,7 +100,7 @@ def best_overlaps(anchors, targets, row, bits):  # type: ignore[no-untyped-def]
 
 @compiled
 def attain_best(anchors, targets, target_bits, target_anchor, target_end, row, bits):  # type: ignore[no-untyped-def]
-    """(A,) bool, which anchors have the largest IoU, above 0, of some target; arguments as for `best_overlaps`."""
+    """(A,) bool, anchors with the largest IoU, above 0, of some target; arguments as for `best_overlaps`."""
     lefts, tops, rights, bottoms, areas = anchors
     lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
     attains = np.zeros(len(lefts), np.bool_)
@@ -119,9 +119,9 @@ def attain_best(anchors, targets, target_bits, target_anchor, target_end, row, b
 
 @compiled
 def best_free(anchors, targets, target, free, row, bits):  # type: ignore[no-untyped-def]
-    """The largest IoU of one ground truth with the anchors that are `free`, (A,) bool, and the first that has it.
+    """Return the largest IoU of one ground-truth box with the `free` anchors, (A,) bool, and the first such anchor.
 
-    -1 and 0 where none is free. The other arguments are as `best_overlaps` has them.
+    Returns -1 and 0 if no anchor is free. The other arguments are as for `best_overlaps`.
     """
     lefts, tops, rights, bottoms, areas = anchors
     lefts_t, tops_t, rights_t, bottoms_t, areas_t = targets
@@ -144,7 +144,7 @@ def best_free(anchors, targets, target, free, row, bits):  # type: ignore[no-unt
 
 @compiled
 def largest_cover(anchors, regions):  # type: ignore[no-untyped-def]
-    """(A,) the largest part of each anchor's own area inside one of the regions, by `intersection_over_area`'s rule."""
+    """(A,) largest fraction of each anchor's area inside one of the regions, as `intersection_over_area`."""
     lefts, tops, rights, bottoms, areas = anchors
     lefts_r, tops_r, rights_r, bottoms_r, _ = regions
     cover = np.zeros(len(lefts), areas.dtype)
@@ -157,18 +157,18 @@ def largest_cover(anchors, regions):  # type: ignore[no-untyped-def]
 def _intersection(left, top, right, bottom, left_b, top_b, right_b, bottom_b, zero):  # type: ignore[no-untyped-def]
     width = (right_b if right_b < right else right) - (left_b if left_b > left else left)
     height = (bottom_b if bottom_b < bottom else bottom) - (top_b if top_b > top else top)
-    # <= and not <: -0.0 becomes 0.0, for overlaps are ordered as their bits.
+    # <= and not <, so that -0.0 becomes 0.0: IoUs are compared by their bits.
     return (zero if width <= zero else width) * (zero if height <= zero else height)
 
 
 @compiled
 def _iou_row(lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, row):  # type: ignore[no-untyped-def]
-    """Writes the IoU of one box with each of the others into `row`."""
+    """Write the IoU of one box with each of the others into `row`."""
     zero, one = row.dtype.type(0), row.dtype.type(1)
     for j in range(len(row)):
         inter = _intersection(lefts[j], tops[j], rights[j], bottoms[j], left, top, right, bottom, zero)
         union = area + areas[j] - inter
-        positive = union > zero  # false for NaN, which comes of NaN or infinite coordinates
+        positive = union > zero  # false for NaN, from NaN or infinite coordinates
         row[j] = (inter if positive else zero) / (union if positive else one)
 
 
@@ -177,7 +177,7 @@ def _raise_cover(lefts, tops, rights, bottoms, areas, left, top, right, bottom, 
     zero = cover.dtype.type(0)
     for j in range(len(cover)):
         inter = _intersection(lefts[j], tops[j], rights[j], bottoms[j], left, top, right, bottom, zero)
-        part = inter / areas[j]  # NaN for a box without area, and not above any number
+        part = inter / areas[j]  # NaN for a box without area, which compares as false
         cover[j] = part if part > cover[j] else cover[j]
 
 

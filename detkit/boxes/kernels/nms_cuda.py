@@ -1,4 +1,4 @@
-"""Non-maximum suppression on a GPU: no waiting for the device before the result is read."""
+"""Non-maximum suppression on a GPU, without synchronisation before the result is read."""
 
 import logging
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @cache
 def available() -> bool:
-    """Whether numba-cuda is installed, has its compiler and finds a GPU; or Numba's simulator of one is on."""
+    """Return whether numba-cuda is installed with its compiler and finds a GPU, or Numba's simulator is enabled."""
     from numba import config
 
     if config.ENABLE_CUDASIM:
@@ -39,12 +39,12 @@ def nms_on_gpu(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> Tensor:
-    """detkit.boxes.nms for tensors of a GPU; waits for the device once, for the number of kept boxes.
+    """`detkit.boxes.nms` for tensors on a GPU; synchronises once, for the number of kept boxes.
 
-    Args and errors are those of detkit.boxes.nms.
+    Arguments and errors as for `detkit.boxes.nms`.
 
     Returns:
-        (K,) int64 indices into `boxes` on its device, best score first over all images, ties by index.
+        (K,) int64 indices into `boxes` on its device, by descending score over all images, ties by index.
     """
     indices, status = nms_padded(boxes, scores, iou_threshold, labels, image_index, score_threshold, max_detections)
     kept, broken = status.tolist()
@@ -63,28 +63,27 @@ def nms_padded(
     score_threshold: float | None = None,
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """detkit.boxes.nms with a result of fixed size, so that nothing waits for the device.
+    """`detkit.boxes.nms` with a result of fixed size, which needs no synchronisation.
 
-    After a first call, which compiles, calls can be captured in a CUDA graph. Beside some arrays of N entries
-    it takes at most 512 bytes of memory for each box.
+    After a first call, which compiles, calls can be captured in a CUDA graph. Besides some arrays of N entries it needs
+    at most 512 bytes per box.
 
-    Args are those of detkit.boxes.nms, but on a GPU (on the CPU if Numba's simulator is on).
+    Arguments as for `detkit.boxes.nms`, but on a GPU (on the CPU if Numba's simulator is enabled).
 
     Returns:
-        (N,) int64, a permutation of the indices of the boxes: first the K that are kept, best score first over
-        all images, ties by index; then the others, best score first too. And (2,) int64, the status: K, and
-        -1 if all boxes and scores are finite. If not, it is the place of the first entry that is not (once
-        boxes are float32), in 0..4N-1 for boxes (row * 4 + column) and 4N..5N-1 for scores, and the result
-        means nothing.
+        (N,) int64, a permutation of the indices of the boxes: first the K kept boxes, by descending score over all
+        images, ties by index; then the others, also by descending score. And (2,) int64, the status: K, and -1 if all
+        boxes and scores are finite. Otherwise the second entry is the position of the first value that is not finite
+        (as float32), in 0..4N-1 for boxes (row * 4 + column) and 4N..5N-1 for scores, and the result is undefined.
 
     Raises:
-        ValueError: for wrong shapes, dtypes, devices or thresholds.
+        ValueError: invalid shapes, dtypes, devices or thresholds.
     """
     check_candidates(boxes, scores, labels=labels, image_index=image_index)
     check_thresholds(iou_threshold, max_detections)
     _check_device(boxes.device)
     boxes = boxes.detach().to(torch.float32).contiguous()
-    # Not less precise than they are: rounding could make scores equal and change their order.
+    # Keep the precision: rounding could create ties and change the order.
     scores = scores.detach().to(_score_dtype(scores))
     status = torch.full((2,), -1, dtype=torch.int64, device=boxes.device)
     if len(boxes) == 0:
@@ -94,7 +93,7 @@ def nms_padded(
 
     by_score = scores.argsort(descending=True, stable=True)
     boxes, scores = boxes[by_score], scores[by_score]
-    # As int64 a key of any integer dtype can be sorted, and different ones stay different.
+    # Keys of any integer dtype can be sorted as int64 and stay distinct.
     image = None if image_index is None else image_index[by_score].to(torch.int64)
     label = None if labels is None else labels[by_score].to(torch.int64)
     takes_part = None if score_threshold is None else scores > score_threshold
@@ -104,9 +103,9 @@ def nms_padded(
 
     through = kept.cumsum(0)
     status[0] = through[-1]
-    skipped = torch.arange(len(kept), device=kept.device) - through  # before each that is not kept
-    places = torch.where(kept, through - 1, through[-1] + skipped)
-    return torch.empty_like(by_score).scatter_(0, places, by_score), status
+    skipped = torch.arange(len(kept), device=kept.device) - through  # removed boxes before each removed one
+    positions = torch.where(kept, through - 1, through[-1] + skipped)
+    return torch.empty_like(by_score).scatter_(0, positions, by_score), status
 
 
 def _score_dtype(scores: Tensor) -> torch.dtype:
@@ -118,28 +117,27 @@ def _check_device(device: torch.device) -> None:
 
     needed = "cpu" if simulated else "cuda"
     if device.type != needed:
-        why = " with NUMBA_ENABLE_CUDASIM" if simulated else "; for other devices there is detkit.boxes.nms"
+        why = " with NUMBA_ENABLE_CUDASIM" if simulated else "; use detkit.boxes.nms for other devices"
         raise ValueError(f"boxes must be on a device of type {needed}, but are on {device}{why}")
 
 
 def _first_not_finite(boxes: Tensor, scores: Tensor) -> Tensor:
-    """() int64, see the status of nms_padded."""
+    """() int64; see the status of `nms_padded`."""
     finite = torch.cat((boxes.isfinite().flatten(), scores.isfinite()))
-    places = torch.arange(len(finite), device=finite.device)
-    first = torch.where(finite, len(finite), places).amin()
+    positions = torch.arange(len(finite), device=finite.device)
+    first = torch.where(finite, len(finite), positions).amin()
     return torch.where(first < len(finite), first, -1)
 
 
 def _segments(keys: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of equal keys.
+    """Find runs of equal keys.
 
     Args:
-        keys: each (N,), equal ones side by side; without any, all is one run.
-        like: (N,) with N > 0, for the number and the device.
+        keys: each (N,), with equal keys adjacent; without keys there is one run.
+        like: (N,) with N > 0, for the length and the device.
 
     Returns:
-        (N,) int64 the number of the run of each entry; and (N + 1,) int64 where each run starts, N for those
-        beyond the last.
+        (N,) int64 index of the run of each entry; and (N + 1,) int64 start of each run, N beyond the last.
     """
     begins = torch.zeros(len(like), dtype=torch.bool, device=like.device)
     for key in keys:
@@ -149,14 +147,14 @@ def _segments(keys: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counts_before(flags: Tensor) -> Tensor:
-    """(N + 1,) int64 from (N,): how many flags are set before each place, and in all."""
+    """(N + 1,) int64 from (N,): the number of flags set before each position, and in total."""
     counts = torch.zeros(len(flags) + 1, dtype=torch.int64, device=flags.device)
     torch.cumsum(flags, 0, out=counts[1:])
     return counts
 
 
 def _first_of_each_image(kept: Tensor, image: Tensor | None, limit: int) -> Tensor:
-    """(N,) bool: those of `kept`, (N,) bool, that are among the first `limit` kept ones of their image."""
+    """(N,) bool: the entries of `kept`, (N,) bool, that are among the first `limit` of their image."""
     if image is None:
         return kept & (kept.cumsum(0) <= limit)
     order = image.argsort(stable=True)
@@ -168,16 +166,16 @@ def _first_of_each_image(kept: Tensor, image: Tensor | None, limit: int) -> Tens
 
 
 def _suppress(boxes: Tensor, keys: list[Tensor], takes_part: Tensor | None, iou_threshold: float) -> Tensor:
-    """Greedy NMS of boxes that are sorted by score, within the groups of equal keys.
+    """Greedy NMS of boxes sorted by score, within groups of equal keys.
 
     Args:
-        boxes: (N, 4) float32 xyxy, the best score first, with N > 0.
+        boxes: (N, 4) float32 xyxy by descending score, with N > 0.
         keys: each (N,) int64.
-        takes_part: (N,) bool, not true after it was false. None: all.
+        takes_part: (N,) bool, false after the first false entry. None for all.
         iou_threshold: in 0..1.
 
     Returns:
-        (N,) bool, true for each box that takes part and is kept.
+        (N,) bool, true for the boxes that take part and are kept.
     """
     order = torch.arange(len(boxes), device=boxes.device)
     for key in keys:
@@ -194,7 +192,7 @@ def _suppress(boxes: Tensor, keys: list[Tensor], takes_part: Tensor | None, iou_
 
 
 def _launch(boxes: Tensor, groups: Tensor, starts: Tensor, ends: Tensor, keep: Tensor, iou_threshold: float) -> None:
-    """Queues the kernels, which clear `keep` where boxes are suppressed. See nms_cuda_kernels for the arguments."""
+    """Launch the kernels, which clear `keep` for suppressed boxes. For the arguments see nms_cuda_kernels."""
     from detkit.boxes.kernels import nms_cuda_kernels as kernels
 
     count = len(keep)
@@ -221,21 +219,21 @@ def _blocks(threads: int) -> int:
 
 
 def _areas(boxes: Tensor) -> Tensor:
-    """(N,) float32; 0 for boxes whose intersections are 0, or whose IoUs are 0 or NaN: they take no part."""
+    """(N,) float32; 0 for boxes whose intersections are 0, or whose IoUs are 0 or NaN, which are excluded."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
     area = width * height
     return torch.where((width > 0) & (area > 0) & (area < torch.inf), area, 0.0)
 
 
 def _float32_below(threshold: float) -> np.float32:
-    """The largest float32 not above a threshold: a float32 is above the one exactly if it is above the other."""
+    """Return the largest float32 not above a threshold: the same float32 numbers are above either."""
     rounded = np.float32(threshold)
     return rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf))
 
 
 @contextmanager
 def _stream(device: torch.device) -> Iterator[Any]:
-    """Torch's current stream of the device, as Numba takes it, with the device made current for both."""
+    """Torch's current stream of the device for Numba, with the device made current in both."""
     if device.type == "cpu":  # the simulator
         yield 0
         return
@@ -252,10 +250,10 @@ def _announce(device: torch.device) -> None:
 
 
 def _as_array(tensor: Tensor) -> Any:
-    """The memory of a tensor, as Numba takes it."""
+    """The memory of a tensor as an array for Numba."""
     if tensor.device.type == "cpu":  # the simulator
         return tensor.numpy()
     from numba import cuda
 
-    # The kernels are launched on the stream that torch works on: there is nothing to wait for.
+    # No synchronisation is needed: the kernels run on torch's stream.
     return cuda.as_cuda_array(tensor, sync=False)

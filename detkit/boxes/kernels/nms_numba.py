@@ -1,23 +1,22 @@
-"""The CPU kernel of non-maximum suppression: exact greedy NMS, equal to torchvision.ops.nms bit for bit.
+"""The CPU kernel of non-maximum suppression: exact greedy NMS, bit-identical to torchvision.ops.nms.
 
-One compiled call does everything: it checks that all numbers are finite, sorts by score, partitions by image and
-class, suppresses within each group, and writes the indices that are kept. It takes addresses of torch memory, for
-a NumPy view of a tensor costs more than suppressing thirty boxes. Everything is O(N) in memory.
+A single compiled call checks that all numbers are finite, sorts by score, partitions by image and class, suppresses
+within each group, and writes the kept indices. It takes addresses of torch memory, since creating a NumPy view of a
+tensor costs more than suppressing thirty boxes. Memory is O(N).
 
-Two ways to suppress a group, chosen by its size (FEW). Either compares each box with those kept before it, sixteen
-at a time, by a test without division that passes over most; what it reports is confirmed by torchvision's formula.
-- few boxes: with all that are kept;
-- many boxes: only with those near. Each kept box lies in the cell of a grid that holds its centre; a box looks
-  through its own cell first, and then through all cells within its reach.
+A group is suppressed in one of two ways, chosen by its size (FEW). Both compare each box with boxes kept before it,
+sixteen at a time, by a test without division that rules out most; the rest is confirmed by torchvision's formula.
+- few boxes: with all kept boxes;
+- many boxes: only with nearby ones. Each kept box is stored in the grid cell of its centre; a box is compared with its
+  own cell first, then with all cells within its reach.
 
-The reach. With IoU > t in the plane, the IoU of the two intervals on each axis is above t as well. So of widths a
-and b, a < b / t, and the centres are nearer than (a + b) (1 - t) / (2 (1 + t)) where the intervals overlap in part,
-nearer than (a - b) / 2 where one holds the other. Both are at most b (1 - t) / (2 t), `reach` times b, and IoU being
-symmetrical, b may be the box or the kept one. The centres are also nearer than (a + b) / 2, which helps for small t.
+The reach: if IoU > t in the plane, the IoU of the two intervals on each axis is above t as well. So for widths a and b,
+a < b / t, and the distance of the centres is below (a + b) (1 - t) / (2 (1 + t)) if the intervals overlap partially,
+and below (a - b) / 2 if one contains the other. Both are at most b (1 - t) / (2 t), that is `reach` times b, and since
+IoU is symmetric, b may be the box or the kept one. The distance is also below (a + b) / 2, which helps for small t.
 
-Numba is imported with this module, so only detkit.boxes.nms imports it, when it first suppresses. There, all is
-compiled (some ten seconds) or loaded from Numba's cache. All kernels are in this file because the cache does not
-notice changes in other files.
+This module imports Numba, so detkit.boxes.nms imports it on first use. It is then compiled (about ten seconds) or
+loaded from Numba's cache. All kernels are in this file because the cache does not notice changes in other files.
 """
 
 import math
@@ -33,28 +32,28 @@ NOT_FINITE = -1
 NO_MEMORY = -3
 """`suppress_few` was given address 0: a tensor without values."""
 SPARSE_KEYS = -2
-"""`suppress` found labels and images that span too wide a range to count them; see `suppress`."""
+"""`suppress` found labels and images whose ranges are too wide for counting; see `suppress`."""
 
-FEW = 500  # measured: with so many boxes both ways take as long
-RANK_SORT = 400  # measured: up to here counting the lesser keys is faster than a radix sort
-LANES = 16  # boxes compared at once: 512 bits; LLVM splits them where registers are smaller
-BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and bounds, see `_bound_of_area`
-FEW_KEYS = 4000  # measured: up to here four radix passes of 8 bits are faster than three of 11
-PER_CELL = 12  # boxes, on average, in a cell of the grid; measured
-CELL_OF_REACH = 0.6  # least cell side as a part of the mean area of effect's side; measured
-MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many confirmations
-SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
+FEW = 500  # measured: number of boxes for which both ways take the same time
+RANK_SORT = 400  # measured: up to this count, counting lesser keys is faster than a radix sort
+LANES = 16  # boxes compared at once: 512 bits; LLVM splits them for smaller registers
+BLOCK = 5 * LANES  # a block holds lefts, tops, rights, bottoms, and bounds; see `_bound_of_area`
+FEW_KEYS = 4000  # measured: up to this count, four radix passes of 8 bits are faster than three of 11
+PER_CELL = 12  # mean number of boxes per grid cell; measured
+CELL_OF_REACH = 0.6  # minimum cell side as a fraction of the side of the mean area of effect; measured
+MARGIN = 1e-5  # relative; far above the rounding error of the test, small enough to avoid most confirmations
+SLACK = np.float32(6e-45)  # four times the smallest float32: a relative margin has no effect on subnormal areas
 
 ZERO = np.float32(0.0)
 INFINITY = np.float32(np.inf)
-Index = np.uint64  # of an unsigned index LLVM knows that it does not wrap, and makes vector code
+Index = np.uint64  # LLVM knows that unsigned indices do not wrap, and vectorises
 
 
 def words_needed(count: int) -> int:
-    """How many float32 words `suppress` works in.
+    """Return the number of float32 words of working memory that `suppress` needs.
 
-    For each box 2 for its index in the sorted order, 4 for itself, 1 for its cell, 5 for its place in a block. The
-    grid has at most M / 4 + 1 cells for M boxes (see the sides of a cell in `_grid`), and each takes 84 words.
+    Per box 2 for its index in the sorted order, 4 for its coordinates, 1 for its cell and 5 for its lane in a block.
+    The grid has at most M / 4 + 1 cells for M boxes (see the sides of a cell in `_grid`), of 84 words each.
     """
     return (
         2 * padded.py_func(count)
@@ -66,7 +65,7 @@ def words_needed(count: int) -> int:
 
 
 def _pointer_to(element):  # type: ignore[no-untyped-def]
-    """A function for kernels that takes an address for a pointer to `element`."""
+    """Return a function for kernels that converts an address to a pointer to `element`."""
 
     @intrinsic
     def pointer(context, address):  # type: ignore[no-untyped-def]
@@ -85,19 +84,19 @@ _int64_at = _pointer_to(types.int64)
 
 @inlined
 def padded(count):  # type: ignore[no-untyped-def]
-    """The least multiple of LANES that is not below."""
+    """Round up to a multiple of LANES."""
     return (count + LANES - 1) // LANES * LANES
 
 
 @inlined
 def _aligned(memory):  # type: ignore[no-untyped-def]
-    """The memory from its first cache line on: a vector that lies in two lines takes twice as long to load."""
+    """Align the memory to a cache line: loading a vector that spans two lines takes twice as long."""
     return memory[-(memory.ctypes.data // 4) % LANES :]
 
 
 @inlined
 def _finite(bits):  # type: ignore[no-untyped-def]
-    """Whether no float32 has all bits of its exponent set, as NaN and infinity have."""
+    """Return whether no float32 has all exponent bits set, as NaN and infinity have."""
     exponent = np.uint32(0x7F800000)
     largest = np.uint32(0)
     for i in range(len(bits)):
@@ -107,7 +106,7 @@ def _finite(bits):  # type: ignore[no-untyped-def]
 
 @compiled
 def _range(keys):  # type: ignore[no-untyped-def]
-    """The least key, and how many integers there are from it to the greatest; negative where that overflows."""
+    """Return the smallest key and the number of integers up to the largest; negative on overflow."""
     if len(keys) == 0:
         return np.int64(0), np.int64(1)
     least = greatest = keys[0]
@@ -119,7 +118,7 @@ def _range(keys):  # type: ignore[no-untyped-def]
 
 @inlined
 def _score_keys(scores, score_bits, above_score, keys, indices):  # type: ignore[no-untyped-def]
-    """Writes keys that grow as the scores fall, and indices, of the scores above a score; returns how many."""
+    """Write keys in descending order of score, and indices, of the scores above a threshold; return their number."""
     count = 0
     for i in range(len(scores)):
         key = score_bits[i]
@@ -133,14 +132,14 @@ def _score_keys(scores, score_bits, above_score, keys, indices):  # type: ignore
 
 @inlined
 def _rank_sort(keys, indices, count, lesser, equal, order):  # type: ignore[no-untyped-def]
-    """Writes `indices` in stable ascending order of `keys`: each goes where the number of lesser keys says.
+    """Write `indices` in stable ascending order of `keys`, to the positions given by the number of lesser keys.
 
-    All arrays are of one length, a multiple of LANES. `lesser` and `equal` are overwritten.
+    All arrays have the same length, a multiple of LANES. `lesser` and `equal` are overwritten.
     """
     lesser[:] = 0
     equal[:] = 0
-    keys[count:] = np.uint32(0xFFFFFFFF)  # less than none
-    for j in range(0, count, 4):  # four at a time, for each pass reads and writes `lesser`
+    keys[count:] = np.uint32(0xFFFFFFFF)  # the largest key
+    for j in range(0, count, 4):  # four at a time, since each pass reads and writes `lesser`
         first, second, third, fourth = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
         for i in range(len(keys)):
             key = keys[i]
@@ -155,7 +154,7 @@ def _rank_sort(keys, indices, count, lesser, equal, order):  # type: ignore[no-u
 
 @compiled
 def _radix_sort(keys, indices, other_keys, other_indices):  # type: ignore[no-untyped-def]
-    """`indices` in stable ascending order of `keys`: one of the given arrays, all of which are overwritten."""
+    """Return `indices` in stable ascending order of `keys`, in one of the given arrays; all are overwritten."""
     bits = 8 if len(keys) <= FEW_KEYS else 11
     digits = 1 << bits
     mask = np.uint32(digits - 1)
@@ -184,9 +183,9 @@ def _radix_sort(keys, indices, other_keys, other_indices):  # type: ignore[no-un
 
 @compiled
 def _sort(scores, score_bits, above_score, memory):  # type: ignore[no-untyped-def]
-    """uint32 indices of the scores above a score, the best first, equal ones in the order they come.
+    """Return uint32 indices of the scores above a threshold, by descending score, ties by index.
 
-    They lie in the first 2 * padded(len(scores)) words of `memory`; another 3 are overwritten.
+    They are in the first 2 * padded(len(scores)) words of `memory`; the next 3 * padded(len(scores)) are overwritten.
     """
     size = padded(len(scores))
     words = memory.view(np.uint32)
@@ -201,7 +200,7 @@ def _sort(scores, score_bits, above_score, memory):  # type: ignore[no-untyped-d
 
 @compiled
 def _partition(order, labels, first_label, label_range, images, first_image, image_range):  # type: ignore[no-untyped-def]
-    """Box indices group after group, best first in each; their ranks in `order`; and where each group begins."""
+    """Return box indices by group, best first in each; their ranks in `order`; and the start of each group."""
     groups = np.zeros(len(order), dtype=np.uint32)
     starts = np.zeros(label_range * image_range + 1, dtype=np.int64)
     for rank in range(len(order)):
@@ -227,7 +226,7 @@ def _partition(order, labels, first_label, label_range, images, first_image, ima
 
 @inlined
 def _has_area(width, height):  # type: ignore[no-untyped-def]
-    """Whether a box can suppress and be suppressed: otherwise its intersections are 0, or its IoUs are 0 or NaN."""
+    """Return whether a box can suppress and be suppressed; otherwise its intersections are 0, or its IoUs 0 or NaN."""
     area = width * height
     return width > ZERO and area > ZERO and area < INFINITY
 
@@ -240,9 +239,9 @@ def _box(boxes, index):  # type: ignore[no-untyped-def]
 
 @inlined
 def _bound_of_area(threshold):  # type: ignore[no-untyped-def]
-    """(factor, slack): the bound of a box is factor * area - slack.
+    """Return (factor, slack): the bound of a box is factor * area - slack.
 
-    inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), which is to be above the sum of two bounds.
+    inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), which is at least the sum of the two bounds.
     """
     return np.float32(threshold / (1.0 + threshold) * (1.0 - MARGIN)), SLACK if threshold > ZERO else ZERO
 
@@ -254,7 +253,7 @@ def _lane(pool, at):  # type: ignore[no-untyped-def]
 
 @inlined
 def _clear(pool, start):  # type: ignore[no-untyped-def]
-    """Makes a block one whose boxes are near to nothing, whatever its tops and bottoms hold."""
+    """Initialise a block with boxes that overlap nothing, whatever their tops and bottoms are."""
     pool[start : start + LANES] = INFINITY
     pool[start + 2 * LANES : start + 3 * LANES] = -INFINITY
     pool[start + 4 * LANES : start + 5 * LANES] = INFINITY
@@ -271,7 +270,7 @@ def _put(pool, place, left, top, right, bottom, bound):  # type: ignore[no-untyp
 
 @inlined
 def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
-    """Whether a box of the block may overlap too much; without division or a branch, so that it is one vector each."""
+    """Return whether a box of the block may overlap too much; without divisions and branches, to be vectorised."""
     near = False
     at = Index(start)
     for j in range(Index(LANES)):
@@ -285,7 +284,7 @@ def _any_near(pool, start, left, top, right, bottom, bound):  # type: ignore[no-
 
 @inlined
 def _any_hit(pool, start, left, top, right, bottom, threshold):  # type: ignore[no-untyped-def]
-    """Whether a box of the block overlaps too much, by torchvision's formula in its order of operations."""
+    """Return whether a box of the block overlaps too much, by torchvision's formula in its order of operations."""
     hit = np.bool_(False)
     at = Index(start)
     area = (right - left) * (bottom - top)
@@ -301,18 +300,18 @@ def _any_hit(pool, start, left, top, right, bottom, threshold):  # type: ignore[
 
 @inlined
 def _suppress_few(boxes, indices, threshold, limit, memory, kept):  # type: ignore[no-untyped-def]
-    """Compares each box with all that are kept before it.
+    """Compare each box with all boxes kept before it.
 
     Args:
         boxes: (4 N,) float32, all boxes.
-        indices: (M,) uint32 of the boxes of one group, the best score first.
+        indices: (M,) uint32 of the boxes of one group, by descending score.
         threshold: float32.
-        limit: the most that are kept.
-        memory: float32 words to work in: 5 * padded(M) for few boxes, for many see `words_needed`.
-        kept: (M,) int64, to which the places in `indices` of the kept are written.
+        limit: maximum number of kept boxes.
+        memory: float32 words of working memory: 5 * padded(M) for few boxes, for many see `words_needed`.
+        kept: (M,) int64, output: the positions in `indices` of the kept boxes.
 
     Returns:
-        how many are kept.
+        the number of kept boxes.
     """
     factor, slack = _bound_of_area(threshold)
     stored = count = 0
@@ -343,7 +342,7 @@ def _suppress_few(boxes, indices, threshold, limit, memory, kept):  # type: igno
 
 @compiled
 def _gather(boxes, indices, gathered):  # type: ignore[no-untyped-def]
-    """Writes the boxes in the order of their indices. A loop that does nothing else waits least for memory."""
+    """Write the boxes in the order of their indices; a separate loop hides memory latency best."""
     for i in range(len(indices)):
         to, first = 4 * Index(i), 4 * Index(indices[i])
         for k in range(Index(4)):
@@ -352,17 +351,17 @@ def _gather(boxes, indices, gathered):  # type: ignore[no-untyped-def]
 
 @compiled
 def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
-    """How to divide the centres into cells: columns, rows, the origin, cells per pixel; and what boxes reach.
+    """Choose the grid of cells for the centres: columns, rows, origin, cells per pixel; and the reach of boxes.
 
     Returns:
-        (columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest): a box looks for others whose centre
-        is nearer than min(reach * its width, (its width + widest) / 2), and likewise down.
+        (columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest): a box is compared with boxes whose
+        centre is nearer than min(reach * its width, (its width + widest) / 2), and likewise vertically.
     """
     low_x = low_y = math.inf
     high_x = high_y = -math.inf
     count = 0
     width_sum = height_sum = area_sum = widest = highest = 0.0
-    ordinary = True  # areas with which the error of a float32 IoU is as small as MARGIN allows
+    ordinary = True  # areas for which MARGIN covers the error of a float32 IoU
     for i in range(len(boxes) // 4):
         left, top, right, bottom = _box(boxes, i)
         if _has_area(right - left, bottom - top):
@@ -375,15 +374,15 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
             area_sum += width * height
             widest, highest = max(widest, width), max(highest, height)
             count += 1
-    # Under tiny thresholds float32 intersections are so small that their rounding is not: only (a + b) / 2 holds.
+    # For tiny thresholds rounding errors of the small float32 intersections matter: only (a + b) / 2 holds.
     reach = math.inf
     if threshold >= 1e-6:
         reach = ((1.0 - np.float64(threshold)) / (2.0 * np.float64(threshold)) + MARGIN) * (1.0 + MARGIN)
     widest, highest = widest * (1.0 + MARGIN), highest * (1.0 + MARGIN)
     if count == 0 or not ordinary:
         return 1, 1, 0.0, 0.0, 0.0, reach, widest, highest
-    # The area, and half the circumference, in which a box suppresses; the mean of all. Cells not much smaller than
-    # these bound the number of cells that a box looks through.
+    # Sums of the area and half the perimeter within which the boxes suppress. Cells not much smaller than the means of
+    # these bound the number of cells that a box is compared with.
     area = min(
         4.0 * reach**2 * area_sum, area_sum + width_sum * highest + height_sum * widest + count * widest * highest
     )
@@ -402,19 +401,19 @@ def _grid(boxes, threshold):  # type: ignore[no-untyped-def]
 
 @compiled
 def _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel, homes):  # type: ignore[no-untyped-def]
-    """Writes the cell of each box's centre; beforehand, so that the search need not wait for the arithmetic."""
+    """Write the cell of each box's centre, in advance, so that the search does not wait for the arithmetic."""
     for i in range(len(homes)):
         left, top, right, bottom = _box(boxes, i)
         x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
         y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
-        # A box without area may lie outside the grid. It is kept whatever its cell.
+        # A box without area may lie outside the grid; it is kept regardless of its cell.
         column, row = min(max(x, 0.0), columns - 1.0), min(max(y, 0.0), rows - 1.0)
         homes[i] = int(row) * columns + int(column)
 
 
 @inlined
 def _cell_hits(pool, heads, following, cell, left, top, right, bottom, bound, threshold):  # type: ignore[no-untyped-def]
-    """Whether a kept box of this cell overlaps too much."""
+    """Return whether a kept box of this cell overlaps too much."""
     block = heads[cell]
     while block >= 0:
         if _any_near(pool, block * BLOCK, left, top, right, bottom, bound) and _any_hit(
@@ -427,14 +426,14 @@ def _cell_hits(pool, heads, following, cell, left, top, right, bottom, bound, th
 
 @compiled
 def _suppress_many(boxes, indices, threshold, limit, memory, kept):  # type: ignore[no-untyped-def]
-    """Compares each box with those kept before it whose centres are in reach. Arguments as for few."""
+    """Compare each box with boxes kept before it whose centres are within reach. Arguments as `_suppress_few`."""
     count = len(indices)
     gathered, homes = memory[: 4 * count], memory[4 * count : 5 * count].view(np.int32)
     _gather(boxes, indices, gathered)
     boxes = gathered
     columns, rows, origin_x, origin_y, per_pixel, reach, widest, highest = _grid(boxes, threshold)
     _home_cells(boxes, columns, rows, origin_x, origin_y, per_pixel, homes)
-    # The kept boxes of a cell: a chain of blocks, the oldest first, for the best scores suppress most.
+    # The kept boxes of a cell are a chain of blocks, oldest first, since the best scores suppress most.
     cells = columns * rows
     blocks = count // LANES + cells + 1
     free = padded(5 * count)
@@ -457,13 +456,13 @@ def _suppress_many(boxes, indices, threshold, limit, memory, kept):  # type: ign
         home = homes[i]
         if _has_area(width, height):
             bound = factor * (width * height) - slack
-            # Most that go are suppressed from within their own cell.
+            # Most suppressed boxes are suppressed from within their own cell.
             if _cell_hits(pool, heads, following, home, left, top, right, bottom, bound, threshold):
                 continue
             if cells > 1:
                 x = (0.5 * (np.float64(left) + right) - origin_x) * per_pixel
                 y = (0.5 * (np.float64(top) + bottom) - origin_y) * per_pixel
-                # 1e-6 of a cell is far above the rounding of x and y, which are below 2^28; MARGIN is in the reach.
+                # 1e-6 of a cell is far above the rounding of x and y, which are below 2^28; reach includes MARGIN.
                 reach_x = min(reach * width, 0.5 * (width + widest)) * per_pixel + 1e-6
                 reach_y = min(reach * height, 0.5 * (height + highest)) * per_pixel + 1e-6
                 first_column, last_column = int(max(x - reach_x, 0.0)), int(min(x + reach_x, columns - 1.0))
@@ -505,17 +504,16 @@ def _suppress_group(boxes, indices, threshold, limit, memory, kept):  # type: ig
 
 @inlined
 def _float32_not_above(threshold):  # type: ignore[no-untyped-def]
-    """The largest float32 not above a float64: a float32 IoU is above the one if it is above the other."""
+    """Return the largest float32 not above a float64: the same float32 IoUs are above either."""
     rounded = np.float32(threshold)
     return np.nextafter(rounded, -INFINITY) if rounded > threshold else rounded
 
 
 @cached("int64(int64, int64, float64, int64[::1])")
 def suppress_few(boxes_at, scores_at, iou_threshold, result):  # type: ignore[no-untyped-def]
-    """`suppress` for up to RANK_SORT boxes of one image and class, all of which take part.
+    """`suppress` for up to RANK_SORT boxes of one image and class without a score threshold.
 
-    Of so few boxes it takes a microsecond or two, so that each argument and each array counts, and so does
-    releasing the GIL.
+    For so few boxes it takes a microsecond or two, so every argument and array matters, and the GIL is not released.
     """
     count = len(result)
     if count and (boxes_at == 0 or scores_at == 0):
@@ -544,16 +542,16 @@ def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_sco
         scores_at: address of (N,) float32.
         labels_at: address of (N,) int64, or 0 for one class.
         images_at: address of (N,) int64, or 0 for one image.
-        iou_threshold: in 0..1; a box goes whose IoU with a kept one is above it.
-        above_score: only boxes of a higher score take part.
-        limit: the most boxes kept of an image.
-        memory: (words_needed(N),) float32 to work in; from call to call the same, for fresh memory costs as much time
-            at 100,000 boxes as a third of the work.
-        result: (N,) int64, below 2^32 of them, to which the kept indices are written, best score first, ties by index.
+        iou_threshold: in 0..1; boxes whose IoU with a kept box is above it are removed.
+        above_score: boxes with a score of at most this value are discarded.
+        limit: maximum number of kept boxes per image.
+        memory: (words_needed(N),) float32 of working memory; reused between calls, since for 100,000 boxes fresh memory
+            costs a third of the total time.
+        result: (N,) int64 with N < 2^32, output: the kept indices, by descending score, ties by index.
 
     Returns:
-        K, how many are kept; NOT_FINITE; or SPARSE_KEYS if (labels' range) x (images' range) is above 4 N + 1024,
-        to be called again with dense ones. Then nothing was written.
+        K, the number of kept boxes; NOT_FINITE; or SPARSE_KEYS if (range of labels) x (range of images) is above
+        4 N + 1024, to be called again with dense keys. In the last two cases nothing is written.
     """
     count = len(result)
     boxes = carray(_float32_at(boxes_at), 4 * count)
@@ -566,7 +564,7 @@ def suppress(boxes_at, scores_at, labels_at, images_at, iou_threshold, above_sco
 
     first_label, label_range = _range(labels)
     first_image, image_range = _range(images)
-    # Apart, since the product of two wide ranges overflows.
+    # Checked separately, since the product of two wide ranges overflows.
     bound = 4 * count + 1024
     if not (0 < label_range <= bound and 0 < image_range <= bound and label_range * image_range <= bound):
         return SPARSE_KEYS

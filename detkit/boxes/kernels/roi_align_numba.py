@@ -1,11 +1,11 @@
-"""The CPU kernels of RoI align (He et al. 2017, "Mask R-CNN", section 3), forward and backward.
+"""The CPU kernels of RoIAlign (He et al. 2017, "Mask R-CNN", section 3), forward and backward.
 
-A cell is the mean over a grid of bilinear samples, and its weights are products of weights along y and along x. So for
-each row and each column of cells the places of the map that its samples touch are listed once, each place once, with
-the sum of its weights; then the vectors of channels of these places are added up. The map has the channels of a place
-side by side (channels_last), so that the sums run over neighbours in memory, which LLVM turns into vector code.
+A cell is the mean over a grid of bilinear samples, whose weights are products of weights along y and x. So for each row
+and each column of cells, the map locations that its samples read are listed once with the sum of their weights; then
+the channel vectors at these locations are added. The map is channels_last, so that the sums run over contiguous memory
+and are vectorised.
 
-Numba is imported with this module, so only `detkit.boxes.roi_align` imports it, when it is first called.
+This module imports Numba, so `detkit.boxes.roi_align` imports it on first use.
 """
 
 import math
@@ -15,20 +15,20 @@ import numpy as np
 from detkit.boxes.kernels.compiling import cached
 
 compiled = cached(nogil=True)
-# For sums over channels: a product and a sum may be joined into one rounding. Of coordinates, torchvision rounds both.
+# Fused multiply-add is allowed in sums over channels, but not for coordinates, where torchvision rounds both.
 contracted = cached(nogil=True, fastmath={"contract"})
 
 
 @compiled
 def pool(maps, rows, scale, sampling, aligned, cells, first, last):  # type: ignore[no-untyped-def]
-    """Writes the cells of the regions from `first` to before `last`.
+    """Write the cells of the regions `first` to `last` (exclusive).
 
     Args:
         maps: (B, h, w, C) float32, C-contiguous.
         rows: (R, 5) float32, image index and xyxy; the index is in 0..B-1.
-        scale: float32, places of the map a pixel.
-        sampling: samples on each side of a cell; 0 or less takes as many as the cell has places.
-        aligned: shift by half a place.
+        scale: float32, map locations per pixel.
+        sampling: samples per side of a cell; at most 0 for one per map location in the cell.
+        aligned: shift by half a location.
         cells: (R, size, size, C) float32, C-contiguous.
     """
     size = cells.shape[1]
@@ -47,7 +47,7 @@ def pool(maps, rows, scale, sampling, aligned, cells, first, last):  # type: ign
 
 @compiled
 def spread(gradient, rows, scale, sampling, aligned, maps, first, last):  # type: ignore[no-untyped-def]
-    """Adds the gradient of all cells to that of the maps, for the channels from `first` to before `last`.
+    """Add the gradient of all cells to that of the maps, for the channels `first` to `last` (exclusive).
 
     Args:
         gradient: (R, size, size, C) float32, C-contiguous, of the cells.
@@ -64,17 +64,17 @@ def spread(gradient, rows, scale, sampling, aligned, maps, first, last):  # type
                 cell = gradient[row, i, j, first:last]
                 for y in range(y_counts[i]):
                     for x in range(x_counts[j]):
-                        place = image[ys[i, y], xs[j, x], first:last]
-                        _add(place, cell, y_weights[i, y] * x_weights[j, x])
+                        location = image[ys[i, y], xs[j, x], first:last]
+                        _add(location, cell, y_weights[i, y] * x_weights[j, x])
 
 
 @compiled
 def _taps(low, high, scale, sampling, aligned, size, extent):  # type: ignore[no-untyped-def]
-    """Along one side of a region: the places that each of `size` cells reads, (size, n), their weights, and how many
-    there are of each cell.
+    """Compute along one side of a region the locations that each of `size` cells reads, (size, n), their weights, and
+    their number for each cell.
 
-    Torchvision's arithmetic in float32: samples more than a place outside the map count as 0, others outside as the
-    place at the border.
+    In torchvision's float32 arithmetic: samples more than one location outside the map are 0, other outside samples
+    are clamped to the border.
     """
     half = np.float32(0.5)
     start = low * scale - (half if aligned else np.float32(0.0))
@@ -110,7 +110,10 @@ def _taps(low, high, scale, sampling, aligned, size, extent):  # type: ignore[no
 
 @compiled
 def _insert(places, weights, count, place, weight):  # type: ignore[no-untyped-def]
-    """The new count. Samples come in increasing order: a place that is listed already is one of the last two."""
+    """Add a weight to a location and return the new count.
+
+    Samples come in increasing order, so a location that is already listed is one of the last two.
+    """
     if count > 0 and places[count - 1] == place:
         weights[count - 1] += weight
         return count

@@ -1,13 +1,12 @@
-"""The CPU kernel of Soft-NMS: the result of the paper's loop to the bit, in less work.
+"""The CPU kernel of Soft-NMS: bit-identical to the paper's loop, with less work.
 
-The paper's loop takes the best box and decays all that remain, so that each box taken costs a pass over the
-others. Scores only ever fall, though, hence a score that lacks its latest decays is an upper bound of the true
-one. Each group is kept as a heap under these bounds. The box on top is decayed by those taken since it was last
-looked at, in the order in which they were taken, and is taken itself if it still is on top. So a box that cannot
-come next is not touched, one whose score falls under the threshold is compared with no further box, and with a
-limit to the boxes taken the others may never be looked at.
+The paper's loop takes the best box and decays all remaining ones, so each box taken costs a pass over the others. Since
+scores only decrease, a score without its latest decays is an upper bound of the true score. Each group is kept as a
+heap of these bounds. The box on top is decayed by the boxes taken since it was last updated, in the order in which they
+were taken, and is taken itself if it remains on top. So a box that cannot be next is not touched, a box whose score
+falls below the threshold is not compared further, and with a limit the remaining boxes are never updated.
 
-Numba is imported with this module, so only `detkit.boxes.soft_nms.soft_nms` imports it, when it is first called.
+This module imports Numba, so `detkit.boxes.soft_nms.soft_nms` imports it on first use.
 """
 
 import math
@@ -16,9 +15,9 @@ import numpy as np
 
 from detkit.boxes.kernels.compiling import cached
 
-BLOCK = 128  # taken boxes tested before looking whether one of them decays the score
-MARGIN = 1e-5  # relative; far above the rounding of the test, far below what would cost many confirmations
-SLACK = np.float32(6e-45)  # four times the smallest float32: the relative margin is void on subnormal areas
+BLOCK = 128  # taken boxes per vectorised test
+MARGIN = 1e-5  # relative; far above the rounding error of the test, small enough to avoid most confirmations
+SLACK = np.float32(6e-45)  # four times the smallest float32: a relative margin has no effect on subnormal areas
 
 
 @cached(nogil=True, error_model="python")
@@ -30,17 +29,17 @@ def take_and_decay(  # type: ignore[no-untyped-def]
     Args:
         boxes: (N, 4) float32 xyxy, C-contiguous and finite.
         scores: (N,) float32 or float64, finite.
-        order: (M,) int64 indices of boxes whose score is above `score_threshold`, group after group, in each the
-            best score first, equal ones by index.
-        starts: (G + 1,) int64, where in `order` each group begins, and M.
-        gaussian: whether the decay is the Gaussian one, else the linear one.
-        sigma: float32, of the Gaussian decay; the linear one makes no use of it.
-        iou_threshold: float64 in 0..1; boxes decay whose IoU is above it. 0 for the Gaussian decay.
-        score_threshold: float64, 0 or more; boxes are out whose score falls to it or below.
-        limit: the most boxes taken of each group.
+        order: (M,) int64 indices of boxes whose score is above `score_threshold`, grouped, by descending score in each
+            group, ties by index.
+        starts: (G + 1,) int64, start of each group in `order`, and M.
+        gaussian: use the Gaussian decay, otherwise the linear one.
+        sigma: float32, of the Gaussian decay; ignored by the linear decay.
+        iou_threshold: float64 in 0..1; IoU above which boxes decay. 0 for the Gaussian decay.
+        score_threshold: float64, at least 0; boxes whose score is not above it are removed.
+        limit: maximum number of boxes taken per group.
 
     Returns:
-        (K,) int64 the boxes taken, group after group; and (N,) the scores, decayed to the end for those.
+        (K,) int64 boxes taken, grouped; and (N,) scores, fully decayed for the boxes taken.
     """
     decayed = scores.copy()
     taken = np.empty(len(order), dtype=np.int64)
@@ -48,24 +47,24 @@ def take_and_decay(  # type: ignore[no-untyped-def]
     largest = 0
     for group in range(len(starts) - 1):
         largest = max(largest, starts[group + 1] - starts[group])
-    # One array for each coordinate: neighbouring boxes fill one vector register.
+    # One array per coordinate, so that consecutive boxes fill a vector register.
     lefts, tops = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
     rights, bottoms = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
     areas, bounds = np.empty(largest, dtype=np.float32), np.empty(largest, dtype=np.float32)
-    seen = np.zeros(len(boxes), dtype=np.int64)  # how many of those arrays each box was decayed by
-    # inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b), each box's part of which is its bound.
+    seen = np.zeros(len(boxes), dtype=np.int64)  # number of taken boxes that each box was decayed by
+    # inter / (a + b - inter) > t  <=>  inter > t / (1 + t) * (a + b); the bound of a box is its part of the sum.
     factor = np.float32(iou_threshold / (1.0 + iou_threshold) * (1.0 - MARGIN))
     slack = SLACK if iou_threshold > 0.0 else np.float32(0.0)
 
     for group in range(len(starts) - 1):
-        heap = order[starts[group] : starts[group + 1]].copy()  # sorted: a heap already
+        heap = order[starts[group] : starts[group + 1]].copy()  # sorted, hence a heap
         size = len(heap)
         first, filled = count, 0
         while size > 0 and count - first < limit:
             index = heap[0]
             left, top, right, bottom = boxes[index]
             area = (right - left) * (bottom - top)
-            overlaps = right > left and area > 0.0 and area < np.inf  # else its IoUs are 0 or NaN: it decays nothing
+            overlaps = right > left and area > 0.0 and area < np.inf  # otherwise its IoUs are 0 or NaN
             bound = factor * area - slack
             before = score = decayed[index]
             if overlaps:
@@ -83,7 +82,7 @@ def take_and_decay(  # type: ignore[no-untyped-def]
                             break
                 seen[index] = filled
                 decayed[index] = score
-            if score == before:  # it is up to date, and the others' bounds are not above it
+            if score == before:  # up to date, and no other bound is above it
                 taken[count] = index
                 count += 1
                 if overlaps:
@@ -99,7 +98,7 @@ def take_and_decay(  # type: ignore[no-untyped-def]
 
 @cached(nogil=True, error_model="python")
 def _any_near(lefts, tops, rights, bottoms, bounds, left, top, right, bottom, bound):  # type: ignore[no-untyped-def]
-    """Whether a taken box may overlap enough to decay; without division or a branch, so that it is vectorised."""
+    """Return whether a taken box may overlap enough; without divisions and branches, so that it is vectorised."""
     zero = np.float32(0.0)
     near = False
     for j in range(len(lefts)):
@@ -115,7 +114,7 @@ def _any_near(lefts, tops, rights, bottoms, bounds, left, top, right, bottom, bo
 def _decay(  # type: ignore[no-untyped-def]
     lefts, tops, rights, bottoms, areas, left, top, right, bottom, area, score, gaussian, sigma, iou_threshold
 ):
-    """The score after the decays by these boxes, one after the other. IoU and weight are float32."""
+    """Decay the score by these boxes, one after the other. IoU and weight are float32."""
     zero, one = np.float32(0.0), np.float32(1.0)
     for j in range(len(lefts)):
         width = max(zero, min(right, rights[j]) - max(left, lefts[j]))
@@ -130,7 +129,7 @@ def _decay(  # type: ignore[no-untyped-def]
 
 @cached(nogil=True, error_model="python")
 def _sift_down(heap, scores):  # type: ignore[no-untyped-def]
-    """Moves the first entry to where it belongs: the best score on top, of equal ones the lower index."""
+    """Sift the first entry down: the best score on top, ties by lower index."""
     if len(heap) == 0:
         return
     index, position = heap[0], 0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detkit.boxes.coding import SMALLEST_SIDE
+from detkit.boxes.coding import MIN_ENCODED_SIDE
 from detkit.boxes.convert import clip, cxcywh_to_xyxy, xyxy_to_cxcywh
 from detkit.boxes.iou import intersection_over_area, pairwise_iou
 from detkit.boxes.matching import IGNORED_COVER
@@ -134,7 +134,7 @@ def true_coordinates(boxes: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
     """
     box = xyxy_to_cxcywh(boxes)
     inside = ((box[:, :2] - cells[:, :2]) / (cells[:, 2:] - cells[:, :2])).clamp(0, 1)
-    return torch.cat((inside, (box[:, 2:].clamp(min=SMALLEST_SIDE) / anchors).log()), dim=1)
+    return torch.cat((inside, (box[:, 2:].clamp(min=MIN_ENCODED_SIDE) / anchors).log()), dim=1)
 
 
 def size_weights(boxes: Tensor, size: tuple[int, int]) -> Tensor:

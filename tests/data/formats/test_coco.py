@@ -79,7 +79,7 @@ def test_objects_of_other_classes_are_dropped_on_request(tmp_path):
 def test_categories_of_one_name_are_merged_on_request(tmp_path):
     categories = [{"id": 4, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cat"}]
     root = write(tmp_path, [annotation(id=n, category_id=n, bbox=[n, 0, 5, 5]) for n in (2, 3, 4)], None, categories)
-    with pytest.raises(DataError, match=r"class name 'cat' stands twice.*, or set data\.merge_classes to true"):
+    with pytest.raises(DataError, match=r"class name 'cat' is listed twice.*, or set data\.merge_classes to true"):
         Coco(root, "train")
     data = Coco(root, "train", merge_classes=True)
     assert (data.classes.names, data.classes.raw_ids) == (("dog", "cat"), (2, 3))
@@ -88,7 +88,7 @@ def test_categories_of_one_name_are_merged_on_request(tmp_path):
     assert (chosen.classes.raw_ids, chosen.target(0).labels.tolist()) == ((3,), [0, 0])
     # Ids are not merged: nothing tells which category an object is of.
     root = write(tmp_path, [], None, [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
-    with pytest.raises(DataError, match=r"raw id 1 stands twice.* id of its own\.$"):
+    with pytest.raises(DataError, match=r"raw id 1 is listed twice.* id of its own\.$"):
         Coco(root, "train", merge_classes=True)
 
 
@@ -278,8 +278,8 @@ def test_no_images_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "class name 'cat' stands twice"),
-        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "raw id 1 stands twice"),
+        ([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "class name 'cat' is listed twice"),
+        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "raw id 1 is listed twice"),
         ([{"id": 1}], r"categories\[0\]: the category has no usable 'id' and 'name' \(it has no 'name'\)"),
         ([{"id": 1, "name": "a"}, {"name": "b"}], r"categories\[1\]: .*it has no 'id'"),
         ([{"id": "1", "name": "cat"}], "'id' must be a whole number, but it is '1'"),

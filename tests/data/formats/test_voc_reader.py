@@ -274,7 +274,7 @@ def test_an_image_annotated_before_its_exif_rotation(tmp_path):
 
 def test_a_class_listed_twice_is_an_error(tmp_path):
     root = write(tmp_path, {"a": []})
-    with pytest.raises(DataError, match="the class name 'dog' stands twice"):
+    with pytest.raises(DataError, match="the class name 'dog' is listed twice"):
         Voc(root, "train", class_names=("dog", "dog"))
 
 

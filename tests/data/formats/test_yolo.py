@@ -81,7 +81,7 @@ def test_names_by_id_and_fixed_class_names(tmp_path):
 def test_classes_of_one_name_are_merged_on_request(tmp_path):
     lines = ["0 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.2 0.3", "2 0.5 0.5 0.2 0.4", "3 0.5 0.5 0.2 0.4"]
     root = write(tmp_path, {"a.jpg": lines[:3]}, names=["cat", "dog", "cat"])
-    with pytest.raises(DataError, match=r"class name 'cat' stands twice.*, or set data\.merge_classes to true"):
+    with pytest.raises(DataError, match=r"class name 'cat' is listed twice.*, or set data\.merge_classes to true"):
         Yolo(root, "train")
     data = Yolo(root, "train", merge_classes=True)
     assert (data.classes.names, data.classes.raw_ids) == (("cat", "dog"), (0, 1))
@@ -148,7 +148,7 @@ def test_missing_files_and_splits_are_named(tmp_path):
         ("train: x", "The key 'names' in .* must be a list of class names"),
         ("names: {a: b}", "The key 'names'"),
         ("names: [cat]\nnc: 2", "nc is 2, but names has 1 classes"),
-        ("names: [cat, cat]", "class name 'cat' stands twice"),
+        ("names: [cat, cat]", "class name 'cat' is listed twice"),
     ],
 )
 def test_malformed_yaml(tmp_path, text, message):

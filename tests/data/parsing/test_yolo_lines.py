@@ -270,7 +270,7 @@ def test_names_are_text_as_written(tmp_path: Path, yaml: str, names: Any, ids: A
     [
         ("names: {0: a, 0: b}", "the key '0' is given twice"),
         ("names: {0: a, 00: b}", "a name and id of its own"),
-        ("names: {0: a, 1: a}", "class name 'a' stands twice"),
+        ("names: {0: a, 1: a}", "class name 'a' is listed twice"),
         ("names: [a, b]\nnames: [c]", "the key 'names' is given twice"),
         ("names: {-1: a}", "The key 'names'"),
         ("names: {0x1: a}", "The key 'names'"),

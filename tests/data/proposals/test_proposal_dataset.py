@@ -133,7 +133,7 @@ def test_training_with_workers_and_a_resumed_run(
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(workers)[name]), name
         assert torch.equal(tensor, weights(resumed)[name]), name
-    with pytest.raises(ConfigError, match=r"began with proposals\.side = None, and cannot go on with 8"):
+    with pytest.raises(ConfigError, match=r"was started with proposals\.side = None and cannot continue with 8"):
         train(regions("--name", "broken", "--proposals.side", "8"), str(whole.path.with_name("broken")))
 
 

@@ -271,7 +271,7 @@ def test_warp_freezes_the_first_stages_of_its_network() -> None:
     assert {name.split(".")[2] for name in frozen} == {"0", "1"}
     features([picture(3)], [torch.tensor([[3.0, 3, 30, 30]])] * 2).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in features.parameters())
-    with pytest.raises(ConfigError, match="0 to 6 of them can be frozen, not 7"):
+    with pytest.raises(ConfigError, match="0 to 6 can be frozen, not 7"):
         build("warp", strides=(1,), backbone={"name": "small_ssd"}, size=64, context=4, freeze=7)
 
 
