@@ -176,7 +176,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 def test_warp_in_a_mask_branch_is_refused_by_its_name() -> None:
     features = {"name": "warp", "backbone": {"name": "resnet18"}}
-    with pytest.raises(ConfigError, match="The region features 'warp' read the image's own pixels"):
+    with pytest.raises(ConfigError, match="The region features 'warp' read the pixels of the image"):
         build(features=features)
 
 

@@ -172,7 +172,7 @@ def test_group_norm_has_groups_of_eight_channels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": (8, 16)}, r"same channels, but they have \[8, 16\]. Put a neck"),
+        ({"channels": (8, 16)}, r"same number of channels, but they have \[8, 16\]. Add a neck"),
         ({"strides": (8, 0)}, "no default anchors for a map pooled"),
         (
             {"channels": (12, 12), "norm": True},
@@ -180,7 +180,7 @@ def test_group_norm_has_groups_of_eight_channels() -> None:
         ),
         (
             {"anchors": {"name": "pyramid", "sizes": [[16.0], [32.0, 40.0]]}},
-            "the same number of anchors per location on each level",
+            "same number of anchors per location",
         ),
         ({"depth": -1}, r"'head\.depth' must be at least 0"),
         ({"alpha": 1.5}, r"'head\.alpha' must be in 0\.\.1"),

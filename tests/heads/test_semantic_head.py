@@ -78,9 +78,9 @@ def test_broken_weights_of_a_network_are_told() -> None:
 
 
 def test_weights_of_classes_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"must be 3 numbers from 0 on.*\[1\.0, 2\.0\]"):
+    with pytest.raises(ConfigError, match=r"must be 3 non-negative numbers.*\[1\.0, 2\.0\]"):
         fcn(class_weights=[1.0, 2.0])
-    with pytest.raises(ConfigError, match="must be 3 numbers from 0 on"):
+    with pytest.raises(ConfigError, match="must be 3 non-negative numbers"):
         fcn(class_weights=[1.0, 2.0, -1.0])
     with pytest.raises(ConfigError, match="1 to 255 classes apart, but the data has 300"):
         heads.build({"name": "fcn"}, "head", channels=(4,), strides=(8,), num_classes=300)

@@ -212,7 +212,7 @@ def test_a_precision_that_is_not_to_be_had_is_refused(
 
 def test_compiling_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*the packages g\+\+"):
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*packages g\+\+"):
         Predictor(build("ssd"), "cpu", compile=True)
 
 

@@ -1,4 +1,4 @@
-"""Where a head puts its anchors: a rule that a config names, over the generators of detkit.boxes."""
+"""Anchor layouts, selected by name in a config, on top of the anchor generators of detkit.boxes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,36 +14,36 @@ anchor_layouts = Registry("anchor layout", "detkit.heads.parts")
 
 
 class AnchorLayout(ABC):
-    """Anchors for every level of a feature pyramid."""
+    """Generates the anchors of all levels of a feature pyramid."""
 
     @abstractmethod
     def per_location(self, levels: int) -> list[int]:
-        """How many anchors each of `levels` feature maps has at every location."""
+        """Return the number of anchors per location for each of `levels` feature maps."""
 
     @abstractmethod
     def __call__(
         self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], strides: Sequence[int]
     ) -> Tensor:
-        """(A, 4) xyxy pixels, level by level, row by row, all anchors of one location together.
+        """Return anchors (A, 4) xyxy pixels, ordered by level, row, column and then anchor of the location.
 
         Args:
             map_sizes: (height, width) of each feature map.
             image_size: (height, width) of the network's input in pixels.
-            strides: pixels between the locations of each map; 0 for a map pooled from the whole image.
+            strides: distance between locations of each map in pixels; 0 for a map pooled from the whole image.
         """
 
 
 @anchor_layouts.register("default_boxes")
 class DefaultBoxes(AnchorLayout):
-    """SSD's default boxes (Liu et al. 2016, section 2.2): sizes are fractions of the image.
+    """SSD's default boxes (Liu et al. 2016, section 2.2), with sizes as fractions of the image.
 
     Args:
-        ratios: for each level, width-to-height ratios besides 1, each also used upside down; one entry
-            serves all levels.
+        ratios: for each level, width-to-height ratios other than 1, used together with their inverses; a single entry
+            applies to all levels.
         min_scale, max_scale: scales of the first and last level, evenly spaced between.
-        scales: instead of these, one scale for each level and a last one for the extra square box.
-        steps: for each level, pixels between anchor centres; null divides the image evenly.
-        clip: limit sides to the image's (not corners), as torchvision's published weights were trained.
+        scales: overrides these: one scale per level, and a last one for the extra square box.
+        steps: for each level, distance between anchor centres in pixels; null divides the image evenly.
+        clip: whether to limit widths and heights (not corners) to the image's, as in torchvision's published weights.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DefaultBoxes(AnchorLayout):
         if len(scales) != levels + 1:
             raise ConfigError(
                 f"The anchors' 'scales' have {len(scales)} values; {levels} feature maps need {levels + 1}, "
-                "the last one for the extra square box."
+                "including a last one for the extra square box."
             )
         if self.steps is not None and len(self.steps) != levels:
             raise ConfigError(f"The anchors' 'steps' have {len(self.steps)} values for {levels} feature maps.")
@@ -79,11 +79,11 @@ class DefaultBoxes(AnchorLayout):
 
 @anchor_layouts.register("per_pixel")
 class PerPixel(AnchorLayout):
-    """n sizes and m ratios give n + m - 1 anchors per location (Zhang et al., Dive into Deep Learning, 14.4).
+    """n + m - 1 anchors per location from n sizes and m ratios (Zhang et al., Dive into Deep Learning, 14.4).
 
     Args:
         sizes: for each level, side lengths as fractions of the image.
-        ratios: width-to-height ratios, the same on all levels.
+        ratios: width-to-height ratios, shared by all levels.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Pyramid(AnchorLayout):
 
     Args:
         sizes: for each level, side lengths in pixels of the network's input.
-        ratios: height-to-width ratios, the same on all levels.
-        divide: anchors stand image side // map side pixels apart instead of a stride, which is less on a map whose
-            size was rounded up; so torchvision's weights were trained.
+        ratios: height-to-width ratios, shared by all levels.
+        divide: whether to space anchors by image side // map side instead of the stride, which is less on a map whose
+            size was rounded up; torchvision's published weights require it.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class Pyramid(AnchorLayout):
 
 
 def _for_levels(values: tuple[tuple[float, ...], ...], levels: int, option: str) -> tuple[tuple[float, ...], ...]:
-    """One entry for each level; a single entry serves all."""
+    """Return one entry per level; a single entry applies to all levels."""
     if len(values) == 1:
         return values * levels
     if len(values) != levels:
         raise ConfigError(
-            f"The anchors' '{option}' have entries for {len(values)} levels, but the model has {levels} feature maps; "
-            f"give {levels} entries, or one for all."
+            f"The anchors' '{option}' have entries for {len(values)} levels, but the model has {levels} feature maps. "
+            f"Give {levels} entries, or one for all."
         )
     return values

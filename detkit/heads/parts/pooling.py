@@ -1,4 +1,4 @@
-"""A map as one vector an image, without what lies in the padding."""
+"""Average pooling of a feature map to one vector per image, excluding the padding."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from detkit.structures import Inputs
 
 
 def pooled_images(feature: Tensor, inputs: Inputs, grid: int = 1) -> Tensor:
-    """(B, C · grid²) means of each (B, C, h, w) map over grid x grid parts of its image, row by row.
+    """Average-pool maps (B, C, h, w) over a grid x grid partition of each image to (B, C · grid²), row by row.
 
-    An image covers the cells that it reaches into; parts overlap where the cells cannot be divided evenly, as in
-    torch's adaptive average pooling.
+    An image covers every cell that it intersects; as in torch's adaptive average pooling, parts overlap if the cells
+    cannot be divided evenly.
     """
     rows, columns = feature.shape[2:]
     covered = [(-(-h * rows // inputs.size[0]), -(-w * columns // inputs.size[1])) for h, w in inputs.sizes]

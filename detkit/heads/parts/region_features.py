@@ -1,9 +1,9 @@
-"""What the second stage sees of each region: four ways to bring regions of any size to one.
+"""Region features of the second stage: four ways to extract fixed-size features from regions of any size.
 
-warp        the pixels of the region, through a network of its own (R-CNN, Girshick et al. 2014)
-spp         maxima over grids of several finenesses (SPPNet, He et al. 2014)
-roi_pool    maxima over one grid (Fast R-CNN, Girshick 2015)
-roi_align   samples between the places of the map, nothing rounded (Mask R-CNN, He et al. 2017)
+warp        warped pixels, passed through a separate network (R-CNN, Girshick et al. 2014)
+spp         max pooling over grids of several resolutions (SPPNet, He et al. 2014)
+roi_pool    max pooling over one grid (Fast R-CNN, Girshick 2015)
+roi_align   bilinear samples without rounding (Mask R-CNN, He et al. 2017)
 """
 
 import math
@@ -22,17 +22,17 @@ from detkit.registry import Registry, backbones
 region_features = Registry("kind of region features", "detkit.heads.parts")
 
 COARSEST_STRIDE = 32
-"""Maps of larger strides are for proposals alone: a region seldom has more than one place there."""
+"""Maps of larger strides are used for proposals only, since most regions cover at most one cell there."""
 
 
 class RegionFeatures(nn.Module, ABC):
-    """Features of one shape for regions of any size.
+    """Features of fixed shape for regions of any size.
 
     The constructor takes `channels` and `strides` of the feature maps.
 
     Attributes:
-        shape: of the features of one region: (C, h, w), or (D,).
-        layout: of the feature maps in memory that needs no copy.
+        shape: shape of the features of one region: (C, h, w) or (D,).
+        layout: memory format of feature maps that avoids a copy.
     """
 
     shape: tuple[int, ...]
@@ -40,11 +40,11 @@ class RegionFeatures(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
-        """Features of the regions of all images, one image after the other.
+        """Compute the features of the regions of all images, in the order of the images.
 
         Args:
             maps: [(B, C_i, h_i, w_i)].
-            regions: B tensors (R_b, 4) xyxy pixels of the network's input; may reach outside, may be empty.
+            regions: B tensors (R_b, 4) xyxy pixels of the network's input; may extend beyond it and may be empty.
 
         Returns:
             (R_1 + ... + R_B, *shape).
@@ -52,10 +52,10 @@ class RegionFeatures(nn.Module, ABC):
 
 
 class PooledRegions(RegionFeatures):
-    """Regions cut out of feature maps, each from the one map whose stride suits its size.
+    """Regions pooled from feature maps, each from the map whose stride matches its size.
 
-    A region of canonical_size is read from stride 16, one of twice the side from the next coarser map and so on
-    (FPN, Lin et al. 2017, equation 1). With one map all are read from it.
+    A region of canonical_size is pooled from stride 16, one of twice the side from the next coarser map, and so on
+    (FPN, Lin et al. 2017, equation 1). With a single map, all regions are pooled from it.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], canonical_size: float = 224.0) -> None:
@@ -66,12 +66,12 @@ class PooledRegions(RegionFeatures):
         if not used:
             raise ConfigError(
                 f"Region features need feature maps of a stride up to {COARSEST_STRIDE}, but the strides are "
-                f"{list(strides)}. Choose other 'levels' of the backbone."
+                f"{list(strides)}. Select other 'levels' of the backbone."
             )
         if len({channels[level] for level in used}) > 1:
             raise ConfigError(
-                f"Region features need maps of the same channels, but they have {[channels[level] for level in used]}. "
-                f"Put a neck before the head ({{name: fpn}}), or give the backbone one level."
+                f"Region features need maps with the same number of channels, but they have "
+                f"{[channels[level] for level in used]}. Add a neck ({{name: fpn}}), or use a single backbone level."
             )
         self.levels = used
         self.strides = [strides[level] for level in used]
@@ -80,7 +80,7 @@ class PooledRegions(RegionFeatures):
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
         rows = with_image_index(regions)
-        # torchvision pools in the precision of the coordinates only.
+        # torchvision requires maps and coordinates of the same dtype.
         maps = [maps[level].float() for level in self.levels]
         if len(maps) == 1:
             return self.pool(maps[0], rows, 1 / self.strides[0])
@@ -93,28 +93,28 @@ class PooledRegions(RegionFeatures):
         return torch.cat(pooled)[torch.cat(of_level).argsort()]
 
     def assign(self, boxes: Tensor) -> Tensor:
-        """(R,) which of the maps in use each (R, 4) region is read from."""
+        """Return the index (R,) of the map, among those in use, that each region (R, 4) is pooled from."""
         side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
-        # 1e-6 as in torchvision: a region of exactly a power of two must not fall to the finer map by rounding.
+        # 1e-6 as in torchvision, so that rounding does not assign a region of exactly a power of two to the finer map.
         wanted = torch.floor(4 + torch.log2(side / self.canonical_size) + 1e-6)
         available = [math.log2(stride) for stride in self.strides]
         return torch.bucketize(wanted, torch.tensor(available[1:], device=boxes.device), right=True)
 
     @abstractmethod
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
-        """(R, *shape) of rows (R, 5): image index, then xyxy pixels, which times `scale` are places of the map."""
+        """Pool rows (R, 5), image index and xyxy pixels, to (R, *shape); pixels times `scale` are map coordinates."""
 
 
 @region_features.register("roi_align")
 class RoiAlign(PooledRegions):
-    """Means of bilinear samples in each cell of a size x size grid; no coordinate is rounded.
+    """Means of bilinear samples in each bin of a size x size grid, without rounding of coordinates.
 
     Args:
-        size: cells on each side.
-        sampling: samples on each side of a cell; 0 takes as many as the cell has places.
-        aligned: shift by half a place, so that places are centres of pixels (Detectron2); torchvision's published
-            detectors go without.
-        canonical_size: side in pixels of a region that is read from stride 16.
+        size: bins per side.
+        sampling: samples per side of a bin; 0 for as many as the bin has map cells.
+        aligned: whether to shift by half a cell, so that samples refer to pixel centres (Detectron2); torchvision's
+            published detectors do not.
+        canonical_size: side in pixels of a region that is pooled from stride 16.
     """
 
     layout: ClassVar[torch.memory_format] = torch.channels_last
@@ -135,7 +135,7 @@ class RoiAlign(PooledRegions):
         self.shape = (self.width, size, size)
 
     def pool(self, feature: Tensor, rows: Tensor, scale: float) -> Tensor:
-        # Torchvision's kernel for the CPU took a third of Faster R-CNN's time.
+        # Torchvision's CPU kernel took a third of Faster R-CNN's run time.
         if feature.device.type == "cpu" and not torch.compiler.is_compiling():
             return fast_roi_align(feature, rows, self.size, scale, self.sampling, self.aligned)
         from torchvision.ops import roi_align
@@ -145,14 +145,14 @@ class RoiAlign(PooledRegions):
 
 @region_features.register("roi_pool")
 class RoiPool(PooledRegions):
-    """Maxima over the cells of a size x size grid, whose edges are rounded to whole places.
+    """Max pooling over the bins of a size x size grid, whose edges are rounded to whole map cells.
 
-    Regions are first cut to the map, so that every cell holds one of its places: one that lies in the last half stride
-    at the right or bottom would round to beyond it. One wholly outside reads the places of the border next to it.
+    Regions are first clipped to the map, so that every bin contains a cell: a region within the last half stride at the
+    right or bottom would otherwise round to beyond the map. A region entirely outside reads the nearest border cells.
 
     Args:
-        size: cells on each side.
-        canonical_size: side in pixels of a region that is read from stride 16.
+        size: bins per side.
+        canonical_size: side in pixels of a region that is pooled from stride 16.
     """
 
     def __init__(
@@ -171,13 +171,13 @@ class RoiPool(PooledRegions):
 
 @region_features.register("spp")
 class SpatialPyramid(PooledRegions):
-    """Maxima over grids of several finenesses, one after the other as one vector.
+    """Max pooling over grids of several resolutions, concatenated to one vector.
 
-    Regions are cut to the map as in RoiPool.
+    Regions are clipped to the map as in RoiPool.
 
     Args:
-        grids: cells on each side of each grid.
-        canonical_size: side in pixels of a region that is read from stride 16.
+        grids: bins per side of each grid.
+        canonical_size: side in pixels of a region that is pooled from stride 16.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class SpatialPyramid(PooledRegions):
     ) -> None:
         super().__init__(channels, strides, canonical_size)
         if not grids or min(grids) < 1:
-            raise ConfigError(f"The region features' 'grids' must be one or more numbers from 1 on, but are {grids}.")
+            raise ConfigError(f"The region features' 'grids' must be a list of positive integers, but are {grids}.")
         self.grids = grids
         self.shape = (self.width * sum(grid * grid for grid in grids),)
 
@@ -201,26 +201,25 @@ class SpatialPyramid(PooledRegions):
 
 
 def cut_to_map(rows: Tensor, feature: Tensor, scale: float) -> Tensor:
-    """Rows (R, 5) as `PooledRegions.pool` has them, with corners from the first to the last place of (B, C, h, w)."""
+    """Clip rows (R, 5), as in `PooledRegions.pool`, to the cells of a map (B, C, h, w)."""
     last = rows.new_tensor((feature.shape[3] - 1, feature.shape[2] - 1) * 2) / scale
     return torch.cat((rows[:, :1], rows[:, 1:].clamp(min=0).minimum(last)), dim=1)
 
 
 @region_features.register("warp")
 class Warp(RegionFeatures):
-    """The pixels of each region, stretched to one size and sent through a network of their own.
+    """The pixels of each region, warped to a fixed size and passed through a separate network.
 
-    It reads the image itself, so it goes with `backbone: {name: pixels}`, and costs one pass of the network for each
-    region.
+    It reads the image itself and therefore requires `backbone: {name: pixels}`; it costs one forward pass per region.
 
     Attributes:
-        mean, std: that the network's weights were trained with.
+        mean, std: normalization that the network's weights were trained with.
 
     Args:
-        backbone: `name` of the network and its options; its coarsest map is used.
-        size: side in pixels that a region is stretched to.
-        context: pixels of that size that show what is around the region, on each side (16 of 227 in the paper).
-        freeze: the first stages of the network that keep their weights.
+        backbone: `name` and options of the network; its coarsest map is used.
+        size: side in pixels that regions are warped to.
+        context: pixels on each side of the warped region that show its surroundings (16 of 227 in the paper).
+        freeze: number of first stages of the network to freeze.
     """
 
     mean: Tensor
@@ -238,8 +237,8 @@ class Warp(RegionFeatures):
         super().__init__()
         if tuple(strides) != (1,):
             raise ConfigError(
-                f"The region features 'warp' read the image's own pixels, but get feature maps of strides "
-                f"{list(strides)}. Use backbone: {{name: pixels}} and no neck with it."
+                f"The region features 'warp' read the pixels of the image, but get feature maps of strides "
+                f"{list(strides)}. Use backbone: {{name: pixels}} without a neck."
             )
         if not 0 <= 2 * context < size:
             raise ConfigError(f"The 'context' of 'warp' must be in 0..{(size - 1) // 2}, but is {context}.")
@@ -249,7 +248,7 @@ class Warp(RegionFeatures):
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
         self.size, self.context = size, context
         with torch.no_grad():
-            # Networks differ in how they round the size of a map.
+            # Networks round map sizes differently, so the shape is measured.
             self.shape = tuple(self.backbone.eval()(torch.zeros(1, 3, size, size))[-1].shape[1:])
         self.backbone.train()
 
@@ -259,13 +258,13 @@ class Warp(RegionFeatures):
         rows = with_image_index(regions)
         around = (rows[:, 3:] - rows[:, 1:3]) * (self.context / (self.size - 2 * self.context))
         rows = torch.cat((rows[:, :1], rows[:, 1:3] - around, rows[:, 3:] + around), dim=1)
-        # Outside the image the samples are 0, which is the mean colour, as in the paper.
+        # Samples outside the image are 0, i.e. the mean colour, as in the paper.
         images = (maps[0] - self.mean) / self.std
         pixels = roi_align(images, rows, self.size, 1.0, sampling_ratio=-1, aligned=True)
         return self.backbone(pixels.to(memory_format=torch.channels_last))[-1]
 
 
 def with_image_index(regions: Sequence[Tensor]) -> Tensor:
-    """(R, 5) of all regions: the index of the image, then xyxy."""
+    """Concatenate the regions of all images to rows (R, 5): image index, then xyxy."""
     index = torch.cat([boxes.new_full((len(boxes), 1), image) for image, boxes in enumerate(regions)])
     return torch.cat((index, torch.cat(list(regions))), dim=1)

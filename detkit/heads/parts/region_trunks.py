@@ -1,4 +1,4 @@
-"""Layers between the features of a region and its predictions: from (R, *shape) to one vector (R, width) a region."""
+"""Region trunks: layers between region features (R, *shape) and the predictors, giving one vector (R, width) each."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ region_trunks = Registry("trunk of regions", "detkit.heads.parts")
 
 
 class RegionTrunk(nn.Module):
-    """Takes `shape` of the features of one region; `width` is that of the vector that comes out."""
+    """Base class; the constructor takes the `shape` of the features of one region, and `width` is the output width."""
 
     width: int
 
@@ -24,8 +24,8 @@ class TwoLayers(RegionTrunk):
     """Two fully connected layers with ReLU (Fast R-CNN's fc6 and fc7; 1024 wide in FPN).
 
     Args:
-        width: of both.
-        dropout: part of the values that training sets to 0 behind each.
+        width: width of both layers.
+        dropout: dropout probability after each layer.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int = 1024, dropout: float = 0.0) -> None:
@@ -47,9 +47,9 @@ class Convolutions(RegionTrunk):
     """3x3 convolutions with batch norm, then one fully connected layer (Li et al. 2021; torchvision's v2).
 
     Args:
-        depth: convolutions.
-        channels: of these.
-        width: of the fully connected layer.
+        depth: number of convolutions.
+        channels: channels of the convolutions.
+        width: width of the fully connected layer.
     """
 
     def __init__(self, shape: tuple[int, ...], depth: int = 4, channels: int = 256, width: int = 1024) -> None:
@@ -67,13 +67,13 @@ class Convolutions(RegionTrunk):
 
 @region_trunks.register("resnet_layer4")
 class ResNetLayer4(RegionTrunk):
-    """The last stage of a ResNet, then the mean over places: the "C4" form of Faster R-CNN (He et al. 2016, appendix).
+    """The last stage of a ResNet, then global average pooling: Faster R-CNN's "C4" variant (He et al. 2016, appendix).
 
-    It goes with a backbone of the same network that ends at `levels: [4]`, and with 14 x 14 features.
+    It requires a backbone of the same network with `levels: [4]`, and 14 x 14 features.
 
     Args:
         network: resnet18, resnet34, resnet50 or resnet101.
-        weights: as the backbone's.
+        weights: same as for the backbone.
     """
 
     def __init__(self, shape: tuple[int, ...], network: str = "resnet50", weights: str | None = None) -> None:
@@ -88,7 +88,7 @@ class ResNetLayer4(RegionTrunk):
         incoming = full.fc.in_features // 2
         if _as_map(shape, "resnet_layer4")[0] != incoming:
             raise ConfigError(
-                f"The last stage of {network} takes {incoming} channels, but the features of a region have {shape[0]}. "
+                f"The last stage of {network} takes {incoming} channels, but the region features have {shape[0]}. "
                 f"Use backbone: {{name: {network}, levels: [4]}} without a neck."
             )
         self.layer4 = full.layer4
@@ -109,7 +109,7 @@ class ResNetLayer4(RegionTrunk):
 
 @region_trunks.register("mean")
 class Mean(RegionTrunk):
-    """The mean over all places, nothing learned (R-CNN: the region's own network has seen it already)."""
+    """Global average pooling without parameters (for R-CNN, whose regions already passed through a network)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Mean(RegionTrunk):
 
 
 def convolutions(incoming: int, channels: int, depth: int, norm: bool) -> nn.Sequential:
-    """`depth` times a 3x3 convolution, batch norm where asked for, and ReLU, from `incoming` channels."""
+    """Create `depth` blocks of 3x3 convolution, batch norm (with `norm`) and ReLU, for `incoming` input channels."""
     blocks: list[nn.Module] = []
     for _ in range(depth):
         convolution = nn.Conv2d(incoming, channels, 3, padding=1, bias=not norm)
@@ -135,7 +135,7 @@ def convolutions(incoming: int, channels: int, depth: int, norm: bool) -> nn.Seq
 def _as_map(shape: Sequence[int], trunk: str) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ConfigError(
-            f"The trunk '{trunk}' needs features with rows and columns, but those of a region are one vector. Use "
-            f"the trunk 'mlp', or features roi_align or roi_pool."
+            f"The trunk '{trunk}' needs region features with spatial dimensions, but they are vectors. Use the trunk "
+            f"'mlp', or the features roi_align or roi_pool."
         )
     return shape[0], shape[1], shape[2]

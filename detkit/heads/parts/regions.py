@@ -1,4 +1,4 @@
-"""The second stage: a class and a box for each region, whoever proposed it."""
+"""The second stage of two-stage detectors: a class and a box for each region."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,18 +19,18 @@ from detkit.heads.parts.region_trunks import RegionTrunk, region_trunks
 from detkit.structures import Detections, Match, Target
 
 DEVIATIONS = (0.1, 0.1, 0.2, 0.2)
-BETA = 1 / 9  # of smooth L1, as torchvision trains it
+BETA = 1 / 9  # of smooth L1, as in torchvision
 REGIONS_AT_ONCE = 256
 SMALLEST_SIDE = 1e-2
-"""Pixels; a detection with a shorter side is dropped."""
+"""Minimum side of a detection in pixels; smaller ones are dropped."""
 
 
 class SampledRegions(NamedTuple):
-    """The regions of one image that take part in the loss, those that show an object first.
+    """The regions of one image that take part in the loss, positives first.
 
     Args:
         boxes: (S, 4) xyxy pixels.
-        truth_index: (S,) the ground truth each answers for; to be read only where `positive`.
+        target_index: (S,) index of the matched target; only valid where `positive`.
         positive: (S,) bool.
     """
 
@@ -40,21 +40,21 @@ class SampledRegions(NamedTuple):
 
 
 class RegionStage(nn.Module):
-    """Features of regions, layers on top, a class and four offsets for each class.
+    """Region features, a trunk, and predictors of a class and of four offsets per class.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C, without background.
-        features: `name` of the kind of region features (warp, spp, roi_pool, roi_align) and its options.
-        trunk: `name` of the layers behind them (mlp, conv_fc, resnet_layer4, mean) and their options.
-        classifier: softmax over the classes and background; or hinge, a linear support vector machine for each class
-            against all others, as in R-CNN, but trained together with the features (Tang 2013), not after them.
-        foreground_from: a region that overlaps a ground truth this much shows it.
-        background_below: one that overlaps every ground truth less shows background; between them it does not count.
-        background_from: one that overlaps every ground truth less than this does not count either, in images with
-            objects (0.1 in Fast R-CNN, which so looks for hard background).
-        samples: regions of an image that take part in the loss.
-        positive_fraction: largest part of objects among them.
+        features: `name` (warp, spp, roi_pool or roi_align) and options of the region features.
+        trunk: `name` (mlp, conv_fc, resnet_layer4 or mean) and options of the layers after them.
+        classifier: softmax over the classes and background, or hinge: a one-vs-rest linear support vector machine per
+            class as in R-CNN, but trained jointly with the features (Tang 2013), not after them.
+        foreground_from: IoU with a ground-truth box from which a region is positive.
+        background_below: maximum IoU below which a region is negative; regions between the two are ignored.
+        background_from: maximum IoU below which a region is also ignored, in images with objects (0.1 in Fast R-CNN, to
+            select hard negatives).
+        samples: number of regions per image that take part in the loss.
+        positive_fraction: maximum fraction of positives among them.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
     """
@@ -104,11 +104,11 @@ class RegionStage(nn.Module):
             nn.init.zeros_(predictor.bias)
 
     def forward(self, maps: Sequence[Tensor], regions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(R, C + 1) logits, column 0 background (for hinge (R, C) margins), and (R, C, 4) offsets.
+        """Compute logits (R, C + 1), column 0 background (for hinge, margins (R, C)), and offsets (R, C, 4).
 
         Args:
             maps: feature maps [(B, C_i, h_i, w_i)].
-            regions: of each image (R_b, 4) xyxy pixels of the network's input.
+            regions: (R_b, 4) xyxy pixels of the network's input for each image.
         """
         vectors = self.trunk(self.features(maps, regions))
         offsets = self.box_predictor(vectors).unflatten(1, (self.num_classes, 4))
@@ -116,7 +116,7 @@ class RegionStage(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> list[SampledRegions]:
-        """The regions of each image that take part in the loss, out of its proposals and the target boxes."""
+        """Sample the regions of each image that take part in the loss from its proposals and target boxes."""
         sampled = []
         for boxes, target in zip(proposals, targets):
             boxes = torch.cat((boxes, target.boxes[~target.ignored]))
@@ -129,7 +129,7 @@ class RegionStage(nn.Module):
     def loss(
         self, maps: Sequence[Tensor], sampled: Sequence[SampledRegions], targets: Sequence[Target]
     ) -> dict[str, Tensor]:
-        """`class` and `box`, both divided by the regions that were sampled."""
+        """Compute `class` and `box`, both divided by the number of sampled regions."""
         logits, offsets = self(maps, [regions.boxes for regions in sampled])
         labels, boxes, ground_truths = [], [], []
         for regions, target in zip(sampled, targets):
@@ -161,22 +161,22 @@ class RegionStage(nn.Module):
         sizes: Sequence[tuple[int, int]],
         limits: Postprocess,
     ) -> list[Detections]:
-        """Detections of each image after per-class suppression, in pixels of the network's input."""
+        """Return the detections of each image after per-class NMS, in pixels of the network's input."""
         found = []
         for image, (boxes, size) in enumerate(zip(proposals, sizes)):
-            # As pooling wants them; once.
+            # Convert once to the format that pooling requires.
             own = [
                 feature[image : image + 1].float().contiguous(memory_format=self.features.layout) for feature in maps
             ]
-            # Not all at once: each region's features may be a whole network's.
+            # In parts to limit memory, since each region may pass through a whole network.
             parts = [self(own, [part]) for part in boxes.split(REGIONS_AT_ONCE)]
             logits, offsets = (torch.cat(values) for values in zip(*parts))
             found.append(_candidates(self._scores(logits), offsets, boxes, size, limits))
         return limits.detections(found)
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """(R, C) in 0..1. A margin is no probability; the sigmoid keeps its order, 0.5 is the border of the class, and
-        0.02 the margin that training wants of all that is not of it."""
+        """Convert logits to scores (R, C) in 0..1. A margin is not a probability, but the sigmoid preserves its order:
+        0.5 is the decision boundary, and 0.02 the margin that training demands of negatives."""
         return logits.softmax(-1)[:, 1:] if self.classifier == "softmax" else (4 * logits).sigmoid()
 
     def _match(self, boxes: Tensor, target: Target) -> Match:
@@ -204,8 +204,8 @@ class RegionStage(nn.Module):
 def _candidates(
     scores: Tensor, offsets: Tensor, proposals: Tensor, size: tuple[int, int], limits: Postprocess
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels that may become detections of one image, from (R, C) scores, (R, C, 4) offsets and
-    (R, 4) proposals."""
+    """Return the boxes, scores and labels of one image that enter NMS, from scores (R, C), offsets (R, C, 4) and
+    proposals (R, 4)."""
     rows, labels, best = limits.candidates(scores)
     boxes = clip(decode(offsets[rows, labels], proposals[rows], deviations=DEVIATIONS), size)
     large = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_SIDE).all(dim=1)

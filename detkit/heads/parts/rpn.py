@@ -1,4 +1,4 @@
-"""The region-proposal network: which places of the feature maps hold an object, and where its edges are.
+"""The region-proposal network: an objectness score and a box for every anchor.
 
 Ren, He, Girshick and Sun, "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", 2015.
 """
@@ -21,7 +21,7 @@ from detkit.heads.parts.size_cache import PerSize
 from detkit.structures import Inputs, Target
 
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
-BETA = 1 / 9  # of smooth L1: 3^-2, with the sigma of 3 of the paper's own code
+BETA = 1 / 9  # of smooth L1: 3^-2, with sigma = 3 as in the authors' code
 
 
 class ProposalOutputs(NamedTuple):
@@ -31,7 +31,7 @@ class ProposalOutputs(NamedTuple):
         objectness: (B, A) logits.
         offsets: (B, A, 4), see detkit.boxes.coding, with deviations 1.
         anchors: (A, 4) xyxy pixels of the network's input.
-        level_counts: how many of the A anchors each level has.
+        level_counts: number of anchors of each level; their sum is A.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -43,25 +43,25 @@ class ProposalOutputs(NamedTuple):
 
 
 class RegionProposalNetwork(nn.Module):
-    """Convolutions shared by all levels, then an objectness and four offsets for each anchor.
+    """Convolutions shared by all levels, then objectness and four offsets for each anchor.
 
-    Anchors that reach over the border of the image take part in training, as in torchvision and Detectron2; the
-    paper left them out.
+    Anchors that cross the image border take part in training, as in torchvision and Detectron2; the paper excludes
+    them.
 
     Args:
         channels, strides: of the feature maps; on several levels (FPN) all must have the same channels.
-        anchors: `name` of an anchor layout and its options; default the paper's nine, of 128, 256 and 512 pixels and
-            ratios 1:2, 1:1 and 2:1, on one level, and one size a level, 8 times the stride, on several.
-        depth: 3x3 convolutions before the predictors.
-        foreground_from: an anchor that overlaps a ground truth this much is an object; so is a ground truth's best
-            anchor.
-        background_below: one that overlaps every ground truth less is background; between them it does not count.
-        samples: anchors of an image that take part in the loss.
-        positive_fraction: largest part of objects among them.
-        candidates: of each level and image that enter suppression for `decode`.
-        proposals: the most that an image keeps there.
-        train_candidates, train_proposals: the same for the second stage's loss.
-        nms_threshold: of two that overlap more, the one with the lower score goes.
+        anchors: `name` and options of an anchor layout. Default on one level: the paper's nine anchors, of 128, 256 and
+            512 pixels with ratios 1:2, 1:1 and 2:1; on several levels: one size per level, 8 times the stride.
+        depth: number of 3x3 convolutions before the predictors.
+        foreground_from: IoU with a ground-truth box from which an anchor is positive; the best anchor of each box is
+            positive too.
+        background_below: maximum IoU below which an anchor is negative; anchors between the two are ignored.
+        samples: number of anchors per image that take part in the loss.
+        positive_fraction: maximum fraction of positives among them.
+        candidates: number of anchors per level and image that enter NMS in `decode`.
+        proposals: maximum number of proposals per image after NMS.
+        train_candidates, train_proposals: the same for training the second stage.
+        nms_threshold: of two proposals with a higher IoU, the lower-scoring one is removed.
         box_loss: l1, smooth_l1, giou, diou or ciou.
         box_weight: factor of the box loss.
     """
@@ -87,9 +87,9 @@ class RegionProposalNetwork(nn.Module):
         super().__init__()
         if len(set(channels)) != 1:
             raise ConfigError(
-                f"The region-proposal network shares its convolutions between levels, so that all must have the same "
-                f"channels, but they have {list(channels)}. Put a neck before the head ({{name: fpn}}), or give the "
-                f"backbone one level."
+                f"The region-proposal network shares its convolutions between levels, so all maps must have the same "
+                f"number of channels, but they have {list(channels)}. Add a neck ({{name: fpn}}), or use a single "
+                f"backbone level."
             )
         check_range("head.rpn", 1, candidates=candidates, proposals=proposals, samples=samples)
         check_range("head.rpn", 1, train_candidates=train_candidates, train_proposals=train_proposals)
@@ -106,7 +106,10 @@ class RegionProposalNetwork(nn.Module):
         self.anchors = PerSize(self.layout)
         counts = self.layout.per_location(len(strides))
         if len(set(counts)) != 1:
-            raise ConfigError(f"'head.rpn.anchors' must give each level as many anchors, but they give {counts}.")
+            raise ConfigError(
+                f"'head.rpn.anchors' must give the same number of anchors per location on each level, but gives "
+                f"{counts}."
+            )
         self.foreground_from, self.background_below = foreground_from, background_below
         self.samples, self.positive_fraction = samples, positive_fraction
         self.amounts, self.train_amounts = (candidates, proposals), (train_candidates, train_proposals)
@@ -122,7 +125,7 @@ class RegionProposalNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], inputs: Inputs) -> ProposalOutputs:
-        """Objectness and offsets of all anchors, for feature maps [(B, C, h_i, w_i)]."""
+        """Compute objectness and offsets of all anchors from feature maps [(B, C, h_i, w_i)]."""
         objectness, offsets = [], []
         for feature in features:
             for convolution in self.convolutions:
@@ -137,7 +140,8 @@ class RegionProposalNetwork(nn.Module):
         )
 
     def loss(self, outputs: ProposalOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`objectness` (binary cross-entropy) and `proposal_box`, both divided by the anchors that were sampled."""
+        """Compute `objectness` (binary cross-entropy) and `proposal_box`, both divided by the number of sampled
+        anchors."""
         logits, labels = [], []
         boxes_loss = outputs.offsets.sum() * 0.0
         for image, target in enumerate(targets):
@@ -165,7 +169,7 @@ class RegionProposalNetwork(nn.Module):
         }
 
     def propose(self, outputs: ProposalOutputs, amounts: tuple[int, int]) -> list[Tensor]:
-        """The best regions of each image, (P, 4) xyxy pixels, best first, without gradient.
+        """Return the best regions of each image, (P, 4) xyxy pixels, best first, without gradient.
 
         Args:
             amounts: (candidates, proposals): `self.amounts` or `self.train_amounts`.
@@ -184,11 +188,11 @@ class RegionProposalNetwork(nn.Module):
 
 
 def _default_anchors(strides: Sequence[int]) -> dict[str, Any]:
-    """The nine anchors of Ren et al. on one level; on several those of Lin et al. (FPN), one size for each."""
+    """Return the nine anchors of Ren et al. for one level, or those of Lin et al. (FPN), one size per level."""
     if min(strides) < 1:
         raise ConfigError(
             f"The region-proposal network has no default anchors for a map pooled from the whole image (strides "
-            f"{list(strides)}). Give 'head.rpn.anchors', or leave that map out."
+            f"{list(strides)}). Set 'head.rpn.anchors', or remove that map."
         )
     sizes = [[128.0, 256.0, 512.0]] if len(strides) == 1 else [[8.0 * stride] for stride in strides]
     return {"name": "pyramid", "sizes": sizes}

@@ -1,4 +1,4 @@
-"""What heads that name the class of every pixel have in common: logits of the input's size, their loss and labels."""
+"""Base of semantic segmentation heads: logits at the input size, their loss and labels."""
 
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -18,9 +18,9 @@ class SemanticOutputs(NamedTuple):
     """Raw outputs of a semantic head.
 
     Args:
-        logits: (B, C, H, W) at the size of the input.
-        sizes: (height, width) of each image inside it.
-        features: (B, D, h, w), what an auxiliary classifier reads in the loss; None without.
+        logits: (B, C, H, W) at the input size.
+        sizes: (height, width) of each image inside the input.
+        features: (B, D, h, w), the map that an auxiliary classifier reads in the loss; None if there is none.
     """
 
     logits: Tensor
@@ -29,15 +29,15 @@ class SemanticOutputs(NamedTuple):
 
 
 class SemanticHead(Head):
-    """A head whose raw outputs are logits of each pixel; a subclass computes them.
+    """Base class of heads whose raw outputs are per-pixel logits.
 
     Args:
-        num_classes: of the data set, "background" among them where the data has it.
-        class_weights: how much a pixel of each class counts in the loss, for classes of very different areas; by
-            default all the same.
+        num_classes: number of classes of the data set, including "background" if the data has it.
+        class_weights: weight of a pixel of each class in the loss, for classes of very different areas; default equal
+            weights.
 
     Raises:
-        ConfigError: there are more classes than a map of bytes can tell apart, or other than one weight for each.
+        ConfigError: there are more classes than a uint8 map can represent, or not exactly one weight per class.
     """
 
     task: ClassVar[str] = "segment"
@@ -48,26 +48,26 @@ class SemanticHead(Head):
         super().__init__()
         if not 1 <= num_classes <= MOST_CLASSES:
             raise ConfigError(
-                f"A semantic map tells 1 to {MOST_CLASSES} classes apart, but the data has {num_classes}."
+                f"A semantic map can represent 1 to {MOST_CLASSES} classes, but the data has {num_classes}."
             )
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigError(
-                f"'head.class_weights' must be {num_classes} numbers from 0 on, one for each class in the order of the "
-                f"labels, but is {list(class_weights)}."
+                f"'head.class_weights' must be {num_classes} non-negative numbers, one for each class in the order of "
+                f"the labels, but is {list(class_weights)}."
             )
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
     def loss(self, outputs: SemanticOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`pixel`: the cross-entropy of a pixel, in the mean over all that count (Long et al. 2015, section 4.3).
+        """Compute `pixel`, the mean cross-entropy over valid pixels (Long et al. 2015, section 4.3).
 
-        Pixels that are IGNORED_PIXEL or outside of their image do not count; where none counts it is 0.
+        Pixels that are IGNORED_PIXEL or outside their image are excluded; the loss is 0 if no pixel remains.
         """
         target = stacked_target(targets, outputs.sizes, outputs.logits)
         return {"pixel": pixel_loss(outputs.logits, target, self.class_weights)}
 
     def decode(self, outputs: SemanticOutputs, options: Postprocess | None = None) -> list[SemanticMap]:
-        """The most probable class of each pixel; the first of several that are equal."""
+        """Return the most probable class of each pixel; ties are resolved in favour of the first class."""
         maps = []
         for logits, (height, width) in zip(outputs.logits, outputs.sizes):
             logits = logits[:, :height, :width].float()
@@ -76,22 +76,22 @@ class SemanticHead(Head):
 
 
 def labels_of(logits: Tensor) -> Tensor:
-    """(H, W) uint8 of logits (C, H, W).
+    """Return the labels (H, W) uint8 of logits (C, H, W).
 
     Raises:
-        DetkitError: a logit is not a number.
+        DetkitError: a logit is NaN.
     """
-    best, labels = logits.max(0)  # the maximum of NaN and numbers is NaN
+    best, labels = logits.max(0)  # max propagates NaN
     if torch.isnan(best.sum()) and torch.isnan(best).any():
         raise DetkitError(
-            "The network's logits are not numbers (NaN): its weights are broken, as after a training that diverged, or "
-            "half precision overflowed. Use another checkpoint, or train.precision 32-true."
+            "The network's logits are NaN: its weights are broken, for example because training diverged, or half "
+            "precision overflowed. Use another checkpoint, or train.precision 32-true."
         )
     return labels.to(torch.uint8)
 
 
 def stacked_target(targets: Sequence[Target], sizes: tuple[tuple[int, int], ...], logits: Tensor) -> Tensor:
-    """(B, H, W) int64 of the size of `logits` (B, C, H, W): the semantic maps, IGNORED_PIXEL outside of the images."""
+    """Stack semantic maps to (B, H, W) int64, the size of `logits` (B, C, H, W), padded with IGNORED_PIXEL."""
     check_count(tuple(targets), sizes)
     ground_truth = torch.full((len(sizes), *logits.shape[2:]), IGNORED_PIXEL, dtype=torch.int64, device=logits.device)
     for row, target, (height, width) in zip(ground_truth, targets, sizes):
@@ -101,14 +101,14 @@ def stacked_target(targets: Sequence[Target], sizes: tuple[tuple[int, int], ...]
 
 
 def pixel_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of (B, C, H, W) logits, in the weighted mean over all pixels that are not IGNORED_PIXEL.
+    """Compute the weighted mean cross-entropy of logits (B, C, H, W) over all pixels that are not IGNORED_PIXEL.
 
     Args:
         target: (B, H, W) int64 classes.
-        class_weights: (C,), or None for 1 each.
+        class_weights: (C,), or None for equal weights.
 
     Returns:
-        A scalar; 0 where no pixel counts.
+        A scalar; 0 if there is no such pixel.
     """
     total = F.cross_entropy(logits.float(), target, class_weights, ignore_index=IGNORED_PIXEL, reduction="sum")
     counted = target != IGNORED_PIXEL

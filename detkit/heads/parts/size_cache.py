@@ -1,4 +1,4 @@
-"""What depends on nothing but sizes, computed once for each: the anchors of a head, the cells of its maps."""
+"""A cache of tensors that depend only on sizes, such as the anchors of a head or the cells of its maps."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 KEPT = 8
-"""Sizes of which the results are kept: a network that takes images of any shape meets few again and again."""
+"""Number of cached results; a network for images of any shape sees only a few sizes repeatedly."""
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 
 
 class PerSize(Generic[T]):
-    """Calls `compute` once for each size and device. What it returns is shared, and not to be changed.
+    """Calls `compute` once per size and device. The returned tensors are shared and must not be modified.
 
     Args:
-        compute: a function of sizes, which gives a tensor or two.
+        compute: a function of sizes that returns one or two tensors.
     """
 
     def __init__(self, compute: Callable[..., T]) -> None:
@@ -24,15 +24,15 @@ class PerSize(Generic[T]):
         self._known: dict[Any, T] = {}
 
     def __call__(self, device: torch.device, *sizes: Any) -> T:
-        """`compute(*sizes)` on `device`; all sizes are tuples."""
-        if torch.compiler.is_compiling():  # sizes may be symbols, and the graph makes constants of what it can
+        """Return `compute(*sizes)` on `device`; all sizes are tuples."""
+        if torch.compiler.is_compiling():  # sizes may be symbolic; the compiler folds constants itself
             return _on(device, self.compute(*sizes))
         key = (device, *sizes)
         found = self._known.get(key)
         if found is None:
-            with torch.inference_mode(False):  # a training that follows may need it for gradients
+            with torch.inference_mode(False):  # later training may need it in autograd
                 found = _on(device, self.compute(*sizes))
-            # A new dict, since other threads may be reading this one; without the oldest.
+            # A new dict without the oldest entry, since other threads may be reading the current one.
             self._known = {**dict(list(self._known.items())[1 - KEPT :]), key: found}
         return found
 

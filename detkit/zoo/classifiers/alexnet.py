@@ -26,14 +26,14 @@ class AlexNet(Backbone):
     Args:
         levels: which maps are given, ascending: 2 behind the first convolution, 3 behind the second, 4 behind the
             fifth, and 5 that behind the last max pool; level i has about stride 2**i.
-        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
-            of a .pth or .safetensors file with torchvision's names, classifier or not.
-        mean: overrides the normalisation, for weights trained with another.
-        std: as `mean`.
+        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, with or without classifier.
+        mean: overrides the mean for normalization, for weights trained with another one.
+        std: likewise, the standard deviation.
 
     Raises:
         ConfigError: `levels` are not ascending or not in 2..5.
-        CheckpointError: the weights is not available, or do not fit.
+        CheckpointError: the weights are not available, or do not fit.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class AlexNet(Backbone):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
+        """Compute maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
 
         Args:
-            images: (B, 3, H, W) normalised RGB, H and W at least 63.
+            images: (B, 3, H, W) normalized RGB, H and W at least 63.
         """
         maps, features = [], images
         for level, stage in zip(ENDS, self.stages()):

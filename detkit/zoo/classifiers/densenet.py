@@ -23,14 +23,14 @@ class DenseNet121(Backbone):
 
     Args:
         levels: which of the four dense blocks give a map: 2 to 5, ascending; level i has stride 2**i.
-        weights: None for random ones (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
-            of a .pth or .safetensors file with torchvision's names, classifier or not.
-        mean: overrides the normalisation, for weights trained with another.
-        std: as `mean`.
+        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, with or without classifier.
+        mean: overrides the mean for normalization, for weights trained with another one.
+        std: likewise, the standard deviation.
 
     Raises:
         ConfigError: `levels` are not ascending or not in 2..5.
-        CheckpointError: the weights is not available, or do not fit.
+        CheckpointError: the weights are not available, or do not fit.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class DenseNet121(Backbone):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded down.
+        """Compute maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded down.
 
         Args:
-            images: (B, 3, H, W) normalised RGB.
+            images: (B, 3, H, W) normalized RGB.
         """
         maps, features = [], images
         for level, stage in enumerate(self.stages(), start=1):

@@ -38,15 +38,15 @@ class GoogLeNet(Backbone):
     Args:
         levels: the modules whose outputs are given, in their order: conv3 (stride 4), inception3b (8), inception4a,
             inception4d, inception4e (16), inception5b (32).
-        weights: None for random ones, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of a .pth or
-            .safetensors file with torchvision's names, classifiers or not.
-        mean: overrides the normalisation, for weights trained with another. Torchvision's own IMAGENET1K_V1, which were
+        weights: None for random initialization, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of a .pth or
+            .safetensors file with torchvision's names, with or without classifiers.
+        mean: overrides the mean for normalization, for weights trained with another one. Torchvision's own IMAGENET1K_V1, which were
             converted from TensorFlow, take (0.5, 0.5, 0.5), and that is what "imagenet" sets.
-        std: as `mean`.
+        std: likewise, the standard deviation.
 
     Raises:
         ConfigError: `levels` are none of these, or in another order.
-        CheckpointError: the weights is not available, or do not fit.
+        CheckpointError: the weights are not available, or do not fit.
     """
 
     weights_set_mean: ClassVar[bool] = True  # so that it is told their name where they are not loaded, too
@@ -88,10 +88,10 @@ class GoogLeNet(Backbone):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded up.
+        """Compute maps [(B, channels[i], H / strides[i], W / strides[i])], sizes rounded up.
 
         Args:
-            images: (B, 3, H, W) normalised RGB.
+            images: (B, 3, H, W) normalized RGB.
         """
         maps, features = [], images
         for name in self._names:

@@ -42,7 +42,7 @@ class LeNet(Backbone):
         """One map [(B, 16, (H - 4) // 4, (W - 4) // 4)].
 
         Args:
-            images: (B, 3, H, W) normalised RGB, H and W at least 12.
+            images: (B, 3, H, W) normalized RGB, H and W at least 12.
         """
         return [self.block2(self.block1(images))]
 

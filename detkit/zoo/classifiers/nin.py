@@ -46,10 +46,10 @@ class NiN(Backbone):
         self.strides = tuple(2 ** (level + 1) for level in levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
+        """Compute maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
 
         Args:
-            images: (B, 3, H, W) normalised RGB, H and W at least 67 for the fourth block.
+            images: (B, 3, H, W) normalized RGB, H and W at least 67 for the fourth block.
         """
         maps, features = [], images
         for number, block in enumerate(self.blocks, start=1):

@@ -60,7 +60,7 @@ class _Darknet(Backbone):
         self.blocks = self.blocks[: levels[-1] + 1]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
+        """Compute maps [(B, channels[i], ~H / strides[i], ~W / strides[i])].
 
         Args:
             images: (B, 3, H, W) RGB in 0..1.

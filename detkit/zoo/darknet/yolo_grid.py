@@ -26,7 +26,7 @@ Anchors = tuple[tuple[float, float], ...]
 
 
 class GridOutputs(NamedTuple):
-    """Raw outputs of YOLOv2 and YOLOv3; a tuple, which wrappers for devices and precision know how to walk through.
+    """Raw outputs of YOLOv2 and YOLOv3; a tuple, so that device and precision wrappers can traverse it.
 
     Args:
         values: (B, P, 5 + C): raw x, y, width, height, objectness and classes of all places.
@@ -205,7 +205,7 @@ def _centred(shapes: Tensor) -> Tensor:
 def decode_places(
     outputs: GridOutputs, probabilities: Callable[[Tensor], Tensor], postprocess: Postprocess
 ) -> list[Detections]:
-    """Detections after per-class suppression, in pixels of the network's input.
+    """Return detections after per-class NMS, in pixels of the network's input.
 
     Args:
         probabilities: of the classes, from their raw values (K, C); a score is one of them times objectness.

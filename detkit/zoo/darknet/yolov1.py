@@ -20,7 +20,7 @@ from detkit.structures import Detections, Inputs, Target
 
 
 class YOLOv1Outputs(NamedTuple):
-    """Raw outputs of the YOLO head; a tuple, which wrappers for devices and precision know how to walk through.
+    """Raw outputs of the YOLO head; a tuple, so that device and precision wrappers can traverse it.
 
     Args:
         coordinates: (B, S * S, K, 4): x and y of the centre in cells from the cell's top left corner, then the square
@@ -75,7 +75,7 @@ class YOLOv1(Head):
         hidden: width of the first of them.
         dropout: part of its values that is left out in training.
         coordinate_weight, background_weight: the paper's lambda_coord and lambda_noobj.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
     Raises:
         ConfigError: no map has places, or an option is out of range.
@@ -135,7 +135,7 @@ class YOLOv1(Head):
         """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         everything = outputs.coordinates.sum() + outputs.confidences.sum() + outputs.classes.sum()

@@ -63,7 +63,7 @@ class YOLOv2(Head):
         ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
         rescore: the objectness to learn is the IoU of the predicted box, not 1.
         object_weight, background_weight, box_weight, class_weight: factors of the parts of the loss.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
     Raises:
         ConfigError: the maps do not fit, or an option is out of range.
@@ -143,7 +143,7 @@ class YOLOv2(Head):
         """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         box = objectness = classes = outputs.values.sum() * 0.0

@@ -57,7 +57,7 @@ class YOLOv3(Head):
         widths: channels of the 3x3 convolutions, finest map first; null for twice `channels`.
         ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
         box_weight: factor of the box loss.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
     Raises:
         ConfigError: the anchors or widths do not fit the maps, or an option is out of range.
@@ -121,7 +121,7 @@ class YOLOv3(Head):
         """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         box = objectness = classes = outputs.values.sum() * 0.0

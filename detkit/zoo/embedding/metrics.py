@@ -50,7 +50,7 @@ class EmbeddingScores:
         return dict(self.__dict__)
 
     def table(self) -> Table:
-        """For the terminal."""
+        """Return a table for the terminal."""
         table = Table(title=f"{self.images} images of {self.classes} classes, all pairs")
         for title in ("AUC", "accuracy", "at threshold", "recall@1"):
             table.add_column(title, justify="right")

@@ -34,7 +34,7 @@ class Embedding:
         check_tensor(self.vector, "vector", 1, torch.float32)
 
     def to(self, device: torch.device | str) -> Embedding:
-        """The same with its tensor on `device`."""
+        """Return a copy with its tensor on `device`."""
         return replace(self, vector=self.vector.to(device))
 
 

@@ -89,7 +89,7 @@ class Landmarks(Head):
 
         Raises:
             ConfigError: the data have another number of points.
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         differences = [

@@ -48,7 +48,7 @@ class LandmarksScores:
         return {"nme": self.nme, "failure_rate": self.failure_rate, **points, "images": self.images}
 
     def table(self) -> Table:
-        """For the terminal."""
+        """Return a table for the terminal."""
         left_out = f", {self.left_out} without visible points left out" if self.left_out else ""
         table = Table(title=f"{self.images} images{left_out}; errors as parts of {self.measure}")
         table.add_column("mean error", justify="right")
@@ -80,7 +80,7 @@ class LandmarksEvaluator:
         self._all: list[tuple[Landmarks, Meta]] = []
 
     def update(self, predictions: Sequence[Landmarks], targets: Sequence[Target], metas: Sequence[Meta]) -> None:
-        """Add images, all in pixels of their sources."""
+        """Add images, in pixels of their sources."""
         for prediction, target, meta in zip(predictions, targets, metas):
             self._all.append((prediction, meta))
             ground_truth = self._target_of(target)
@@ -100,7 +100,7 @@ class LandmarksEvaluator:
             self._errors.append(errors.masked_fill(~ground_truth.visible[0], math.nan))
 
     def compute(self) -> LandmarksScores:
-        """Score all that was added."""
+        """Compute the scores of all images added so far."""
         if not self._errors:
             return LandmarksScores(math.nan, math.nan, (), 0, self._left_out, self._measure_name)
         errors = torch.stack(self._errors).double()

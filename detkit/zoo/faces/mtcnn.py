@@ -113,7 +113,7 @@ class MTCNN(Head):
 
         Raises:
             ConfigError: the objects have another number of points than five.
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         for target in targets:

@@ -24,5 +24,5 @@ class Landmarks:
         check_tensor(self.points, "points", 2, torch.float32)
 
     def to(self, device: torch.device | str) -> Landmarks:
-        """The same with its tensor on `device`."""
+        """Return a copy with its tensor on `device`."""
         return replace(self, points=self.points.to(device))

@@ -83,7 +83,7 @@ class Localize(Head):
         Each is the mean over the images that it counts.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         ground_truths = [_largest(target) for target in targets]

@@ -52,7 +52,7 @@ class SlidingWindow(Head):
         background_below: one that overlaps every ground truth less is background; between them it does not count.
         samples: windows of an image that take part in the loss.
         positive_fraction: largest part of objects among them.
-        score_threshold, nms_threshold, max_detections: what `decode` keeps.
+        score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 
     task: ClassVar[str] = "detect"
@@ -120,7 +120,7 @@ class SlidingWindow(Head):
         """`class`: the mean cross-entropy of the windows that were sampled, objects and background.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         logits, classes = [], []
@@ -136,7 +136,7 @@ class SlidingWindow(Head):
 
     @torch.no_grad()
     def decode(self, outputs: SlidingWindowOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression, in pixels of the network's input."""
+        """Return detections after per-class NMS, in pixels of the network's input."""
         scores = outputs.logits.softmax(-1)[..., 1:]
         options = options or self.postprocess
         return options.detections(
@@ -147,7 +147,7 @@ class SlidingWindow(Head):
 def _candidates(
     scores: Tensor, windows: Tensor, size: tuple[int, int], options: Postprocess
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of one image that may become detections."""
+    """Return the boxes, scores and labels of one image that enter NMS."""
     boxes = clip(windows, size)
     inside = area(boxes) > 0  # the others lie in the padding
     boxes, scores = boxes[inside], scores[inside]

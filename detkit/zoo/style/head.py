@@ -157,7 +157,7 @@ class Style(Head):
         """`content`, `style` and `variation`, each the weighted mean over the images.
 
         Raises:
-            ValueError: there is not one target for each image.
+            ValueError: the number of targets differs from the number of images.
             DataError: an image is too small for the loss network.
         """
         check_count(targets, outputs.sizes)

@@ -30,5 +30,5 @@ class Rendering:
         return np.ascontiguousarray(values)
 
     def to(self, device: torch.device | str) -> Rendering:
-        """The same with its tensor on `device`."""
+        """Return a copy with its tensor on `device`."""
         return replace(self, image=self.image.to(device))

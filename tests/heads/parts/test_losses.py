@@ -106,7 +106,7 @@ def test_background_that_is_nan_stays_so() -> None:
 
 @pytest.mark.parametrize("target", [torch.zeros(3, dtype=torch.bool), torch.zeros(4)])
 def test_focal_loss_refuses_another_target(target: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"ground truth must be \(4,\) bool, but got"):
+    with pytest.raises(ValueError, match=r"target must be \(4,\) bool, but got"):
         sigmoid_focal_loss(torch.zeros(4), target)
 
 

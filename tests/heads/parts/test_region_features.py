@@ -297,9 +297,15 @@ def test_warp_publishes_the_shape_that_comes_out(backbone: dict[str, Any], size:
 @pytest.mark.parametrize(
     ("name", "options", "channels", "strides", "message"),
     [
-        ("roi_align", {}, (8,), (64,), r"a stride up to 32, but the strides are \[64\]\. Choose other 'levels'"),
+        ("roi_align", {}, (8,), (64,), r"a stride up to 32, but the strides are \[64\]\. Select other 'levels'"),
         ("spp", {}, (8,), (0,), r"a stride up to 32, but the strides are \[0\]"),
-        ("roi_pool", {}, (8, 4), (8, 16), r"same channels, but they have \[8, 4\]\. Put a neck.*\{name: fpn\}"),
+        (
+            "roi_pool",
+            {},
+            (8, 4),
+            (8, 16),
+            r"same number of channels, but they have \[8, 4\]\. Add a neck.*\{name: fpn\}",
+        ),
         ("warp", {"backbone": {"name": "pixels"}}, (3,), (8,), r"strides \[8\]\. Use backbone: \{name: pixels\}"),
         ("warp", {"backbone": {"name": "pixels"}}, (3, 3), (1, 2), r"strides \[1, 2\]\. Use backbone"),
         ("warp", {"backbone": {"name": "pixels"}, "size": 20, "context": 10}, (3,), (1,), r"in 0\.\.9, but is 10"),

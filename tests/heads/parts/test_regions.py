@@ -307,10 +307,16 @@ class TestDecode:
         ({"trunk": {"name": "resnet_layer4", "network": "resnet152"}}, "must be resnet18.*not 'resnet152'"),
         (
             {"features": {"name": "roi_align"}, "trunk": {"name": "resnet_layer4", "network": "resnet18"}},
-            r"takes 256 channels, but the features of a region have 4\. Use backbone: \{name: resnet18, levels: \[4\]",
+            r"takes 256 channels, but the region features have 4\. Use backbone: \{name: resnet18, levels: \[4\]",
         ),
-        ({"features": {"name": "spp"}, "trunk": {"name": "conv_fc"}}, "'conv_fc' needs features with rows.*'mlp'"),
-        ({"features": {"name": "spp"}, "trunk": {"name": "resnet_layer4"}}, "'resnet_layer4' needs features with rows"),
+        (
+            {"features": {"name": "spp"}, "trunk": {"name": "conv_fc"}},
+            "'conv_fc' needs region features with spatial dimensions.*'mlp'",
+        ),
+        (
+            {"features": {"name": "spp"}, "trunk": {"name": "resnet_layer4"}},
+            "'resnet_layer4' needs region features with spatial",
+        ),
         ({"trunk": {"name": "mlq"}}, "no trunk of regions named 'mlq'.*'mlp'"),
         ({"trunk": {"name": "mlp", "width": 0}}, "width"),
         ({"trunk": {"name": "mlp", "dropout": 2.0}}, "dropout"),

@@ -200,11 +200,14 @@ def test_broken_outputs_show_in_the_losses(part: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": (8, 4)}, r"but they have \[8, 4\]\. Put a neck before the head \(\{name: fpn\}\)"),
+        ({"channels": (8, 4)}, r"but they have \[8, 4\]\. Add a neck \(\{name: fpn\}\)"),
         ({"samples": 0}, "must be at least 1, but is 0"),
         ({"candidates": 0}, "must be at least 1, but is 0"),
         ({"train_proposals": 0}, "must be at least 1, but is 0"),
-        ({"anchors": {"name": "pyramid", "sizes": [[8.0], [16.0, 32.0]]}}, r"as many anchors, but they give \[3, 6\]"),
+        (
+            {"anchors": {"name": "pyramid", "sizes": [[8.0], [16.0, 32.0]]}},
+            r"same number of anchors per location on each level, but gives \[3, 6\]",
+        ),
         ({"anchors": {"name": "pyramids"}}, "no anchor layout named 'pyramids'.*'pyramid'"),
         ({"anchors": {"sizes": [[8.0]]}}, r"'head\.rpn\.anchors' needs a 'name'"),
         ({"sample": 5}, r"'head\.rpn\.sample' is not an option of the region-proposal network.*'samples'"),

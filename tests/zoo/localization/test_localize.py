@@ -101,7 +101,7 @@ def test_one_detection_or_none_inside_the_image() -> None:
     torch.testing.assert_close(found[0].boxes, torch.tensor([[96 * 0.65, 64 * 0.65, 96, 64]]))
     torch.testing.assert_close(found[2].boxes, torch.tensor([[48, 64 * 0.3, 48, 64 * 0.7]]))  # a negative width is none
     torch.testing.assert_close(found[3].boxes, torch.tensor([[80.0, 64, 80, 64]]))
-    with pytest.raises(DetkitError, match="scores are not numbers"):
+    with pytest.raises(DetkitError, match="scores are NaN"):
         head.decode(LocalizeOutputs(presence * torch.nan, logits, boxes, SIZES))
 
 
