@@ -1,6 +1,7 @@
 """Rules of the architecture, held by tests."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -107,5 +108,21 @@ def test_registering_a_name_twice_is_refused() -> None:
 
     registry = Registry("part", "detkit.heads")
     registry.register("a")(dict)
-    with pytest.raises(ValueError, match="part 'a' is registered already"):
+    with pytest.raises(ValueError, match="part 'a' is already registered"):
         registry.register("a")(list)
+
+
+def test_names_of_the_first_version_are_answered_with_the_new_ones() -> None:
+    import detkit
+
+    for old, new in detkit.MOVED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(FutureWarning, match=f"'{old}' is called '{new}' now"):
+            assert importlib.import_module(old) is importlib.import_module(new)
+        assert sys.modules[new].__spec__.name == new  # type: ignore[union-attr]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("detkit.nothing")
+
+
+def test_the_top_has_at_most_eight_modules() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8

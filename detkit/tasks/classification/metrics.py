@@ -137,7 +137,7 @@ def check_single(target: Target, source: str) -> None:
 
 
 def record(prediction: Classification, meta: Meta, classes: ClassList) -> dict[str, Any]:
-    """What predictions.json says of an image: the score of every class."""
+    """The entry of one image in predictions.json: the score of every class."""
     scores = dict(zip(classes.names, prediction.scores.tolist()))
     return {"image_id": meta.image_id, "scores": scores}
 

@@ -99,7 +99,7 @@ class DetectionScores:
 
     @property
     def summary(self) -> str:
-        """What was scored, in one line; says why where there are no figures."""
+        """Describe in one line the data that were scored, and why figures are missing."""
         counts = f"{self.images} images, {self.targets} objects to find, {self.detections} detections"
         if self.ignored:
             counts += f", {self.ignored} crowd or difficult objects not counted"

@@ -26,8 +26,8 @@ class AlexNet(Backbone):
     Args:
         levels: which maps are given, ascending: 2 behind the first convolution, 3 behind the second, 4 behind the
             fifth, and 5 that behind the last max pool; level i has about stride 2**i.
-        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
-            of a .pth or .safetensors file with torchvision's names, with or without classifier.
+        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the
+            path of a .pth or .safetensors file with torchvision's names, with or without classifier.
         mean: overrides the mean for normalization, for weights trained with another one.
         std: likewise, the standard deviation.
 

@@ -21,9 +21,8 @@ class DenseNet121(Backbone):
 
     Tensors have torchvision's names (`features.denseblock1...`). Layers behind the last level are not built.
 
-    Args:
-        levels: which of the four dense blocks give a map: 2 to 5, ascending; level i has stride 2**i.
-        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+    Args: levels: which of the four dense blocks give a map: 2 to 5, ascending; level i has stride 2**i. weights: None
+        for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
             of a .pth or .safetensors file with torchvision's names, with or without classifier.
         mean: overrides the mean for normalization, for weights trained with another one.
         std: likewise, the standard deviation.

@@ -38,10 +38,10 @@ class GoogLeNet(Backbone):
     Args:
         levels: the modules whose outputs are given, in their order: conv3 (stride 4), inception3b (8), inception4a,
             inception4d, inception4e (16), inception5b (32).
-        weights: None for random initialization, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of a .pth or
-            .safetensors file with torchvision's names, with or without classifiers.
-        mean: overrides the mean for normalization, for weights trained with another one. Torchvision's own IMAGENET1K_V1, which were
-            converted from TensorFlow, take (0.5, 0.5, 0.5), and that is what "imagenet" sets.
+        weights: None for random initialization, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of
+            a .pth or .safetensors file with torchvision's names, with or without classifiers.
+        mean: overrides the mean for normalization, for weights trained with another one. Torchvision's own
+            IMAGENET1K_V1, which were converted from TensorFlow, take (0.5, 0.5, 0.5), and that is what "imagenet" sets.
         std: likewise, the standard deviation.
 
     Raises:

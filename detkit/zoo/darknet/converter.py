@@ -63,7 +63,7 @@ class Network:
         return units
 
     def experiment(self) -> Experiment:
-        """What would train it."""
+        """The experiment that would train it."""
         return Experiment(
             data={"name": "coco" if self.classes == COCO_CLASSES else "voc"},
             backbone=self.backbone,

@@ -1,4 +1,4 @@
-"""Embedding: each image as a point, near those of the same class, be it one that was never trained on."""
+"""Embedding: each image as a point, near those of the same class, including classes that were not in training."""
 
 import math
 from collections.abc import Mapping, Sequence

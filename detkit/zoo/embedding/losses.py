@@ -1,4 +1,4 @@
-"""What pulls images of one class together and pushes the others apart: losses of embeddings.
+"""Losses of embeddings, which pull images of one class together and push the others apart.
 
 The functions are pure; the modules below them, chosen by `head.loss`, hold the options and the vectors of the classes.
 """

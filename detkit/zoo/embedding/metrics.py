@@ -92,7 +92,7 @@ class EmbeddingEvaluator:
 
 
 def record(prediction: Embedding, meta: Meta) -> dict[str, Any]:
-    """What predictions.json says of one image."""
+    """The entry of one image in predictions.json."""
     entry: dict[str, Any] = {"image_id": meta.image_id, "vector": [round(x, 6) for x in prediction.vector.tolist()]}
     if prediction.distance is not None:
         entry |= {"identity": prediction.identity, "distance": round(prediction.distance, 6)}

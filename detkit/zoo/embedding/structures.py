@@ -39,7 +39,7 @@ class Embedding:
 
 
 class Recogniser(Protocol):
-    """What names the things in images by their embeddings, such as a gallery."""
+    """Names the things in images by their embeddings, as a gallery does."""
 
     def recognise(self, embedding: Embedding) -> Embedding:
         """The embedding with what it shows."""

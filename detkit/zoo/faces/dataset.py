@@ -139,7 +139,7 @@ class Faces(Dataset):
 
 @dataclass(frozen=True)
 class _Person:
-    """What stays the same of a person: colours (RGB), and lengths in units of half the height of the head."""
+    """The constant features of a person: colours (RGB), and lengths in units of half the height of the head."""
 
     skin: np.ndarray
     hair: np.ndarray

@@ -115,6 +115,6 @@ class LandmarksEvaluator:
 
 
 def record(prediction: Landmarks, meta: Meta) -> dict[str, Any]:
-    """What predictions.json says of one image: COCO's keypoints, [x, y, 2] of each point in pixels."""
+    """The entry of one image in predictions.json: COCO's keypoints, [x, y, 2] of each point in pixels."""
     values = [value for x, y in prediction.points.tolist() for value in (round(x, 2), round(y, 2), 2)]
     return {"image_id": meta.image_id, "keypoints": values}

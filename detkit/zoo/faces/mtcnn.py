@@ -227,7 +227,7 @@ def _pixels(image: Tensor, size: tuple[int, int], boxes: Tensor, side: int) -> T
 
 
 def _in_chunks(network: Stage, pixels: Tensor, boxes: Tensor) -> StageOutputs:
-    """What a network says of (N, 4) windows of an image, however many there are."""
+    """Outputs of a network for any number of (N, 4) windows of an image."""
     # One chunk at least, so that no windows give outputs of no rows.
     parts = [network(_centred(geometry.windows(pixels, some, network.side))) for some in boxes.split(WINDOWS_AT_ONCE)]
     points = None if parts[0].points is None else torch.cat([part.points for part in parts])

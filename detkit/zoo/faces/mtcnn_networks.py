@@ -9,7 +9,7 @@ POINTS = 5
 
 
 class StageOutputs(NamedTuple):
-    """What a network says of N windows; the P-Net of each of its places on a larger image, in trailing dimensions.
+    """Outputs of a network for N windows; of the P-Net for each location on a larger image, in trailing dimensions.
 
     Args:
         logits: (N, 1 + C, ...), of "nothing" first, then of the classes.

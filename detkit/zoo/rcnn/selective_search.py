@@ -25,7 +25,7 @@ TEXTURE_SCALE = 0.25
 
 @dataclass(frozen=True)
 class Diversity:
-    """What the hierarchies of one image differ in: there is one for each colour space, k and similarity.
+    """The variants of the hierarchies of one image: one for each colour space, k and similarity.
 
     Args:
         spaces: colour spaces, see `in_space`.

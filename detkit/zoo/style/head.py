@@ -172,7 +172,7 @@ class Style(Head):
 
     @torch.no_grad()
     def content_features(self, contents: Tensor) -> Tensor:
-        """What `compare` compares with, for (B, 3, H, W) contents in 0..1."""
+        """The reference for `compare`, from (B, 3, H, W) contents in 0..1."""
         return self.maps(contents)[self.content_map]
 
     def compare(self, images: Tensor, content: Tensor) -> dict[str, Tensor]:

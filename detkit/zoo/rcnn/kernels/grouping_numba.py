@@ -169,7 +169,7 @@ def _intersection(first, second, first_scale, second_scale):  # type: ignore[no-
 
 @compiled
 def _key(a, b, pixels, sizes, boxes, counts, colour_bins, use):  # type: ignore[no-untyped-def]
-    """What orders the pair (a, b): the more similar, the higher; of equal ones that of the lower regions."""
+    """The priority of the pair (a, b): the more similar, the higher; ties go to the lower regions."""
     size = np.int64(sizes[a]) + np.int64(sizes[b])
     total = np.int64(0)
     channels = colour_bins // COLOUR_BINS

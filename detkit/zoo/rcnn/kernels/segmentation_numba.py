@@ -111,7 +111,7 @@ def _join(nodes, sizes, a, b, weight, tolerance):  # type: ignore[no-untyped-def
 
 @inlined
 def _bound(weight):  # type: ignore[no-untyped-def]
-    """What stands for a root in `nodes`: below 0, and the less the heavier the edges are by which it still grows."""
+    """The value of a root in `nodes`: below 0, and the lower the heavier the edges by which it still grows."""
     return np.int32(-1) - np.int32(weight)
 
 
