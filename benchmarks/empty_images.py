@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from detkit.config import load_experiment
-from detkit.data.dataset import OF_DETECTION, Dataset, Problems
+from detkit.data.dataset import DETECTION_FIELDS, Dataset, Problems
 from detkit.engine.train import train
 from detkit.heads import ssd
 from detkit.registry import datasets
@@ -57,7 +57,7 @@ class Squares(Dataset):
     def __init__(self, split: str, seed: int = 0) -> None:
         self.classes, self.fields, self.problems = (
             ClassList.from_names(["square"]),
-            OF_DETECTION,
+            DETECTION_FIELDS,
             Problems(split, "fail"),
         )
         self.with_objects, self.empty = (80, 720) if split == "train" else (100, 100)

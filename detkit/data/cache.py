@@ -1,4 +1,4 @@
-"""Decoded images, kept in memory or on disk within a bound, and shared by all processes that read them."""
+"""Cache of decoded images in memory or on disk, of limited size and shared by all reading processes."""
 
 import mmap
 import os
@@ -16,29 +16,28 @@ from detkit.data.dataset_wrapper import DatasetWrapper
 from detkit.errors import ConfigError, WriteError
 from detkit.structures import Meta, Sample
 
-Place = Literal["memory", "disk"]
+Storage = Literal["memory", "disk"]
 
 
 def with_cache(
-    train_set: Dataset, val_set: Dataset, place: Place, bound: int, folder: Path
+    train_set: Dataset, val_set: Dataset, storage: Storage, bound: int, folder: Path
 ) -> tuple[Dataset, Dataset, str]:
-    """The same data sets, which decode each image once, as far as the bound allows; and a line about it for people.
+    """Wrap both data sets so that each image is decoded once, within a bound; also return a line for the report.
 
-    Training's images come first, in the order of the data set.
+    Training images are cached first, in the order of the data set.
 
     Args:
-        bound: bytes of both together.
-        folder: for the file on disk, which has no name there and is gone when the last process that reads ends,
-            however it ends.
+        bound: maximum bytes of both together.
+        folder: for the file on disk, which is unnamed and disappears when the last reading process ends.
 
     Raises:
-        ConfigError: so much memory is not available.
-        WriteError: so much memory or disk is not available.
+        ConfigError: not enough memory is available.
+        WriteError: not enough memory or disk space is available.
     """
     sizes = [[dataset.size(index) for index in range(len(dataset))] for dataset in (train_set, val_set)]
     cached, taken = [], 0
     for dataset, of_split in zip((train_set, val_set), sizes):
-        cache = ImageCache(of_split, bound - taken, place, folder)
+        cache = ImageCache(of_split, bound - taken, storage, folder)
         taken += cache.bytes
         cached.append(CachedDataset(dataset, cache))
     counts = [
@@ -46,17 +45,17 @@ def with_cache(
         for each, name in zip(cached, ("training", "validation"))
     ]
     beyond = sum(len(each) - each.cache.count for each in cached)
-    line = f"{place}, {taken / 1e9:.2f} GB: {' and '.join(counts)}, decoded once"
+    line = f"{storage}, {taken / 1e9:.2f} GB: {' and '.join(counts)}, decoded once"
     if beyond:
         needed = sum(height * width * 3 for of_split in sizes for height, width in of_split)
-        line += f"; the other {beyond:,} each time they are read (all would take {needed / 1e9:.2f} GB)"
+        line += f"; the other {beyond:,} are decoded each time (all images need {needed / 1e9:.2f} GB)"
     return cached[0], cached[1], line
 
 
 class CachedDataset(DatasetWrapper):
-    """Another data set whose images come from `cache` from the second reading on, whichever process read them first.
+    """A wrapper whose images come from `cache` once any process has read them.
 
-    The ground truth is not kept: the data set makes it anew each time, as without a cache.
+    Targets are not cached: the data set creates them each time.
     """
 
     def __init__(self, dataset: Dataset, cache: "ImageCache") -> None:
@@ -76,23 +75,23 @@ class CachedDataset(DatasetWrapper):
 
 
 class ImageCache:
-    """Images by index in a mapped file: first a byte for each that says whether it is there, then their pixels.
+    """Images by index in a memory-mapped file: first a flag byte for each image, then the pixels.
 
     Args:
         sizes: (height, width) of each image.
-        bound: bytes; images are taken in order, those left out that would exceed it.
-        place: memory that processes share, or a file without a name in `folder`.
+        bound: maximum bytes; images are included in order, skipping those that would exceed it.
+        storage: memory shared by the processes, or an unnamed file in `folder`.
 
     Attributes:
-        count: images that it has room for.
-        bytes: of all these.
+        count: number of images that fit.
+        bytes: size of the file.
 
     Raises:
-        ConfigError: so much memory is not available.
-        WriteError: so much memory or disk is not available.
+        ConfigError: not enough memory is available.
+        WriteError: not enough memory or disk space is available.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], bound: int, place: Place, folder: Path) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]], bound: int, storage: Storage, folder: Path) -> None:
         self._sizes = list(sizes)
         self._offsets = np.full(len(sizes), -1, dtype=np.int64)
         end = len(sizes)
@@ -101,29 +100,29 @@ class ImageCache:
                 self._offsets[index], end = end, end + height * width * 3
         self.count = int((self._offsets >= 0).sum())
         self.bytes = end if self.count else 0
-        self._file = _opened(place, max(1, self.bytes), folder)
+        self._file = _open_unnamed(storage, max(1, self.bytes), folder)
         self._map = mmap.mmap(self._file.fileno(), max(1, self.bytes))
 
     def __contains__(self, index: int) -> bool:
-        """Whether there is room for an image."""
+        """Return whether an image fits into the cache."""
         return bool(self._offsets[index] >= 0)
 
     def get(self, index: int) -> np.ndarray | None:
-        """A copy of the image `index`, (H, W, 3) uint8; None where nobody has put it here yet."""
+        """Return a copy of the image `index`, (H, W, 3) uint8; None if it is not stored yet."""
         with self._locked(index):
             if not self._map[index]:
                 return None
         return self._pixels(index).copy()
 
     def put(self, index: int, image: np.ndarray) -> None:
-        """Keep an image. Two processes may do so at once: they write the same."""
+        """Store an image. Several processes may do so at once, since they write the same content."""
         self._pixels(index)[:] = image
         with self._locked(index):
             self._map[index] = 1
 
     @contextmanager
     def _locked(self, index: int) -> Iterator[None]:
-        """Hold the byte of an image: what another process wrote before it let go of it is there for this one."""
+        """Lock the flag byte of an image, so that pixels written before its release by another process are visible."""
         import fcntl  # not on Windows
 
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, index)
@@ -138,7 +137,7 @@ class ImageCache:
         return flat.reshape(height, width, 3)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is no fork of this process gets the open file, which it maps anew.
+        # Spawned workers get the open file and map it themselves.
         state = {name: value for name, value in self.__dict__.items() if name not in ("_file", "_map")}
         return state | {"_file": reduction.DupFd(self._file.fileno())}
 
@@ -148,42 +147,42 @@ class ImageCache:
         self._map = mmap.mmap(self._file.fileno(), max(1, self.bytes))
 
 
-def _opened(place: Place, size: int, folder: Path) -> BinaryIO:
-    """A file of `size` bytes that no folder shows."""
+def _open_unnamed(storage: Storage, size: int, folder: Path) -> BinaryIO:
+    """Create an unnamed file of `size` bytes."""
     if os.name == "nt":
-        raise ConfigError("'train.cache' is for Linux and macOS. Set it to null.")
+        raise ConfigError("'train.cache' is only available on Linux and macOS. Set it to null.")
     remedy = "Lower train.cache_gb, or set train.cache to"
     try:
-        if place == "memory":
+        if storage == "memory":
             available = _available_memory()
             if available is not None and size > available:
                 raise ConfigError(
-                    f"'train.cache' memory takes {size / 1e9:.2f} GB, but {available / 1e9:.2f} GB are free. {remedy} "
+                    f"'train.cache' memory needs {size / 1e9:.2f} GB, but {available / 1e9:.2f} GB are free. {remedy} "
                     "disk or null."
                 )
             if hasattr(os, "memfd_create"):
                 file: BinaryIO = os.fdopen(os.memfd_create("images"), "r+b")
             else:
-                # Which the system keeps in memory as long as there is enough.
+                # The system keeps it in memory as long as there is enough.
                 file = tempfile.TemporaryFile()  # noqa: SIM115
             file.truncate(size)
             return file
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk, met later, would kill the process
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk would kill the process later
         else:
             file.truncate(size)
         return file
     except OSError as error:
         raise WriteError(
-            f"'train.cache' {place} takes {size / 1e9:.2f} GB{f' in {str(folder)!r}' if place == 'disk' else ''}, "
+            f"'train.cache' {storage} needs {size / 1e9:.2f} GB{f' in {str(folder)!r}' if storage == 'disk' else ''}, "
             f"which are not available ({error.strerror}). {remedy} null."
         ) from None
 
 
 def _available_memory() -> int | None:
-    """Bytes that the system says can be had without swapping; None where it does not say."""
+    """Return the bytes available without swapping; None if the system does not report it."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

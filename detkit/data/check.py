@@ -1,4 +1,4 @@
-"""`detkit check`: read a data set from end to end, and say what is in it and what is broken."""
+"""`detkit check`: read a data set completely and report its content and its problems."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,21 +28,21 @@ def check(
 ) -> int:
     """Print every problem of both splits, and the counts of images and objects, or of pixels.
 
-    The data are opened and compared as training does it, but with `broken: repair`, which looks for everything and
-    decodes every image; nothing on disk is changed.
+    The data are opened and compared as in training, but with `broken: repair`, which runs all checks and decodes every
+    image; nothing on disk is changed.
 
     Args:
         data: the experiment's `data`.
         needs: the fields of Target that the head reads.
         open_set: the splits may have different classes.
-        check_data: what else the task demands of a split, given the data set and its name.
+        check_data: further checks of the task, given the data set and the name of the split.
 
     Returns:
-        The number of problems that `broken` decides on, which are printed with "repair"; harmless ones are printed, but
-        not counted, because training goes on with them.
+        The number of problems subject to `broken`, which are printed with "repair"; harmless ones are printed but not
+        counted.
 
     Raises:
-        DataError: training would refuse the data whatever its policy.
+        DataError: the data cannot be used for training with any policy.
         ConfigError: `data` has an unknown option.
     """
     console = Console()
@@ -67,13 +67,13 @@ def check(
 
 
 def propose_anchors(data: dict[str, Any], fitting: InputOptions, count: int) -> None:
-    """Print `count` anchors for YOLO that fit the objects of the training split, ready for a config.
+    """Print `count` YOLO anchors for the objects of the training split, in config format.
 
     They are clustered by IoU (detkit.boxes.kmeans_priors) in pixels of the network's input, without augmentation and
     without crowds and difficult objects.
 
     Raises:
-        DataError: there are fewer boxes of different shapes than anchors.
+        DataError: there are fewer distinct box shapes than anchors.
     """
     dataset = _open_repaired(data, "train")
     fit = Fit(fitting.size, fitting.resize)
@@ -86,8 +86,8 @@ def propose_anchors(data: dict[str, Any], fitting: InputOptions, count: int) -> 
     distinct = len(shapes.unique(dim=0))
     if distinct < count:
         raise DataError(
-            f"--anchors asks for {count}, but the training split has objects of only {distinct} different shapes. Ask "
-            f"for at most {distinct}."
+            f"--anchors is {count}, but the objects of the training split have only {distinct} distinct shapes. Set it "
+            f"to at most {distinct}."
         )
     anchors, overlap = kmeans_priors(shapes, count)
     rounded = [[round(side, 1) for side in anchor] for anchor in anchors.tolist()]
@@ -103,7 +103,7 @@ def _open_repaired(data: dict[str, Any], split: Split, needs: frozenset[str] = f
 
 
 def _repaired(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` with `broken: repair`, where its format can have something broken; that of crops is within them."""
+    """Set `broken: repair` in `data` if its format has that option; for crops, in the inner data set."""
     if isinstance(data.get("data"), dict):
         return {**data, "data": _repaired(data["data"])}
     known = option_names(datasets.get(str(data["name"]))) if "name" in data else set()
@@ -111,8 +111,8 @@ def _repaired(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
-    """Objects by class, and how large they are; pixels by class where there are semantic maps; images by class where
-    there are no objects."""
+    """Create a table of objects by class with their sizes, of pixels by class for semantic maps, or of images by class
+    for data without objects."""
     if "semantic" in dataset.fields:
         return _pixels_by_class(dataset, title, console)
     if "boxes" not in dataset.fields:
@@ -147,7 +147,7 @@ def _statistics(dataset: Dataset, title: str, console: Console) -> Table:
 
 
 def _totals(target: Target) -> dict[str, int]:
-    """Counts of the objects of an image that are special in some way."""
+    """Count the objects of an image with special properties."""
     totals = {"crowd regions": int(target.crowd.sum()), "difficult": int(target.difficult.sum())}
     if target.masks is not None:
         totals["masks"] = len(target.masks)

@@ -1,7 +1,7 @@
-"""The contract of a data set, and what every data set in files shares: the scan, and the policy for what is broken.
+"""The data set interface, and the base class of data sets in files with their scan and their policy for broken data.
 
-A data set in files is scanned whole when it is built: annotations are parsed, every image's head is read. What is
-wrong is therefore known before training starts, is either fatal or counted, and never drops out silently.
+A data set in files is scanned completely when it is opened: annotations are parsed, and the header of every image is
+read. Problems are therefore known before training starts; they are fatal or counted, but never silently ignored.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ from detkit.io.files import read_text
 from detkit.structures import ClassList, Meta, Sample, Target
 
 Broken = Literal["fail", "skip", "repair"]
-"""The policy for broken data: stop, leave it out, or repair what can be repaired and leave out the rest."""
+"""The policy for broken data: raise an error, skip it, or repair it if possible and skip the rest."""
 
 Box = tuple[float, float, float, float]
 
-OF_DETECTION = frozenset({"boxes", "labels", "image_labels"})
-"""Of data with boxes: an image's image_labels are the classes of its objects, crowds and difficult ones too."""
+DETECTION_FIELDS = frozenset({"boxes", "labels", "image_labels"})
+"""Fields of data with boxes: an image's image_labels are the classes of its objects, including crowds and difficult
+ones."""
 
 LEFT_OUT_BOX = "left out the box"
 LEFT_OUT_IMAGE = "left out the image"
 FATAL = "fatal"
 OUTSIDE = "box outside the image"
 MOST_NAMES = 10
-"""Classes that a remark names."""
+"""Maximum number of classes that a remark names."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a data set.
+    """A problem in a data set.
 
     Args:
-        kind: by which problems are counted, such as "empty box".
+        kind: category by which problems are counted, such as "empty box".
         where: file, line or id, and image.
-        message: what is wrong there.
-        action: what was done about it; "fatal" where the policy is to fail.
-        harmless: no policy makes it fatal.
+        message: description of the problem.
+        action: what was done about it; "fatal" if the policy is to fail.
+        harmless: the problem is not fatal under any policy.
     """
 
     kind: str
@@ -66,17 +67,16 @@ class Problem:
 
 @dataclass
 class Problems:
-    """All that is wrong in one split of a data set, and what was done about it.
+    """The problems of one split of a data set, and what was done about them.
 
     Args:
         source: the data set and split, for messages.
         policy: data.broken.
         found: the problems, in the order of the files.
-        rounded: boxes that overshot the edge of their image by a rounding error and were clipped. Normal in the
-            field, so counted only.
-        unlabelled: YOLO images without a label file, which that format reads as images without objects.
-        remarks: all else that is normal in the field and is only counted: "rotated box: replaced by the upright box
-            around it", and how often.
+        rounded: number of boxes that exceeded their image by a rounding error and were clipped. This is common and
+            only counted.
+        unlabelled: number of YOLO images without a label file, which are images without objects.
+        remarks: counts of other common cases, such as "rotated box: replaced by the upright box around it".
     """
 
     source: str
@@ -91,11 +91,11 @@ class Problems:
         self.found.append(Problem(kind, where, message, FATAL if self.policy == "fail" else action))
 
     def add_harmless(self, kind: str, where: str, message: str, action: str) -> None:
-        """Record a problem that no policy makes fatal."""
+        """Record a problem that is not fatal under any policy."""
         self.found.append(Problem(kind, where, message, action, harmless=True))
 
     def raise_if_fatal(self) -> None:
-        """Stop if there are fatal problems.
+        """Raise DataError if there are fatal problems.
 
         Raises:
             DataError: with the first problem, the count of each kind, and the remedy.
@@ -108,35 +108,34 @@ class Problems:
         raise DataError(
             f"{self.source} has {counted(len(fatal), 'problem')} ({counts}). "
             f"The first: {first.where}: {first.message}. Fix the files, or set data.broken to 'repair' (repairs what "
-            f"can be repaired, leaves out the rest) or 'skip' (leaves out what is broken); `detkit check` lists them "
-            f"all."
+            f"can be repaired and skips the rest) or 'skip' (skips what is broken); `detkit check` lists all problems."
         )
 
     def nothing_left(self) -> DataError:
-        """The error for a split without an image that can be used: every kind of problem, its count and first place."""
+        """Create the error for a split without usable images, with the problems by kind."""
         if not self.found:
             return DataError(f"{self.source} has no images. Give a split that lists some.")
         return DataError(f"{self.source} has no image left. Fix the files: {'; '.join(self._groups())}.")
 
     def summary(self) -> str:
-        """A report for people: "no problems", or the count of each kind and action with its first place."""
+        """Format a report: "no problems", or the count of each kind and action with its first location."""
         count = len(self.found)
         head = f"{counted(count, 'problem')} (broken: {self.policy})" if count else "no problems"
         return "\n".join([head, *(f"  {line}" for line in [*self._groups(), *self.counts()])])
 
     def counts(self) -> list[str]:
-        """A line for each thing that is normal and only counted."""
+        """Format a line for each common case that is only counted."""
         counts = {
-            "box over the edge by a rounding error: clipped": self.rounded,
-            "image without a label file: taken as an image without objects": self.unlabelled,
+            "box outside the image by a rounding error: clipped": self.rounded,
+            "image without a label file: treated as an image without objects": self.unlabelled,
             **self.remarks,
         }
         return [f"{count} x {remark}" for remark, count in counts.items() if count]
 
     def reasons(self) -> str:
-        """All that was found, as a sentence after a space for an error about what is missing; empty for nothing."""
+        """Format all problems as a sentence, starting with a space, for an error about missing data; "" if none."""
         found = [*self._groups(), *self.counts()]
-        return f" In its files: {'; '.join(found)}." if found else ""
+        return f" Problems in its files: {'; '.join(found)}." if found else ""
 
     def _groups(self) -> list[str]:
         groups: dict[tuple[str, str], list[Problem]] = {}
@@ -151,14 +150,14 @@ class Problems:
 class Dataset(ABC):
     """Images with their ground truth, by index.
 
-    A format is a subclass registered in detkit.registry.datasets, in a file of its own in this package.
+    A format is a subclass registered in detkit.registry.datasets, in its own file in detkit.data.formats.
 
     Attributes:
         classes: names and raw ids by label.
-        fields: the Target fields that the data has; what a head needs is checked against it.
-        problems: what was found broken, and what was done about it.
-        flip_pairs: of the points, those that change places when an image is mirrored, left eye and right eye; None
-            where that is not known.
+        fields: the Target fields that the data provides, which are checked against the needs of the head.
+        problems: the problems of the data, and what was done about them.
+        flip_pairs: pairs of points that are swapped when an image is mirrored, such as left and right eye; None if
+            unknown.
     """
 
     classes: ClassList
@@ -172,7 +171,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """The image `index` at the size of its source, with its ground truth and an identity matrix.
+        """The image `index` at source size, with its ground truth and an identity matrix.
 
         Raises:
             DataError: the image cannot be read.
@@ -187,42 +186,42 @@ class Dataset(ABC):
         """(height, width) of the image `index` in pixels, without reading its pixels."""
 
     def image_id(self, index: int) -> int | str:
-        """The data set's own id of the image `index`."""
+        """The data set's id of the image `index`."""
         return self[index].meta.image_id
 
     def source(self, index: int) -> str:
-        """The file of the image `index`, or whatever names it in a message."""
+        """The file of the image `index`, or another name of it for messages."""
         return self[index].meta.source
 
     def fingerprint(self) -> dict[str, Any]:
-        """A summary of the content without reading any pixels, for a resumed run to compare.
+        """Summarise the content without reading pixels, so that a resumed run can check it.
 
-        Two data sets with the same images, sizes, classes and boxes in the same order have equal fingerprints, wherever
-        their files lie. `fingerprint_change` puts a difference into words.
+        Data sets with the same images, sizes, classes and boxes in the same order have equal fingerprints, regardless
+        of where their files are. `fingerprint_change` describes a difference.
 
         Returns:
-            Plain values, ready for JSON: images and objects (their numbers; None for objects where they are not
-            known), classes (the names) and digest (a hash; empty where the content is generated).
+            Plain values for JSON: numbers of images and objects (None if unknown), classes (the names) and digest (a
+            hash; empty if the content is generated).
         """
         return {"images": len(self), "objects": None, "classes": list(self.classes.names), "digest": ""}
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """One object as its file has it.
+    """One object as in its annotation file.
 
     Args:
-        box: xyxy pixels as written, in the convention of the format.
+        box: xyxy pixels in the convention of the format.
         label: 0..C-1.
         where: file and line or id, for messages.
         crowd: COCO's iscrowd.
         difficult: VOC's difficult.
-        area: square pixels; None takes the area of the box.
-        mask: run lengths of the size of the image; None where neither masks nor semantic maps are read.
-        points: (K, 3) float32 x and y in pixels, and whether the point is annotated; None where points are not read.
-        rotation: degrees, clockwise, by which the box is turned about its centre (CVAT); `rotation_of` reads them. The
-            upright box around the rotated one is taken, and counted.
-        unread: what else the file has of the object, so that two that differ in it are not taken for the same one.
+        area: square pixels; None for the area of the box.
+        mask: run lengths of the size of the image; None if neither masks nor semantic maps are read.
+        points: (K, 3) float32 x and y in pixels, and whether the point is annotated; None if points are not read.
+        rotation: clockwise rotation of the box about its centre in degrees (CVAT), see `rotation_of`. It is replaced
+            by the upright box around it, which is counted.
+        unread: other data of the object in the file; objects that differ in it are not duplicates.
     """
 
     box: Box
@@ -239,13 +238,13 @@ class Annotation:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image file of a split, before it is looked at.
+    """An image file of a split, before it is checked.
 
     Args:
-        image_id: the data set's own id.
+        image_id: the data set's id.
         path: the file.
-        where: what names it, for messages.
-        size: (height, width) that the annotations claim, or None.
+        where: its location in the annotations, for messages.
+        size: (height, width) according to the annotations, or None.
     """
 
     image_id: int | str
@@ -256,7 +255,7 @@ class ImageFile:
 
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """One image and its checked objects, packed small: a data set may have a hundred thousand, in every worker."""
+    """An image and its checked objects in compact form: every worker holds all, maybe a hundred thousand."""
 
     image_id: int | str
     path: str
@@ -271,19 +270,19 @@ class _Record:
 
 
 class FileDataset(Dataset):
-    """A data set in files. A format's constructor finds images and annotations, this class does the rest.
+    """Base class of data sets in files. The constructor of a format finds images and annotations.
 
-    The order is: `check_images`, then `add` for each image, then `finish`.
+    It must call `check_images`, then `add` for each image, then `finish`.
 
     Args:
         source: the data set and split, for messages.
         broken: the policy.
-        masks: whether targets carry masks.
+        masks: targets have masks.
         first_pixel: the coordinate of the first pixel, 1 in VOC, whose last pixel is inclusive.
-        semantic: whether targets carry a semantic map, painted from the masks of the objects; `classes` then has
+        semantic: targets have a semantic map, drawn from the masks of the objects; `classes` then contains
             "background".
-        points: whether targets carry points; the format then sets `_points` to their number.
-        drop_others: count objects of classes that the user did not choose, where they are else a problem.
+        points: targets have points; the format sets `_points` to their number.
+        drop_others: drop and count objects of classes that the user did not choose, which otherwise are problems.
     """
 
     def __init__(
@@ -299,7 +298,7 @@ class FileDataset(Dataset):
         self.problems = Problems(source, broken)
         self._drop_others = drop_others
         asked = {"masks": masks, "semantic": semantic, "points": points}
-        self.fields = OF_DETECTION | {name for name, wanted in asked.items() if wanted}
+        self.fields = DETECTION_FIELDS | {name for name, wanted in asked.items() if wanted}
         self._points = 0
         self._first_pixel = first_pixel
         self._records: list[_Record] = []
@@ -312,16 +311,16 @@ class FileDataset(Dataset):
         return Sample(self.image(index), self.target(index), Meta(record.image_id, record.path, record.size))
 
     def image(self, index: int, reduction: int = 1) -> np.ndarray:
-        """The pixels of the image `index`.
+        """Read the pixels of the image `index`.
 
         Args:
-            reduction: 1, 2, 4 or 8, as `detkit.data.image.read_image` has it; above 1 for JPEGs only.
+            reduction: 1, 2, 4 or 8, see `detkit.data.image.read_image`; above 1 only for JPEGs.
 
         Returns:
             (H, W, 3) uint8 RGB.
 
         Raises:
-            DataError: the image cannot be read, or is not what it was when the data set was scanned.
+            DataError: the image cannot be read, or has changed since the data set was scanned.
         """
         record = self._records[index]
         expected = (-(-record.size[0] // reduction), -(-record.size[1] // reduction))
@@ -329,13 +328,13 @@ class FileDataset(Dataset):
             image = read_image(record.path, reduction)
         except DataError as error:
             raise DataError(
-                f"{error} Set data.broken to 'skip' to have every image decoded and such ones left out at the start."
+                f"{error} Set data.broken to 'skip' to decode all images at the start and skip broken ones."
             ) from error
         if image.shape[:2] != expected:
             raise DataError(
                 f"The image '{record.path}' was {_by(record.size)} when the data set was scanned, but has changed "
                 f"(now {_by(image.shape[:2])}{f', read at 1/{reduction}' if reduction > 1 else ''}). Start again, and "
-                f"leave the files alone during a run."
+                f"do not change files during a run."
             )
         return image
 
@@ -352,7 +351,7 @@ class FileDataset(Dataset):
         points = None
         if "points" in self.fields:
             points = torch.tensor(np.array(record.points, dtype=np.float32).reshape(-1, self._points, 3))
-        # torch.tensor copies; a tensor that shared the record's memory would let the caller write into the data set.
+        # torch.tensor copies, so that callers cannot modify the data set.
         return Target(
             boxes=torch.tensor(record.boxes),
             labels=torch.tensor(record.labels),
@@ -385,25 +384,25 @@ class FileDataset(Dataset):
         return super().fingerprint() | {"objects": objects, "digest": digest.hexdigest()}
 
     def images_of(self, source: str | Path) -> list[Path]:
-        """The images of `detkit.data.sources.search`; the files that it passes over become one line of the report."""
+        """Search for images by `detkit.data.sources.search`; skipped files are reported in one line."""
         found = search(source)
         if found.passed_over:
             self.problems.add_harmless("source with other files", str(source), found.summary(), "read the images")
         return found.images
 
     def check_images(self, images: Sequence[ImageFile]) -> list[tuple[ImageFile, tuple[int, int]]]:
-        """The images that can be used, each with its true (height, width); problems are recorded.
+        """Return the usable images with their actual (height, width), and record problems.
 
-        Under "fail" the head and the end of each file are read; otherwise each is decoded once, so that what is
-        left out is settled before training.
+        Under "fail" only the start and the end of each file are read; otherwise each image is decoded once, so that
+        broken ones are skipped before training.
         """
         if not images:
-            # Where all annotations are broken, that is what the user must hear of.
+            # If all annotations are broken, report that.
             self.problems.raise_if_fatal()
             raise self.problems.nothing_left()
         decode = self.problems.policy != "fail"
         repeats = _repeats(images)
-        # A list may name one image a thousand times; it is read once.
+        # An image that is listed several times is read once.
         notes: dict[int, list[str]] = {number: [] for number in range(len(images)) if number not in repeats}
 
         def check(number: int) -> tuple[int, int] | DataError:
@@ -421,7 +420,7 @@ class FileDataset(Dataset):
                 continue
             result = results[number]
             if isinstance(result, DataError):
-                # os.path, since Path.is_file raises for a name that is too long.
+                # Path.is_file raises for a name that is too long.
                 kind = "unreadable image" if os.path.isfile(image.path) else "missing image"
                 self.problems.add(kind, image.where, str(result).rstrip("."), LEFT_OUT_IMAGE)
             elif self._size_agrees(image, result):
@@ -435,32 +434,32 @@ class FileDataset(Dataset):
         return usable
 
     def _size_agrees(self, image: ImageFile, size: tuple[int, int]) -> bool:
-        """Whether the image can be used, given the size that its annotations claim."""
+        """Return whether the image can be used, given the size in its annotations."""
         if image.size is None or image.size == size:
             return True
         claim = _size_claim(image, size)
         repair = self.problems.policy == "repair"
         if image.size == size[::-1]:
-            # Nothing tells whether the boxes, too, are those of the image before its rotation. Where it has none, the
-            # boxes decide, in `add`.
+            # It is unknown whether the boxes refer to the image before its Exif rotation. Without a rotation, `add`
+            # decides by the boxes.
             if repair and not exchanges_sides(image.path):
                 return True
             self.problems.add("size mismatch", image.where, claim, LEFT_OUT_IMAGE)
             return False
-        action = "repaired: the size of the image holds" if repair else LEFT_OUT_IMAGE
+        action = "repaired: used the size of the image" if repair else LEFT_OUT_IMAGE
         self.problems.add("size mismatch", image.where, claim, action)
         return repair
 
     def add(self, image: ImageFile, size: tuple[int, int], annotations: Iterable[Annotation]) -> None:
-        """Take in an image, with those of its objects that are sound or can be repaired, each once.
+        """Add an image with its valid and repaired objects, without duplicates.
 
-        An image whose claimed width and height are exchanged is only taken in if its boxes fit the image as it is.
+        An image whose annotated width and height are swapped is only added if its boxes fit into the actual image.
         """
         given = [self._upright(annotation, size) for annotation in annotations]
         if image.size not in (None, size) and image.size == size[::-1]:
             checks = (check_box(item.box, size, self._first_pixel) for item in given)
             fits = all(check.kind != OUTSIDE for check in checks)
-            action = "repaired: the size of the image holds, which all boxes fit" if fits else LEFT_OUT_IMAGE
+            action = "repaired: used the size of the image, which all boxes fit" if fits else LEFT_OUT_IMAGE
             self.problems.add("size mismatch", image.where, _size_claim(image, size), action)
             if not fits:
                 return
@@ -490,14 +489,14 @@ class FileDataset(Dataset):
         )
 
     def _upright(self, annotation: Annotation, size: tuple[int, int]) -> Annotation:
-        """The annotation with the upright box around its rotated one."""
+        """Replace a rotated box by the upright box around it."""
         if annotation.rotation % 180 == 0:
             return annotation
         self.problems.remarks["rotated box: replaced by the upright box around it"] += 1
         return replace(annotation, box=upright(annotation.box, annotation.rotation, self._first_pixel))
 
     def _distinct(self, annotations: Iterable[Annotation]) -> Iterator[Annotation]:
-        """The annotations without those that repeat an earlier one of the image in everything."""
+        """Iterate over the annotations without duplicates that equal an earlier one in everything."""
         seen: dict[Any, list[Annotation]] = {}
         for item in annotations:
             points = None if item.points is None else item.points.tobytes()
@@ -513,7 +512,7 @@ class FileDataset(Dataset):
                 yield item
 
     def _repaired(self, annotation: Annotation, size: tuple[int, int]) -> Box | None:
-        """The box as 0-based pixels within the image, or None where it is left out."""
+        """Return the box as 0-based pixels within the image, or None if it is left out."""
         check = check_box(annotation.box, size, self._first_pixel)
         self.problems.rounded += check.rounded
         if annotation.mask is not None and not mask_coding.area(annotation.mask):
@@ -528,7 +527,7 @@ class FileDataset(Dataset):
         return repaired
 
     def leave_out(self, name: str, where: str) -> None:
-        """Leave out an object of the class `name`, which is not in `classes`."""
+        """Record that an object of the class `name`, which is not in `classes`, is left out."""
         if self._drop_others:
             self.problems.remarks["object of a class that data.class_names does not list: left out"] += 1
         else:
@@ -538,7 +537,7 @@ class FileDataset(Dataset):
             self.problems.add("unknown class", where, message, LEFT_OUT_BOX)
 
     def finish(self) -> None:
-        """Apply the policy.
+        """Apply the policy for broken data.
 
         Raises:
             DataError: there are fatal problems, or no image is left.
@@ -550,7 +549,7 @@ class FileDataset(Dataset):
             self._name_absent_classes()
 
     def _name_absent_classes(self) -> None:
-        """Say which classes have no object: a name in data.class_names may be misspelt."""
+        """Record the classes without objects, since a name in data.class_names may be misspelt."""
         seen = {label for record in self._records for label in record.labels.tolist()}
         names = [name for label, name in enumerate(self.classes.names) if label not in seen]
         if "semantic" in self.fields:
@@ -562,14 +561,14 @@ class FileDataset(Dataset):
 
 @dataclass(frozen=True)
 class BoxCheck:
-    """What is wrong with a box.
+    """The result of checking a box.
 
     Args:
-        box: xyxy 0-based pixels within the image, repaired where needed; None where that is impossible.
-        kind: of the problem; None for a sound box.
-        message: what is wrong.
-        repair: what a repair does.
-        rounded: the box overshot the image by a rounding error, and is clipped.
+        box: xyxy 0-based pixels within the image, repaired if needed; None if that is impossible.
+        kind: kind of problem; None for a valid box.
+        message: description of the problem.
+        repair: description of the repair.
+        rounded: the box exceeded the image by a rounding error and was clipped.
     """
 
     box: Box | None
@@ -580,17 +579,17 @@ class BoxCheck:
 
 
 def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck:
-    """Look a box over, and convert it to 0-based pixels with exclusive right and bottom edges.
+    """Check a box and convert it to 0-based pixels with exclusive right and bottom edges.
 
-    An overshoot of at most 2 pixels or 0.5 % of that side of the image, whichever is more, is rounding: a coordinate
-    of 1.0021 must not cost an image.
+    Exceeding the image by up to 2 pixels or 0.5 % of its side, whichever is more, counts as a rounding error, so that a
+    coordinate of 1.0021 does not discard an image.
 
     Args:
-        raw: xyxy pixels as the file has them.
+        raw: xyxy pixels as in the file.
         size: (height, width) of the image in pixels.
-        first_pixel: the coordinate of the first pixel. At 1, as in VOC, the last pixel is inclusive, so that only the
-            left and top edges move; but a box whose edges are equal is still taken as empty: it is a click without
-            a drag, not an object one pixel wide.
+        first_pixel: the coordinate of the first pixel. For 1, as in VOC, the last pixel is inclusive, so only the left
+            and top edges are shifted; but a box with equal edges still counts as empty: it is a click without a drag,
+            not an object one pixel wide.
     """
     shown = f"the box ({', '.join(f'{value:g}' for value in raw)})"
     if not all(math.isfinite(value) for value in raw):
@@ -622,11 +621,11 @@ def check_box(raw: Box, size: tuple[int, int], first_pixel: int = 0) -> BoxCheck
 
 
 def upright(box: Box, degrees: float, first_pixel: int = 0) -> Box:
-    """The smallest upright box around a box that is turned about its centre.
+    """Compute the smallest upright box around a box rotated about its centre.
 
     Args:
-        box: xyxy pixels before the rotation, as the file has them.
-        degrees: of the rotation; either direction gives the same box.
+        box: xyxy pixels before the rotation, as in the file.
+        degrees: angle of rotation; both directions give the same box.
         first_pixel: as in `check_box`.
     """
     left, top, right, bottom = box[0] - first_pixel, box[1] - first_pixel, box[2], box[3]
@@ -638,10 +637,10 @@ def upright(box: Box, degrees: float, first_pixel: int = 0) -> Box:
 
 
 def rotation_of(value: object) -> float:
-    """The degrees of a rotation attribute, as CVAT writes it in XML and in the "attributes" of COCO.
+    """Parse a rotation in degrees, as CVAT writes it in XML and in COCO's "attributes".
 
     Raises:
-        ValueError: it is not a finite number; the message says so.
+        ValueError: it is not a finite number.
     """
     degrees = number(value)
     if not math.isfinite(degrees):
@@ -650,7 +649,7 @@ def rotation_of(value: object) -> float:
 
 
 def fingerprint_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How two fingerprints of `Dataset.fingerprint` differ, as a part of a sentence; empty where they are equal."""
+    """Describe the difference of two results of `Dataset.fingerprint` for a sentence; empty if they are equal."""
     changes = [f"{now[key]} {key} instead of {before[key]}" for key in ("images", "objects") if before[key] != now[key]]
     if list(before["classes"]) != list(now["classes"]):
         changes.append(f"the classes {', '.join(now['classes'])} instead of {', '.join(before['classes'])}")
@@ -660,10 +659,10 @@ def fingerprint_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 
 
 def check_root(root: str, layout: str) -> Path:
-    """The folder of a data set.
+    """Return the folder of a data set.
 
     Raises:
-        DataError: there is none; the message has the expected layout.
+        DataError: it does not exist; the message has the expected layout.
     """
     path = Path(root).expanduser()
     if not path.is_dir():
@@ -672,7 +671,7 @@ def check_root(root: str, layout: str) -> Path:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a list of images that are not blank, stripped, each with its number.
+    """Read the stripped non-blank lines of a list of images, with their line numbers.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8 text.
@@ -682,35 +681,35 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def missing_split(split: str, path: Path, available: Iterable[str]) -> DataError:
-    """The error for a split whose file or folder `path` is absent."""
+    """Create the error for a split whose file or folder `path` is missing."""
     return DataError(
         f"There is no split '{split}': '{path}' does not exist. {nearest(split, available)} "
-        f"Set data.train and data.val to splits that do."
+        f"Set data.train and data.val to existing splits."
     )
 
 
 def checked_classes(build: Callable[[], ClassList], where: str) -> ClassList:
-    """The class list that `build` makes, its complaint about a name or id given twice turned into the user's error."""
+    """Call `build`, turning its errors, such as a duplicate name, into DataError."""
     try:
         return build()
     except ValueError as error:
         raise DataError(
-            f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own."
+            f"The classes of '{where}' cannot be used: {error}. Give each class a unique name and id."
         ) from error
 
 
 def unknown_class(name: str, classes: ClassList) -> str:
-    """The message for an object of a class that is not in the list."""
+    """Format the message for an object of a class that is not in the list."""
     return f"the class '{name}' is not in the list of classes; {nearest(name, classes.names).rstrip('.')}"
 
 
 def number(value: object) -> float:
-    """A number from JSON or text.
+    """Parse a number from JSON or text.
 
     Raises:
-        ValueError: it is none; the message says so.
+        ValueError: it is not a number.
     """
-    # Python alone reads 1_000 as a number; elsewhere an underscore or a digit of another script is a mistake.
+    # Unlike Python, reject underscores and digits of other scripts, which are mistakes here.
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float | str)
@@ -724,21 +723,21 @@ def number(value: object) -> float:
 
 
 def as_box(values: Sequence[float]) -> Box:
-    """Four numbers as a box."""
+    """Convert four numbers to a box."""
     return cast(Box, tuple(values))
 
 
 def _repeats(images: Sequence[ImageFile]) -> dict[int, str]:
-    """The positions of images whose id or file an earlier one has, with the message for each."""
+    """Find images with the id or file of an earlier one; return the message by position."""
     ids: set[int | str] = set()
     files: dict[str, int | str] = {}
     found = {}
     for number, image in enumerate(images):
         file = os.path.abspath(image.path)
         if image.image_id in ids:
-            found[number] = f"the image {image.image_id!r} stands here twice"
+            found[number] = f"the image {image.image_id!r} is listed twice"
         elif file in files:
-            found[number] = f"its file '{image.path}' is that of the image {files[file]!r} already"
+            found[number] = f"its file '{image.path}' is also that of the image {files[file]!r}"
         ids.add(image.image_id)
         files.setdefault(file, image.image_id)
     return found
@@ -750,14 +749,14 @@ def _short(value: object) -> str:
 
 
 def _size_claim(image: ImageFile, size: tuple[int, int]) -> str:
-    """The message for an image whose size is not what its annotations claim."""
+    """Format the message for an image whose size differs from that in its annotations."""
     assert image.size is not None
     claim = f"the annotations say {_by(image.size)}, the image '{image.path.name}' is {_by(size)}"
     if image.size != size[::-1]:
         return claim
     if exchanges_sides(image.path):
-        return f"{claim}; that is its size before its Exif rotation, so that its boxes may lie in the unrotated image"
-    return f"{claim}; width and height are exchanged"
+        return f"{claim}; that is its size before its Exif rotation, so its boxes may refer to the unrotated image"
+    return f"{claim}; width and height are swapped"
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Data sets that change something of another."""
+"""Data sets that wrap and modify another data set."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +11,10 @@ from detkit.structures import ClassList, Sample, Target
 
 
 class DatasetWrapper(Dataset):
-    """Another data set; a subclass changes what it gives, and everything else is that data set's.
+    """A data set that forwards everything to another one; subclasses modify parts of it.
 
     Args:
-        dataset: the other one.
+        dataset: the wrapped data set.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -44,17 +44,17 @@ class DatasetWrapper(Dataset):
         return self.dataset.fingerprint()
 
     def __getattr__(self, name: str) -> Any:
-        # Only asked for what this class has not; a copy under construction has nothing to look into yet.
+        # Called only for missing attributes. A copy under construction has no `dataset` yet.
         if name.startswith("__") or "dataset" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 class Relabelled(DatasetWrapper):
-    """Another data set with its classes in another order; each keeps its raw id.
+    """A data set with its classes in another order; raw ids are kept.
 
     Args:
-        dataset: the other one.
+        dataset: the wrapped data set.
         names: the names of all its classes, in the order of the new labels.
     """
 
@@ -63,7 +63,7 @@ class Relabelled(DatasetWrapper):
         old = dataset.classes
         raw_ids = dict(zip(old.names, old.raw_ids))
         self.classes = ClassList(tuple(names), tuple(raw_ids[name] for name in names))
-        # By old label; of semantic maps the other values, such as IGNORED_PIXEL, stay.
+        # New label by old label; other values of semantic maps, such as IGNORED_PIXEL, are kept.
         self._labels = torch.arange(max(256, len(old)))
         self._labels[: len(old)] = torch.tensor([self.classes.names.index(name) for name in old.names])
 
@@ -85,6 +85,6 @@ class Relabelled(DatasetWrapper):
 
 
 def in_order(dataset: Dataset, names: Sequence[str]) -> Dataset:
-    """The data set with its classes in the order of `names`, where it has these classes and no others."""
+    """Reorder the classes of a data set to `names`, if it has exactly these classes."""
     same = dataset.classes.names == tuple(names) or set(dataset.classes.names) != set(names)
     return dataset if same else Relabelled(dataset, names)

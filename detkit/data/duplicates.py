@@ -1,4 +1,4 @@
-"""Images that are the same: one file under several paths, or several files of the same bytes."""
+"""Detection of identical images: one file under several paths, or several files with the same bytes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from detkit.data.image import read_image
 from detkit.errors import DataError
 
-_END = 4096  # bytes at either end of a file that are compared before all of it is read
+_END = 4096  # bytes at both ends of a file that are compared before it is read completely
 
 
 def identical(paths: Sequence[str | Path], border: int = 0) -> list[list[int]]:
-    """Groups of the positions of images that are the same, each group in order.
+    """Find groups of identical images, as positions in order.
 
-    Of 100,000 files nearly all are told apart by their size or their ends; only the rest is read whole. Images of one
-    colour, such as the dark frames of a camera, are no copies of one another: nothing is learned from them by heart.
+    Most files are distinguished by their size or their ends; only the others are read completely. Images of a single
+    colour, such as dark frames of a camera, do not count as copies, since they cannot be memorised.
 
     Args:
-        paths: image files; what is not a file is passed over.
-        border: above 0, only groups with positions both below and from it on are returned: images of two splits.
+        paths: image files; paths that are not files are skipped.
+        border: if above 0, return only groups with positions both below and at or above it: images of two splits.
     """
 
     def wanted(group: list[int]) -> bool:
@@ -48,7 +48,7 @@ def identical(paths: Sequence[str | Path], border: int = 0) -> list[list[int]]:
 
 
 def _facts(path: str | Path) -> tuple[int, ...]:
-    """(device, inode, size) of a file, which several links share; empty for what is not a file."""
+    """Return (device, inode, size) of a file, which links share; empty if the path is not a file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def _digest(path: str | Path) -> bytes:
 
 
 def _is_plain(path: str | Path) -> bool:
-    """Whether all pixels of an image have one colour."""
+    """Return whether all pixels of an image have the same colour."""
     try:
         pixels = read_image(path)
     except DataError:

@@ -1,13 +1,13 @@
-"""Training images decoded at a half, a quarter or an eighth of their sides, where they are much larger than the
-network's input: a JPEG of 12 megapixels takes 65 ms whole, 40, 33 and 28 ms so, and what follows a part of its time.
+"""Decoding of large training JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster: a 12-megapixel JPEG takes 65 ms
+at full size and 40, 33 and 28 ms at reduced size, and all later steps take less time, too.
 
-The rule: along each axis the smaller image has at least twice as many pixels as the input gives to the whole of it,
-and so many that no part of it that an augmentation may cut out must be enlarged. Size and format alone decide.
+The rule: along each axis the reduced image has at least twice the resolution of the input, and enough resolution that
+no crop of an augmentation must be upsampled. It depends only on size and format.
 
-It is for the user to choose, because the smaller images are averages, while evaluation and prediction shrink whole
-ones without smoothing and so keep their noise: a network trained on the former and run on the latter meets noise that
-it has not seen. With noise of 10 grey levels at 2560 x 1920 pixels, read at a quarter, a pretrained RetinaNet fell from
-mAP 0.393 to 0.306 that way (a small SSD, from random weights, went from 0.462 to 0.472; one seed each).
+This is optional, because reduced images are averages, while evaluation and prediction downsample full images without
+smoothing and so keep their noise, which a network trained on reduced images has not seen. With noise of 10 grey levels
+at 2560 x 1920 pixels, decoded at a quarter, the mAP of a pretrained RetinaNet fell from 0.393 to 0.306 (a small SSD
+from random weights went from 0.462 to 0.472; one seed each).
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ from detkit.data.transforms import Augment, Fit
 from detkit.structures import Meta, Sample, Target
 
 REDUCTIONS = (8, 4, 2)
-"""What libjpeg decodes fast, as divisors of the sides."""
+"""Divisors of the size at which libjpeg decodes fast."""
 MARGIN = 2.0
-"""Pixels of the smaller image, along each axis, for one of the input: it must be halved at least, so that the input
-is as sharp as one made of the whole image."""
+"""Minimum ratio of the reduced image's resolution to the input's, so that the input is as sharp as one resized from the
+full image."""
 
 
 def with_reduced_decoding(
     dataset: Dataset, options: InputOptions, augment: Sequence[Mapping[str, Any]]
 ) -> tuple[Dataset, str]:
-    """The same training data, large JPEGs smaller; and a line about it for people, empty where there is nothing to say.
+    """Wrap the training data to decode large JPEGs at reduced size; also return a line for the report, or "".
 
-    Data that are no images in files, or that read them in a way of their own, stay as they are.
+    Data sets that are not FileDatasets, or read images in their own way, are returned unchanged.
 
     Args:
-        options: of the network's input.
-        augment: augmentations; one that does not say how far it zooms in (`largest_zoom`), as albumentations' own do
-            not, whose options may be in pixels, leaves images as they are.
+        dataset: the training data.
+        options: the input options.
+        augment: the augmentations; one without `largest_zoom`, such as albumentations' own, whose options may be in
+            pixels, disables the reduction.
 
     Raises:
         ConfigError: an augmentation is unknown.
         DataError: an image cannot be read.
     """
-    # Of several sizes the last is the largest, along both axes.
+    # The last of several sizes is the largest along both axes.
     fit = Fit((options.training_sizes or (options.size,))[-1], options.resize)
     if not isinstance(dataset, FileDataset) or type(dataset).__getitem__ is not FileDataset.__getitem__:
         return dataset, ""
@@ -73,23 +74,24 @@ def with_reduced_decoding(
         if math.isfinite(built.largest_zoom(fit.size)):
             return dataset, ""
         return dataset, (
-            f"whole, though {len(jpegs):,} of {len(dataset):,} training images are much larger than the input: an "
-            "augmentation does not say how far it zooms in"
+            f"full size, although {len(jpegs):,} of {len(dataset):,} training images are much larger than the input: "
+            "the zoom of an augmentation is unknown"
         )
     shares = ", ".join(f"1/{reduction}: {counts[reduction]:,}" for reduction in sorted(counts))
     line = (
-        f"{counts.total():,} of {len(dataset):,} training images at a fraction of their sides ({shares}), as the "
-        "input is much smaller"
+        f"{counts.total():,} of {len(dataset):,} training images at reduced size ({shares}), since the input is much "
+        "smaller"
     )
     return ReducedDataset(dataset, reductions), line
 
 
 def reduction_of(size: tuple[int, int], fit: Fit, zoom: float = 1.0) -> int:
-    """The divisor of the sides, 1, 2, 4 or 8, at which an image of (height, width) `size` may be decoded.
+    """Return the divisor, 1, 2, 4 or 8, by which an image of (height, width) `size` may be reduced in decoding.
 
     Args:
-        fit: to the input.
-        zoom: how many times larger an augmentation may show a part of it than `fit` shows the whole.
+        size: (height, width) of the image.
+        fit: the resize to the input.
+        zoom: the largest magnification of an augmentation relative to `fit`.
     """
     needed = [max(MARGIN, zoom) * side for side in fit.inner_size(size)]
     for reduction in REDUCTIONS:
@@ -99,14 +101,14 @@ def reduction_of(size: tuple[int, int], fit: Fit, zoom: float = 1.0) -> int:
 
 
 class ReducedDataset(DatasetWrapper):
-    """Another data set, some of whose JPEGs are decoded at a fraction of their sides.
+    """A data set, some of whose JPEGs are decoded at reduced size.
 
-    It is as if the files held the smaller images: sizes, meta and ground truth are in pixels of these. (Where sides are
-    no multiples of the divisor, ground truth of an image that Exif data turn is off by less than one of them.)
+    Sizes, meta and targets are in pixels of the reduced images. (If sides are not multiples of the divisor, targets of
+    images with an Exif rotation are off by less than one pixel.)
 
     Args:
-        dataset: the other one.
-        reductions: 1, 2, 4 or 8 for each image; above 1 for JPEGs only.
+        dataset: the wrapped data set.
+        reductions: 1, 2, 4 or 8 for each image; above 1 only for JPEGs.
     """
 
     dataset: FileDataset
@@ -142,8 +144,8 @@ class ReducedDataset(DatasetWrapper):
 
 
 def _thinned(pixels: Tensor, reduction: int) -> Tensor:
-    """(..., H, W) as (..., ceil(H / reduction), ceil(W / reduction)): the pixel in the middle of each square; where the
-    last squares are cut off before that, the edge."""
+    """Subsample (..., H, W) to (..., ceil(H / reduction), ceil(W / reduction)): the central pixel of each square, or
+    the edge if the last squares are cut off before it."""
     middle = reduction // 2
     for axis in (-1, -2):
         side = pixels.shape[axis]

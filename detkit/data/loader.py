@@ -1,8 +1,8 @@
-"""Batches from a data set, by worker processes, reproducible whatever their number.
+"""Batches from a data set by worker processes, reproducible for any number of them.
 
-The random state of an image's augmentation is made from (seed, epoch, image) alone, with the choice of the images
-that it is mixed with, so no two workers can repeat one another, and a resumed run sees the images it would have seen.
-The size of a batch is made from (seed, epoch, number of the batch).
+The random state of an image's augmentation, including the choice of images to mix, depends only on (seed, epoch,
+image), so workers do not repeat each other, and a resumed run gets the images that it would have got. The input size of
+a batch depends on (seed, epoch, number of the batch).
 """
 
 import multiprocessing.queues
@@ -28,12 +28,12 @@ from detkit.structures import Batch
 
 
 class Key(NamedTuple):
-    """Which image to read, and how.
+    """An image to read.
 
     Args:
-        epoch: of which its augmentation is.
+        epoch: the epoch of its augmentation.
         image: its index in the data set.
-        size: (height, width) of the input; None for the usual one.
+        size: (height, width) of the input; None for the default.
     """
 
     epoch: int
@@ -42,13 +42,13 @@ class Key(NamedTuple):
 
 
 def collate(items: Sequence[Fitted], fit: Fit) -> Batch:
-    """One batch of images that `fit` made. Either all of them have proposals or none has."""
+    """Combine images resized by `fit` to a batch. Either all or none of them have proposals."""
     images, sizes, targets, metas, proposals = zip(*items)
     return Batch(fit.batch(images), sizes, targets, metas, None if proposals[0] is None else proposals)
 
 
 def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Packed | DetkitError:
-    """One batch, or the error of an image that could not be read, or of shared memory that is full."""
+    """Create a batch, or return the error of an unreadable image or of full shared memory."""
     fitted = []
     for item in items:
         if isinstance(item, DataError):
@@ -61,18 +61,18 @@ def _collate_read(items: Sequence[Fitted | DataError], fit: Fit) -> Packed | Det
         except RuntimeError as error:
             return WriteError(
                 f"The shared memory of this machine (/dev/shm) has no room for a batch of {packed.nbytes / 1e6:.0f} MB "
-                f"({' '.join(str(error).split())}). Give it more (docker run --shm-size=8g), lower train.batch_size or "
+                f"({' '.join(str(error).split())}). Increase it (docker run --shm-size=8g), lower train.batch_size or "
                 f"train.workers, or set train.workers to 0."
             )
     return packed
 
 
 def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
-    """The batches of a loader.
+    """Iterate over the batches of a loader.
 
     Raises:
-        DataError: an image could not be read. It comes from the worker as a value: raised there, it would arrive
-            here with the worker's traceback for its message.
+        DataError: an image could not be read. Workers return it as a value: if raised there, its message would contain
+            the worker's traceback.
         WriteError: the shared memory is full.
     """
     for batch in loader:
@@ -83,9 +83,9 @@ def batches(loader: "DataLoader[Any]") -> Iterator[Batch]:
 
 @contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Turn the error of a worker process that has ended into one that says what to do.
+    """Replace the error of a worker process that has ended by one with a remedy.
 
-    DataLoader raises it wherever the program is at that moment, not only where it waits for a batch.
+    DataLoader raises it anywhere in the program, not only while waiting for a batch.
 
     Raises:
         DetkitError: a worker was killed, or could not send its batch.
@@ -99,13 +99,13 @@ def naming_lost_workers() -> Iterator[None]:
         killed = re.search(r"killed by signal: ([^.]+)\.", text)
         raise DetkitError(
             f"A process that reads images {f'was killed by the system ({killed[1]})' if killed else 'has ended'}, as "
-            "happens when memory or shared memory runs out. Lower train.workers, train.batch_size or train.cache_gb. A "
-            "training goes on from its last whole epoch with --resume RUN."
+            "happens when memory or shared memory runs out. Lower train.workers, train.batch_size or train.cache_gb. "
+            "Continue a training from its last complete epoch with --resume RUN."
         ) from None
 
 
 def _end_worker(error: BaseException, batch: Any) -> None:
-    """End a worker process that cannot send a batch: its queue would drop it, and the program wait for it for ever."""
+    """Exit a worker process that cannot send a batch, which its queue would drop while the program waits for it."""
     print(f"detkit: a batch cannot be sent: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -130,18 +130,18 @@ def training_loader(
     world_size: int = 1,
     pin: bool = False,
 ) -> tuple[DataLoader[Any], "EpochSampler"]:
-    """Shuffled batches of `batch_size` for this process; set `sampler.epoch` before each pass.
+    """Create a loader of shuffled batches for this process; set `sampler.epoch` before each pass.
 
     Args:
-        plain_from_epoch: from this epoch on images are only fitted, not augmented.
-        unmixed_from_epoch: from this epoch on they are not mixed (mosaic, mixup), but still augmented otherwise.
-        sizes: (height, width) of the inputs that each batch's is drawn from; empty for always that of `fit`.
-        per_class: so many images of one class stand together in a batch; None for any.
-        rank, world_size: this process among those that share an epoch.
-        pin: in page-locked memory, from which a GPU takes them without waiting.
+        plain_from_epoch: epoch from which images are not augmented.
+        unmixed_from_epoch: epoch from which images are not mixed (mosaic, mixup), but still augmented otherwise.
+        sizes: (height, width) candidates for the input size of each batch; empty to always use that of `fit`.
+        per_class: images of each class in a batch; None for random batches.
+        rank, world_size: index of this process and number of processes that share an epoch.
+        pin: use pinned memory, from which copies to a GPU are asynchronous.
 
     Raises:
-        ConfigError: the data do not say of each image which one class it has, but `per_class` is given.
+        ConfigError: `per_class` is given, but some image does not have exactly one class.
     """
     if per_class is None:
         sampler = EpochSampler(len(dataset), batch_size, seed, rank, world_size, sizes)
@@ -154,15 +154,15 @@ def training_loader(
 def evaluation_loader(
     dataset: Dataset, fit: Fit, *, batch_size: int, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """Every image once, in order; the last batch may be smaller. `pin` as in `training_loader`."""
+    """Create a loader of all images in order; the last batch may be smaller. `pin` as in `training_loader`."""
     return _loader(_EvaluationReader(dataset, fit), fit, None, batch_size, workers, pin)
 
 
 class EpochSampler(Sampler[Key]):
-    """The key of every image in random order, filled up to whole batches from the front of the order.
+    """Keys of all images in random order, repeated from the start of the order to fill the last batch.
 
-    Whole batches keep batch norm away from a batch of one and every process in step; no image is left out. The
-    images of a batch have one size, the same in all processes.
+    Complete batches avoid a batch of one, which breaks batch norm, and keep all processes in step; no image is left
+    out. The images of a batch have the same input size, in all processes.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class EpochSampler(Sampler[Key]):
 
     @property
     def batches(self) -> int:
-        """Batches of one epoch, in each process."""
+        """Number of batches per epoch in each process."""
         return -(-self.count // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
@@ -197,21 +197,20 @@ class EpochSampler(Sampler[Key]):
             yield Key(self.epoch, int(index), sizes[position // self.batch_size])
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
-        """The images of this process in their order."""
+        """The images of this process in order."""
         order = np.resize(random.permutation(self.count), len(self) * self.world_size)
         return order[self.rank :: self.world_size]
 
 
 class ClassSampler(EpochSampler):
-    """Batches of P classes with `per_class` images each: P x K of metric learning (Hermans et al. 2017, section 2).
+    """Batches of P classes with `per_class` images each: P x K sampling (Hermans et al. 2017, section 2).
 
-    Every image is in every epoch, in a new group of its class. A class whose images do not fill its last group, and
-    an epoch whose groups do not fill its last batch, are filled up from the front. A class stands in as many batches,
-    and as seldom twice in one, as its number of images allows.
+    Every image occurs in every epoch, in a new group of its class. The last group of a class and the last batch of an
+    epoch are filled by repetition. The groups of a class are spread over as many batches as possible.
 
     Args:
         labels: the class of each image.
-        per_class: K; `batch_size` is a multiple of it.
+        per_class: K, a divisor of `batch_size`.
     """
 
     def __init__(
@@ -240,25 +239,25 @@ class ClassSampler(EpochSampler):
             groups.append(np.resize(images, (count, self.per_class)))
         batches = self.batches * self.world_size
         dealt = np.resize(np.concatenate(groups), (self.batch_size // self.per_class * batches, self.per_class))
-        # Dealt like cards, the groups of one class go to different batches.
+        # Distributed round-robin, so that the groups of one class are in different batches.
         order = dealt.reshape(-1, batches, self.per_class).transpose(1, 0, 2).reshape(batches, self.batch_size)
         order = order[random.permutation(batches)]
         return order[self.rank :: self.world_size].ravel()
 
 
 def image_labels(dataset: Dataset) -> list[int]:
-    """The one class of each image.
+    """Return the class of each image.
 
     Raises:
-        ConfigError: an image has none, or several.
+        ConfigError: an image has no class or several.
     """
     labels = []
     for index in range(len(dataset)):
         target = dataset.target(index)
         if target.image_labels is None or len(target.image_labels) != 1:
             raise ConfigError(
-                "'train.per_class' puts images of one class together, but the data do not say of each image which "
-                f"one class it has (image {dataset.image_id(index)!r}). Set it to null, or use data of format folder."
+                "'train.per_class' needs exactly one class for each image, but the image "
+                f"{dataset.image_id(index)!r} does not have that. Set it to null, or use data of format folder."
             )
         labels.append(int(target.image_labels))
     return labels
@@ -286,7 +285,7 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
         return fit(sample)
 
     def mixes(self, epoch: int) -> bool:
-        """Whether the images of an epoch are mixed with others (mosaic, mixup)."""
+        """Return whether the images of an epoch are mixed with others (mosaic, mixup)."""
         unmixed = self.unmixed_from_epoch is not None and epoch >= self.unmixed_from_epoch
         return self.augment is not None and bool(self.augment.mixes) and not unmixed and not self._is_plain(epoch)
 
@@ -294,12 +293,12 @@ class _TrainingReader(TorchDataset[Fitted | DataError]):
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
     def _at(self, size: tuple[int, int] | None, plain: bool) -> tuple[Fit, Augment | None]:
-        """What fits and augments images to `size`, built once."""
+        """Return the resize and the augmentation for an input of `size`, built once."""
         if (size, plain) not in self._built:
             fit = self.fit if size is None else self.fit.at(size)
             augment = None if plain else self.augment
             if augment is None and fit.resize == "crop":
-                # To be cut at random is no augmentation that could be left out.
+                # Random cropping is not an optional augmentation.
                 augment = Augment((), fit, points=point_rule(self.dataset))
             elif augment is not None and size is not None:
                 augment = augment.at(size)
@@ -332,8 +331,8 @@ def _loader(
 ) -> DataLoader[Any]:
     import cv2
 
-    # Worker processes are the parallelism. In the parent, because a forked worker that finds OpenCV's pool of
-    # threads waits for ever for threads that only the parent has.
+    # Worker processes are the parallelism. Set in the parent, because a forked worker with OpenCV's thread pool waits
+    # forever for threads that exist only in the parent.
     cv2.setNumThreads(0)
     return DataLoader(
         reader,

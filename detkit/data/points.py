@@ -1,4 +1,4 @@
-"""Landmarks through augmentation: which stay in the image, and which change places when it is mirrored.
+"""Landmarks in augmentation: removal of points outside the image, and swapping of left and right when mirrored.
 
 Coordinates are those of boxes: x runs from 0 at the left edge of the image to its width at the right edge.
 """
@@ -16,61 +16,61 @@ from detkit.structures import Target
 
 Pairs = tuple[tuple[int, int], ...]
 FAR = -1e6
-"""Pixels; where a point is put that has left the image, so that no later padding takes it in again."""
+"""Pixels; coordinate of points that have left the image, so that later padding does not bring them back."""
 
 
 @dataclass(frozen=True)
 class PointRule:
-    """What augmentation must know of a data set's points.
+    """Properties of a data set's points for augmentation.
 
     Args:
-        flip_pairs: the points that change places when an image is mirrored, left eye and right eye; None where that is
-            not known, and then nothing may be mirrored.
+        flip_pairs: pairs of points that are swapped when an image is mirrored, such as left and right eye; None if
+            unknown, in which case mirroring is not allowed.
     """
 
     flip_pairs: Pairs | None
 
 
 def point_rule(dataset: Dataset) -> PointRule | None:
-    """The rule for a data set; None for one without points."""
+    """Return the rule of a data set; None without points."""
     return PointRule(dataset.flip_pairs) if "points" in dataset.fields else None
 
 
 def check_parts(mixes: Sequence[Any], parts: Sequence[Any], rule: PointRule) -> None:
-    """Refuse augmentations that cannot carry points, or would make them wrong.
+    """Check that augmentations support points.
 
     Raises:
-        ConfigError: naming the augmentation.
+        ConfigError: naming the augmentation that does not.
     """
     import albumentations as A
 
     if mixes:
         raise ConfigError(
-            "Augmentations that mix images (mosaic, mixup) cannot carry points, which this head needs. Leave them out."
+            "Augmentations that mix images (mosaic, mixup) do not support points, which this head needs. Remove them."
         )
     mirrors = (A.HorizontalFlip, A.VerticalFlip, A.Transpose, A.D4, A.SquareSymmetry)
     for part in single_transforms(parts):
         name = type(part).__name__.lstrip("_")
         if rule.flip_pairs is None and isinstance(part, mirrors) and part.p > 0:
             raise ConfigError(
-                f"The augmentation {name} mirrors images, but the data do not say which points are left and right "
-                f"ones, and would change places. Leave it out, or use data that do (COCO's categories: 'keypoints' "
-                f"with names such as left_eye and right_eye; YOLO's data.yaml: flip_idx)."
+                f"The augmentation {name} mirrors images, but the data do not say which points are left and right, and "
+                f"must be swapped. Remove it, or use data that do (COCO's categories: 'keypoints' with names such as "
+                f"left_eye and right_eye; YOLO's data.yaml: flip_idx)."
             )
         moves = isinstance(part, A.DualTransform)
         if moves and type(part).apply_to_keypoints is A.DualTransform.apply_to_keypoints:
-            raise ConfigError(f"The augmentation {name} cannot move points, which this head needs. Leave it out.")
+            raise ConfigError(f"The augmentation {name} does not support points, which this head needs. Remove it.")
 
 
-def watched(parts: Sequence[Any]) -> list[Any]:
-    """`parts`, behind each of them one that puts the points outside of the image far away."""
-    from detkit.data.augment.single_image import ForgetPoints
+def with_point_removal(parts: Sequence[Any]) -> list[Any]:
+    """Insert after each of `parts` a transform that removes the points outside the image."""
+    from detkit.data.augment.single_image import DropOutsidePoints
 
-    return [step for part in parts for step in (part, ForgetPoints(p=1.0))]
+    return [step for part in parts for step in (part, DropOutsidePoints(p=1.0))]
 
 
-def forget_outside(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Those of `as_keypoints`, with the points outside of an image of (height, width) far away; the frame stays."""
+def drop_outside(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Move the points of `as_keypoints` outside an image of (height, width) to FAR; the frame is kept."""
     points = keypoints.copy()
     inner = points[:-3]
     inner[~_inside(inner[:, :2], size), :2] = FAR
@@ -78,7 +78,7 @@ def forget_outside(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def as_keypoints(target: Target, size: tuple[int, int]) -> np.ndarray:
-    """(N * K + 3, 2) float32 for albumentations: all points, and the frame: three corners of the image."""
+    """(N * K + 3, 2) float32 for albumentations: all points, and the frame, three corners of the image."""
     assert target.points is not None
     height, width = size
     frame = np.array([[0, 0], [width, 0], [0, height]], dtype=np.float32)
@@ -88,17 +88,18 @@ def as_keypoints(target: Target, size: tuple[int, int]) -> np.ndarray:
 def with_points(
     augmented: Target, before: Target, kept: torch.Tensor, keypoints: np.ndarray, size: tuple[int, int], rule: PointRule
 ) -> Target:
-    """The augmented target with its points.
+    """Add the points to an augmented target.
 
     Args:
-        augmented: without points.
+        augmented: the augmented target without points.
         before: the target before the augmentation.
-        kept: (M,) which objects of it are left.
-        keypoints: (N * K + 3, 2) where those of `as_keypoints` are now.
+        kept: (M,) indices of the objects that are kept.
+        keypoints: (N * K + 3, 2) the augmented result of `as_keypoints`.
         size: (height, width) of the augmented image.
+        rule: the rule of the data set.
 
     Raises:
-        DataError: the image was mirrored, and the rule does not say which points change places.
+        DataError: the image was mirrored, and the rule does not say which points are swapped.
     """
     assert before.points is not None
     assert before.visible is not None
@@ -107,8 +108,8 @@ def with_points(
     if _is_mirrored(keypoints[-3:, :2]):
         if rule.flip_pairs is None:
             raise DataError(
-                "An augmentation mirrored an image, but the data do not say which points change places then. Leave "
-                "mirroring augmentations out."
+                "An augmentation mirrored an image, but the data do not say which points must be swapped. Remove "
+                "mirroring augmentations."
             )
         order = list(range(points.shape[1]))
         for one, other in rule.flip_pairs:
@@ -118,7 +119,7 @@ def with_points(
 
 
 def flip_pairs_of(names: Sequence[str]) -> Pairs | None:
-    """The pairs among names such as left_eye and right_eye; None where no name says left or right."""
+    """Find the pairs among names such as left_eye and right_eye; None if there are none."""
     pairs = []
     for index, name in enumerate(names):
         if "left" in name and (other := name.replace("left", "right")) in names:
@@ -127,7 +128,7 @@ def flip_pairs_of(names: Sequence[str]) -> Pairs | None:
 
 
 def _inside(points: np.ndarray, size: tuple[int, int]) -> Any:
-    """(...) bool: whether (..., 2) points lie in an image of (height, width)."""
+    """(...) bool: whether (..., 2) points are inside an image of (height, width)."""
     return ((points >= 0) & (points <= [size[1], size[0]])).all(-1)
 
 
@@ -137,7 +138,7 @@ def _is_mirrored(frame: np.ndarray) -> bool:
 
 
 def single_transforms(parts: Sequence[Any]) -> Iterator[Any]:
-    """The transforms of albumentations in `parts`, those within compositions too."""
+    """Iterate over the albumentations transforms in `parts`, including those within compositions."""
     from albumentations import BaseCompose
 
     for part in parts:

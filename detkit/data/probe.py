@@ -1,4 +1,4 @@
-"""Augmentations that cannot be used: tried on a made-up image before training, and named with the image during it."""
+"""Detection of augmentations that fail: on a synthetic image before training, and with the image's name during it."""
 
 import traceback
 import warnings
@@ -11,20 +11,20 @@ from detkit.data.points import single_transforms
 from detkit.errors import ConfigError, DataError
 
 SIZES = ((96, 128), (1024, 1280))
-"""(height, width) of the made-up images; an augmentation that works on one of them may be used."""
+"""(height, width) of the synthetic images; an augmentation must work on one of them."""
 REASON_LENGTH = 300
 
 
 def check_usable(parts: Sequence[Any]) -> None:
-    """Refuse augmentations that fail, or whose image is not one of (H, W, 3) bytes any more.
+    """Check that augmentations do not fail and return images of (H, W, 3) uint8.
 
-    Crops may fail here: whether they do depends on the size of each image.
+    Crops may fail here, since that depends on the size of each image.
 
     Args:
-        parts: transforms and compositions of albumentations; those of detkit itself are not tried.
+        parts: transforms and compositions of albumentations; those of detkit are not tried.
 
     Raises:
-        ConfigError: naming the first one.
+        ConfigError: naming the first that fails.
     """
     from albumentations.augmentations.crops.transforms import BaseCrop
 
@@ -38,12 +38,12 @@ def check_usable(parts: Sequence[Any]) -> None:
         else:
             if not isinstance(part, BaseCrop):
                 raise ConfigError(
-                    f"The augmentation {_name(part)} cannot be used: {error}. Leave it out, or change its options."
+                    f"The augmentation {_name(part)} cannot be used: {error}. Remove it or change its options."
                 )
 
 
 def failure(error: Exception, source: str, size: tuple[int, int]) -> DataError:
-    """The error for a pipeline that failed on an image of (height, width) `size`, with the augmentation at fault."""
+    """Create the error for a pipeline that failed on an image of (height, width) `size`, naming the augmentation."""
     from albumentations import BasicTransform
 
     name = "pipeline"
@@ -52,27 +52,27 @@ def failure(error: Exception, source: str, size: tuple[int, int]) -> DataError:
             name = _name(part)
     return DataError(
         f"The augmentation {name} failed on the image '{source}' ({size[1]} x {size[0]} pixels): {_reason(error)}. "
-        f"Change its options so that it works on images of this size, or leave it out."
+        f"Change its options so that it works on images of this size, or remove it."
     )
 
 
 def check_result(result: Mapping[str, Any], counts: Mapping[str, int], size: tuple[int, int] | None = None) -> None:
-    """Refuse what detkit cannot go on with.
+    """Check the result of a pipeline.
 
     Args:
-        result: of a pipeline: image, bboxes (N, 6) with the number of each in the fifth column, masks, keypoints.
-        counts: how many bboxes, masks and keypoints it was given.
-        size: (height, width) that the image must have, or None for any.
+        result: image, bboxes (N, 6) with the index of each in the fifth column, masks, keypoints.
+        counts: the numbers of input bboxes, masks and keypoints.
+        size: required (height, width) of the image, or None for any.
 
     Raises:
-        ValueError: a part of a sentence that says what is wrong.
+        ValueError: with the reason as part of a sentence.
     """
     image = result["image"]
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         form = f"{tuple(image.shape)} {image.dtype}" if hasattr(image, "shape") else type(image).__name__
         raise ValueError(
-            f"it makes an image of {form}, but it must stay (height, width, 3) uint8, which is converted and "
-            f"normalised after all augmentations"
+            f"it returns an image of {form}, but it must stay (height, width, 3) uint8; conversion and normalisation "
+            f"follow after all augmentations"
         )
     if size is not None and image.shape[:2] != size:
         raise ValueError(
@@ -81,14 +81,14 @@ def check_result(result: Mapping[str, Any], counts: Mapping[str, int], size: tup
     boxes = np.asarray(result["bboxes"])
     numbers = boxes[:, 4] if len(boxes) and boxes.ndim == 2 and boxes.shape[1] == 6 else boxes.ravel()[:0]
     if len(numbers) != len(boxes) or not np.isin(numbers, np.arange(counts["bboxes"])).all():
-        raise ValueError("it changes more than the four coordinates of boxes, so that their classes are lost")
+        raise ValueError("it changes more than the four coordinates of boxes, so their classes are lost")
     for name in counts.keys() - {"bboxes"}:
         if len(result[name]) != counts[name]:
             raise ValueError(f"it turns {counts[name]} {name} into {len(result[name])}")
 
 
 def _try(part: Any, size: tuple[int, int]) -> str | None:
-    """Why a transform fails on a made-up image; None if it works."""
+    """Return why a transform fails on a synthetic image; None if it works."""
     import albumentations as A
 
     height, width = size
@@ -101,7 +101,7 @@ def _try(part: Any, size: tuple[int, int]) -> str | None:
             pipeline = A.Compose([part], bbox_params=A.BboxParams("pascal_voc"), seed=0)
             result = pipeline(image=image, bboxes=boxes, mask=np.zeros(size, dtype=np.uint8))
         check_result(result, {"bboxes": len(boxes)})
-    # Albumentations, OpenCV and whatever else a transform uses raise errors of any class.
+    # Albumentations, OpenCV and other libraries raise errors of any class.
     except Exception as error:
         return _reason(error)
     finally:

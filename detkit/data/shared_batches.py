@@ -1,7 +1,7 @@
-"""A batch on its way from a worker process: two pieces of shared memory, however many tensors it has.
+"""Transfer of batches from worker processes in two blocks of shared memory, for any number of tensors.
 
-Each tensor that crosses alone takes an open file in the process that receives it. With six small ones for each image
-a few batches of 64 reach what Linux allows a process by default, 1,024.
+Each tensor sent on its own takes an open file in the receiving process. With six small tensors per image a few batches
+of 64 exceed Linux's default limit of 1,024 open files.
 """
 
 import io
@@ -16,52 +16,52 @@ from detkit.structures import Batch
 
 _IMAGES = -1
 _ALIGNMENT = 16
-"""Bytes; no less than the largest element of a tensor."""
+"""Bytes; at least the largest element of a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A batch whose tensors lie one behind the other.
+    """A batch with its tensors in contiguous memory.
 
     Args:
-        images: as in Batch; by far the largest, and so not copied.
-        others: (bytes,) uint8, all others.
-        places: where each of the others begins, its type and its shape.
-        rest: the pickled batch, with numbers in the place of tensors.
+        images: as in Batch; by far the largest tensor, hence not copied.
+        others: (bytes,) uint8, all other tensors.
+        layout: offset, dtype and shape of each of the other tensors.
+        rest: the pickled batch, with indices instead of tensors.
     """
 
     images: Tensor
     others: Tensor
-    places: tuple[tuple[int, torch.dtype, torch.Size], ...]
+    layout: tuple[tuple[int, torch.dtype, torch.Size], ...]
     rest: bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Total bytes of its tensors."""
         return self.images.nbytes + self.others.nbytes
 
     def share(self) -> None:
-        """Move the tensors to shared memory now, where an error can be caught, and not when they are sent.
+        """Move the tensors to shared memory now, when errors can be caught, instead of when they are sent.
 
         Raises:
-            RuntimeError: there is no room for them.
+            RuntimeError: shared memory is full.
         """
         for tensor in (self.images, self.others):
             if tensor.nbytes:
                 tensor.share_memory_()
 
     def pin_memory(self) -> "Packed":
-        """The same in page-locked memory, for the loader."""
-        return Packed(self.images.pin_memory(), self.others.pin_memory(), self.places, self.rest)
+        """Copy to pinned memory; called by the loader."""
+        return Packed(self.images.pin_memory(), self.others.pin_memory(), self.layout, self.rest)
 
     def unpack(self) -> Batch:
-        """The batch; its tensors share the memory of `images` and `others`."""
+        """Restore the batch, whose tensors share the memory of `images` and `others`."""
         batch: Batch = _Unpickler(self).load()
         return batch
 
 
 def pack(batch: Batch) -> Packed:
-    """The batch as `Packed`."""
+    """Pack a batch; see `Packed`."""
     file = io.BytesIO()
     pickler = _Pickler(file, batch.images)
     pickler.dump(batch)
@@ -70,10 +70,10 @@ def pack(batch: Batch) -> Packed:
     for tensor in pickler.others:
         begins.append(end)
         end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    places = tuple((begin, tensor.dtype, tensor.shape) for begin, tensor in zip(begins, pickler.others))
-    packed = Packed(batch.images, torch.empty(end, dtype=torch.uint8), places, file.getvalue())
-    for place, tensor in zip(places, pickler.others):
-        _at(packed.others, *place).copy_(tensor)
+    layout = tuple((begin, tensor.dtype, tensor.shape) for begin, tensor in zip(begins, pickler.others))
+    packed = Packed(batch.images, torch.empty(end, dtype=torch.uint8), layout, file.getvalue())
+    for entry, tensor in zip(layout, pickler.others):
+        _at(packed.others, *entry).copy_(tensor)
     return packed
 
 
@@ -103,4 +103,4 @@ class _Unpickler(pickle.Unpickler):
         self.packed = packed
 
     def persistent_load(self, number: int) -> Tensor:
-        return self.packed.images if number == _IMAGES else _at(self.packed.others, *self.packed.places[number])
+        return self.packed.images if number == _IMAGES else _at(self.packed.others, *self.packed.layout[number])

@@ -1,4 +1,4 @@
-"""Finding the image files that a source names: a file, a folder or a pattern."""
+"""Search for the image files of a source: a file, a folder or a pattern."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ UNREAD_SUFFIXES = frozenset({
     ".arw", ".cr2", ".cr3", ".dcm", ".dds", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl",
     ".nef", ".orf", ".pcx", ".pdf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".wmf",
 })  # fmt: skip
-"""Endings of images in formats that are not read, told from other files because the user may expect them to be."""
-VIDEO = "videos, which are read one at a time"
-UNREAD = "images of formats that are not read (convert them to JPEG or PNG)"
+"""Suffixes of unsupported image formats, reported separately from other files."""
+VIDEO = "videos, which must be given one at a time"
+UNREAD = "images of unsupported formats (convert them to JPEG or PNG)"
 OTHER = "files that are not images"
 HIDDEN = "hidden files and folders"
-DEAD_LINK = "links that lead nowhere"
-KNOWN_FOLDER = "links to folders that are searched already"
+DEAD_LINK = "broken links"
+KNOWN_FOLDER = "links to folders that are already searched"
 CLOSED = "folders that cannot be opened"
 SPECIAL = "neither files nor folders"
 SHOWN_BY_NAME = frozenset({DEAD_LINK, KNOWN_FOLDER, CLOSED, SPECIAL})
-"""Reasons of which a report shows the first path; of the others it shows the endings."""
+"""Reasons for which a report shows the first path; for others it shows the suffixes."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds.
+    """The result of a search.
 
     Args:
-        images: in natural order (2.jpg before 10.jpg), each once.
-        passed_over: everything else, by the reason, one of the constants of this module.
+        images: in natural order (2.jpg before 10.jpg), without duplicates.
+        passed_over: all other files by reason, one of the constants of this module.
     """
 
     images: list[Path]
     passed_over: Mapping[str, list[Path]]
 
     def summary(self) -> str:
-        """The reasons and how many files each has, for people; empty where nothing was passed over."""
+        """Format the reasons and their numbers of files for a report; empty if no files were skipped."""
         parts = []
         for reason, paths in self.passed_over.items():
             shown = str(paths[0]) if reason in SHOWN_BY_NAME else ", ".join(sorted({_ending(path) for path in paths}))
             parts.append(f"{reason}: {len(paths):,} ({'first: ' if shown == str(paths[0]) else ''}{shown})")
-        return f"passed over: {'; '.join(parts)}" if parts else ""
+        return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
 def search(source: str | Path) -> Found:
-    """Look for the images that a source names.
+    """Search for the images of a source.
 
     Args:
-        source: a file; a folder, which is searched with its subfolders for the endings in IMAGE_SUFFIXES, but not
-            in hidden ones, and each only once, however many links lead to it; or a pattern such as
-            "shots/**/*.png". A name that exists is taken literally, even if it looks like a pattern ("[ex]").
+        source: a file; a folder, which is searched recursively for the suffixes in IMAGE_SUFFIXES, except hidden
+            subfolders, and each subfolder only once, even if links lead to it; or a pattern such as "shots/**/*.png".
+            An existing name is taken literally, even if it looks like a pattern ("[ex]").
 
     Raises:
-        DataError: there is no image; the message has what there is instead.
+        DataError: there is no image; the message says what was found instead.
     """
     passed_over: dict[str, list[Path]] = defaultdict(list)
     path = Path(source)
@@ -86,30 +86,30 @@ def search(source: str | Path) -> Found:
         is_folder = os.path.isdir(path)
         what = "The folder" if is_folder else "There is no file or folder, and no image that matches the pattern,"
         raise DataError(
-            f"{what} '{source}'{' holds no images' if is_folder else ''}"
-            f"{f' ({found.summary()})' if passed_over else ''}. Give an image, a folder or a pattern; files count as "
-            f"images by their endings: {' '.join(sorted(IMAGE_SUFFIXES))}."
+            f"{what} '{source}'{' contains no images' if is_folder else ''}"
+            f"{f' ({found.summary()})' if passed_over else ''}. Give an image, a folder or a pattern; images are "
+            f"recognised by their suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}."
         )
     return found
 
 
 def find_images(source: str | Path) -> list[Path]:
-    """The images of `search`; the errors are the same."""
+    """Return the images of `search`, with the same errors."""
     return search(source).images
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file name is that of an image: a known ending, and not hidden (macOS leaves '._a.jpg' about)."""
+    """Return whether a file name is that of an image: a known suffix, and not hidden (macOS creates '._a.jpg')."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """A key that sorts digits in a text by their value."""
+    """Return a sort key that compares digits in a text by value."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def _reason_against(path: Path) -> str | None:
-    """Why a path that is not a folder is not read as an image; None if it is."""
+    """Return why a path that is not a folder is not read as an image; None if it is."""
     if path.name.startswith("."):
         return HIDDEN
     if not os.path.isfile(path):
@@ -121,9 +121,9 @@ def _reason_against(path: Path) -> str | None:
 
 
 def _folders(top: Path, passed_over: dict[str, list[Path]]) -> Iterator[tuple[Path, list[str]]]:
-    """`top` and every folder below it, each once, with the names of what is in it beside folders.
+    """Iterate over `top` and all folders below it, each once, with the names of their entries that are not folders.
 
-    Links are followed after all real folders, so that what can be reached without a link has its own path.
+    Links are followed after all real folders, so that files reachable without a link get their real path.
     """
     visited: set[tuple[int, int]] = set()
     real: list[Path] = [top]
@@ -152,9 +152,9 @@ def _folders(top: Path, passed_over: dict[str, list[Path]]) -> Iterator[tuple[Pa
 
 
 def _expand(folder: Path, parts: tuple[str, ...], passed_over: dict[str, list[Path]]) -> Iterator[Path]:
-    """The paths below a folder that match a pattern in parts, some perhaps twice.
+    """Iterate over the paths below a folder that match a split pattern, maybe with duplicates.
 
-    Unlike glob.glob, a part that exists is a name, and "**" goes into each folder once, whatever links there are.
+    Unlike in glob.glob, existing names are taken literally, and "**" enters each folder once, regardless of links.
     """
     if not parts:
         yield folder

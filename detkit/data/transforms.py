@@ -1,7 +1,7 @@
-"""From an image of any size to the network's input, and from the network's pixels back to the image's.
+"""Resizing of images to the network's input, and mapping of predictions back to source pixels.
 
-Training images go through augmentations (detkit.data.augment) that end at the input's size; images to be
-evaluated or predicted are only fitted here, which has an exact inverse.
+Training images pass through augmentations (detkit.data.augment) that end with the resize to the input; images for
+evaluation and prediction are only resized here, which has an exact inverse.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 from detkit.boxes.convert import clip
 from detkit.boxes.mask_paste import paste_masks
 from detkit.data.dataset import Dataset
-from detkit.data.points import PointRule, as_keypoints, check_parts, watched, with_points
+from detkit.data.points import PointRule, as_keypoints, check_parts, with_point_removal, with_points
 from detkit.data.probe import check_result, check_usable, failure
 from detkit.errors import ConfigError, DetkitError
 from detkit.registry import augmentations
@@ -28,19 +28,19 @@ from detkit.structures import IGNORED_PIXEL, Detections, Meta, Sample, Target
 PADDING_GREY = 114
 BATCH_STRIDE = 32
 UNCUT = 0.999
-"""An object of which at least this part is left was not cut: what is missing is a rounding error."""
+"""Visible fraction from which an object counts as not cut: the rest is a rounding error."""
 
 Resize = Literal["stretch", "letterbox", "short_side", "crop"]
 
 
 class Fitted(NamedTuple):
-    """One image in the network's pixels, before batching.
+    """An image in input pixels, before batching.
 
     Args:
         image: (3, H, W) float32 in 0..1.
-        size: (height, width) of the image inside `image`, without padding.
-        target: in pixels of `image`.
-        meta: with the matrix from the source to `image`.
+        size: (height, width) in `image` without padding.
+        target: the target in pixels of `image`.
+        meta: the meta data with the matrix from the source to `image`.
         proposals: (P, 4) float32 xyxy pixels of `image`, or None.
     """
 
@@ -54,21 +54,20 @@ class Fitted(NamedTuple):
 class Fit:
     """Resize images to the network's input.
 
-    Bilinear without smoothing, pixel centres at half integers: what torchvision's detectors are trained and
-    run with.
+    Bilinear without antialiasing, with pixel centres at half integers, as in torchvision's detectors.
 
     Args:
-        size: (height, width) of the input in pixels; of short_side (short, long), the longest that an image's
-            shorter and longer side may become; of crop the part of an image that the network sees at once.
-        resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, image at the top left of `size`, grey
-            padding at the right or bottom; "short_side" keeps it too and does not pad the image itself: those of a
-            batch are padded to the largest of them (Faster R-CNN, torchvision's GeneralizedRCNNTransform); "crop"
-            leaves images as they are, padded to `size` where they are smaller and then to the largest of the batch:
-            training cuts them at random (Augment), evaluation goes over them in windows (detkit.inference.windows).
-        padding: RGB in 0..1 around the images of a batch, and around small ones under crop; the backbone's mean
-            colour, so that it is 0 to the network.
-        trim: under letterbox, pad only to multiples of 32 and to the largest image of the batch, where that is less
-            than `size`. What is left out holds no image, and costs as much time as if it did.
+        size: (height, width) of the input in pixels; for short_side (short, long), the maximum lengths of the shorter
+            and longer side; for crop the size of the crops.
+        resize: "stretch" to `size`; "letterbox" keeps the aspect ratio, with the image at the top left of `size` and
+            grey padding at the right or bottom; "short_side" keeps it too, and the images of a batch are padded to the
+            largest (Faster R-CNN, torchvision's GeneralizedRCNNTransform); "crop" keeps images as they are, padded to
+            `size` if they are smaller and then to the largest of the batch: training uses random crops (Augment),
+            evaluation sliding windows (detkit.inference.windows).
+        padding: RGB in 0..1 around the images of a batch, and around small images for crop; the backbone's mean
+            colour, which is normalised to 0.
+        trim: for letterbox, pad only to multiples of 32 and to the largest image of the batch, if that is less than
+            `size`, which saves time.
     """
 
     def __init__(
@@ -84,20 +83,20 @@ class Fit:
         self.trim = trim and resize == "letterbox"
 
     def at(self, size: tuple[int, int]) -> "Fit":
-        """The same for an input of another size."""
+        """Create the same resize for another input size."""
         return Fit(size, self.resize, self.padding, self.trim)
 
     def untrimmed(self) -> "Fit":
-        """The same with all of its padding, as training has it: of one size for all batches."""
+        """Create the same resize with full padding, as in training, so that all batches have the same size."""
         return Fit(self.size, self.resize, self.padding)
 
     @property
     def one_size(self) -> bool:
-        """Whether all batches have the size `size`."""
+        """Return whether all batches have the size `size`."""
         return self.resize in ("stretch", "letterbox") and not self.trim
 
     def inner_size(self, source: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) that an image of size `source` gets inside the input."""
+        """Return the (height, width) to which an image of size `source` is resized, without padding."""
         match self.resize:
             case "stretch":
                 return self.size
@@ -111,7 +110,7 @@ class Fit:
                 return source
 
     def outer_size(self, source: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the tensor that `image` makes of an image of size `source`."""
+        """Return the (height, width) of the tensor of an image of size `source`, with padding."""
         match self.resize:
             case "short_side":
                 return self.inner_size(source)
@@ -128,12 +127,12 @@ class Fit:
         height, width = self.inner_size(source)
         x_scale, y_scale = width / source[1], height / source[0]
         if self.resize == "short_side":
-            # Rounded as torchvision rounds them, which makes boxes equal to the last bit.
+            # Rounded like torchvision, so that boxes are bit-identical.
             x_scale, y_scale = float(np.float32(x_scale)), float(np.float32(y_scale))
         return np.diag([x_scale, y_scale, 1.0])
 
     def image(self, image: np.ndarray) -> Tensor:
-        """(3, H, W) float32 in 0..1, of size `outer_size`, from (H, W, 3) uint8."""
+        """Convert (H, W, 3) uint8 to (3, H, W) float32 in 0..1 of size `outer_size`."""
         tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).float().div_(255)
         source = (image.shape[0], image.shape[1])
         inner, outer = self.inner_size(source), self.outer_size(source)
@@ -146,10 +145,10 @@ class Fit:
         return padded
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
-        """(B, 3, H, W) of tensors that `image` made.
+        """Stack tensors of `image` to (B, 3, H, W).
 
-        Those of several sizes are padded at the right and bottom to the largest height and width among them, under
-        short_side rounded up to a multiple of 32.
+        Tensors of different sizes are padded at the right and bottom to the largest height and width, for short_side
+        rounded up to a multiple of 32.
         """
         if self.one_size:
             return torch.stack(list(images))
@@ -161,7 +160,7 @@ class Fit:
         return batch
 
     def __call__(self, sample: Sample) -> Fitted:
-        """The image as a tensor, its size inside it, and target, meta and proposals in its pixels."""
+        """Resize a sample: image, target, meta and proposals."""
         matrix = self.matrix(sample.size)
         inner = self.inner_size(sample.size)
         target = _map_target(sample.target, matrix, inner, self.outer_size(sample.size))
@@ -174,46 +173,46 @@ class Fit:
         return min(self.size[0] / min(source), self.size[1] / max(source))
 
     def _blank(self, count: int, size: tuple[int, int]) -> Tensor:
-        """(count, 3, height, width) of nothing but padding."""
+        """Create (count, 3, height, width) filled by padding."""
         colour = (PADDING_GREY / 255,) * 3 if self.resize == "letterbox" else self.padding
         blank = torch.tensor(colour).view(1, 3, 1, 1).expand(count, 3, *size)
         return blank.clone(memory_format=torch.contiguous_format)
 
 
 def _round_up(number: int, step: int) -> int:
-    """The least multiple of `step` that is not less than `number`."""
+    """Round up to a multiple of `step`."""
     return -(-number // step) * step
 
 
 def undo(detections: Detections, meta: Meta) -> Detections:
-    """Detections in the network's pixels as detections in the source's own pixels, inside its borders.
+    """Map detections from input pixels to source pixels, clipped to the image.
 
-    One that lies in the padding becomes a box of no area on the border, as in torchvision. Mask patches become masks of
-    the source's size.
+    Detections in the padding become boxes without area on the border, as in torchvision. Mask patches are pasted into
+    masks of the source's size.
 
     Raises:
-        ValueError: the image went through an augmentation that has no inverse.
+        ValueError: the image was augmented, which has no inverse.
     """
     if meta.matrix is None:
-        raise ValueError(f"{meta.source} was augmented at random; its detections cannot be taken back")
+        raise ValueError(f"{meta.source} was augmented at random; its detections cannot be mapped back")
     boxes = map_boxes(detections.boxes, np.linalg.inv(meta.matrix))
     masks = None
     if detections.mask_patches is not None:
-        # Over the boxes as predicted: a patch does not shrink with the part of its box that lies in the image.
+        # Use the unclipped boxes, which the patches refer to.
         masks = paste_masks(detections.mask_patches, boxes, meta.size)
     points = None if detections.points is None else map_points(detections.points, np.linalg.inv(meta.matrix))
     return replace(detections, boxes=clip(boxes, meta.size), masks=masks, mask_patches=None, points=points)
 
 
 def map_boxes(boxes: Tensor, matrix: np.ndarray) -> Tensor:
-    """(N, 4) xyxy boxes under an axis-parallel affine matrix (3, 3)."""
+    """Transform (N, 4) xyxy boxes by an axis-parallel affine matrix (3, 3)."""
     scale = torch.tensor([matrix[0, 0], matrix[1, 1]] * 2, dtype=torch.float64)
     shift = torch.tensor([matrix[0, 2], matrix[1, 2]] * 2, dtype=torch.float64)
     return (boxes.cpu().double() * scale + shift).float().to(boxes.device)
 
 
 def map_points(points: Tensor, matrix: np.ndarray) -> Tensor:
-    """(..., 2) xy points under an axis-parallel affine matrix (3, 3)."""
+    """Transform (..., 2) xy points by an axis-parallel affine matrix (3, 3)."""
     scale = torch.tensor([matrix[0, 0], matrix[1, 1]], dtype=torch.float64)
     shift = torch.tensor([matrix[0, 2], matrix[1, 2]], dtype=torch.float64)
     return (points.cpu().double() * scale + shift).float().to(points.device)
@@ -224,7 +223,7 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
     if masks is not None and tuple(masks.shape[1:]) != size:
         resized = masks.new_zeros(len(masks), *size)
         if len(masks):
-            # As bytes in a quarter of the time that floats take.
+            # Bytes take a quarter of the time of floats.
             bytes_ = F.interpolate(masks[None].byte(), inner, mode="nearest-exact")[0]
             resized[:, : inner[0], : inner[1]] = bytes_.bool()
         masks = resized
@@ -240,11 +239,11 @@ def _map_target(target: Target, matrix: np.ndarray, inner: tuple[int, int], size
 
 
 class Mix(ABC):
-    """An augmentation that makes one image of several, registered among the others.
+    """Base class of augmentations that combine several images, registered like other augmentations.
 
     Attributes:
-        partners: how many further images it takes.
-        probability: of mixing; otherwise the image stays as it is.
+        partners: number of further images.
+        probability: probability of mixing; otherwise the image is not changed.
     """
 
     partners: ClassVar[int]
@@ -254,40 +253,38 @@ class Mix(ABC):
     def __call__(
         self, samples: Sequence[Sample], size: tuple[int, int], min_visibility: float, random: np.random.Generator
     ) -> Sample:
-        """The mixed image; the given ones stay as they are.
+        """Create the mixed image without modifying the given ones.
 
         Args:
             samples: 1 + `partners` images of any size.
             size: (height, width) of the input.
-            min_visibility: an object or proposal of which a smaller part is left is dropped.
-            random: the only source of chance.
+            min_visibility: objects and proposals with a smaller visible fraction are dropped.
+            random: the random generator to use.
         """
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
-        """How many times larger the mix may show a part of an image of (height, width) than the input shows an image
-        as a whole; infinite where that is not known."""
+        """Return the largest magnification of an image of (height, width) relative to the plain resize; infinite if
+        unknown."""
         return math.inf
 
 
 class Augment:
-    """Random augmentation of a training image: mixes with others, then one albumentations pipeline that ends at the
-    input's size.
+    """Random augmentation of training images: mixes, then an albumentations pipeline that ends at the input size.
 
-    Mixes (mosaic, mixup) come first, in their order, on images as the data set has them. Of the others geometric
-    transforms run first, then the resize to the input (but for short_side, whose size depends on the image), then
-    those that only change pixels: they cost least there. Proposals go where their pixels go, and have no influence on
-    anything else.
+    Mixes (mosaic, mixup) run first, in order, on images of the data set. Then follow geometric transforms, the resize
+    to the input (except for short_side, whose size depends on the image), and pixel transforms, which are cheapest at
+    the end. Proposals are transformed like boxes and do not affect anything else.
 
     Args:
         options: `[{name: flip, ...}, ...]`, parts of the registry of augmentations.
-        fit: the network's input.
-        min_visibility: an object or proposal of which a smaller part is left after a cut is dropped, as is one of which
-            the part that is left is less than a pixel wide or high. What becomes so small without a cut stays.
-        points: the rule for images with points (detkit.data.points); None for those without.
-        tried: the parts are known to work; otherwise those of albumentations are tried on a made-up image.
+        fit: the resize to the input.
+        min_visibility: objects and proposals with a smaller visible fraction after a cut are dropped, as are those
+            whose visible part is less than a pixel wide or high. Objects that become that small without a cut are kept.
+        points: the rule for images with points (detkit.data.points); None without points.
+        tried: the parts are known to work; otherwise those of albumentations are tried on a synthetic image.
 
     Raises:
-        ConfigError: a part or option is unknown, a part cannot be used, or the parts cannot carry points.
+        ConfigError: a part or option is unknown, a part cannot be used, or the parts do not support points.
     """
 
     def __init__(
@@ -310,43 +307,42 @@ class Augment:
         geometric = [part for part in parts if not _changes_only_pixels(part)]
         if not tried:
             check_usable(parts)
-        # All that come before the resize, which short_side leaves to the end.
+        # The parts before the resize, which is last for short_side.
         self._of_source = [*self.mixes, *(parts if fit.resize == "short_side" else geometric)]
         if points is not None:
             check_parts(self.mixes, parts, points)
-            geometric = watched(geometric)
-        # Objects may touch the border to within a rounding error: clip, instead of refusing the image.
+            geometric = with_point_removal(geometric)
+        # Objects may exceed the border by a rounding error: clip instead of rejecting the image.
         boxes = A.BboxParams("pascal_voc", min_visibility=min_visibility, clip=True)
-        # A target of their own: some transforms look at the ground truths ("bboxes") to choose a window.
+        # Proposals are a separate target, since some transforms choose a window by the ground truth ("bboxes").
         self.pipeline = A.Compose(
             [*geometric, *_resize_parts(fit), *pixel_only],
             bbox_params=boxes,
             keypoint_params=None if points is None else A.KeypointParams("xy", remove_invisible=False),
             additional_targets={"proposals": "bboxes"},
         )
-        # Compose has no argument for a processor of one's own, and has given this one to all transforms already.
+        # Compose does not accept a custom processor, and has already passed this one to all transforms.
         self.pipeline.processors["bboxes"].__class__ = VisibleBoxes
 
     def at(self, size: tuple[int, int]) -> "Augment":
-        """The same for an input of another size."""
+        """Create the same augmentation for another input size."""
         return Augment(self.options, self.fit.at(size), self.min_visibility, self.points, tried=True)
 
     def __call__(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample] | None = None) -> Sample:
-        """The augmented sample, at the input's size unless that is short_side.
+        """Augment a sample; the result has the input size except for short_side.
 
-        The same seed gives the same image, if `others` are the same.
+        The same seed gives the same image, given the same `others`.
 
         Args:
-            others: what mixes draw their further images from; None to leave the mixes out.
+            others: the images from which mixes draw; None to skip mixes.
 
         Raises:
             DataError: a further image cannot be read, or an augmentation fails on the image.
-            ConfigError: images with semantic maps are to be mixed.
+            ConfigError: images with semantic maps would be mixed.
         """
         if others is not None:
             sample = self._mixed(sample, seed, others)
-        # One pair of generators for all transforms: seeding each with the same number would make their
-        # choices depend on one another.
+        # One pair of generators for all transforms: the same seed for each would correlate their choices.
         self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
         target = sample.target
         given: dict[str, Any] = {"image": sample.image, "bboxes": _numbered(target.boxes)}
@@ -355,7 +351,7 @@ class Augment:
         if target.masks is not None and len(target):
             given["masks"] = target.masks.numpy().astype(np.uint8)
         if target.semantic is not None:
-            # One more than the class: 0 then is what does not count, and 0 is what transforms fill a mask with.
+            # Shifted by one, so that ignored pixels are 0, which transforms use to fill masks.
             given["mask"] = target.semantic.numpy() + np.uint8(1)
         if self.points is not None and target.points is not None:
             given["keypoints"] = as_keypoints(target, sample.size)
@@ -367,7 +363,7 @@ class Augment:
             raise
         except Exception as error:
             raise failure(error, sample.meta.source, sample.size) from error
-        # Albumentations drops boxes but not their masks; the fifth column says which are left.
+        # Albumentations drops boxes but not their masks; the fifth column has the indices of the kept ones.
         boxes = torch.from_numpy(result["bboxes"].astype(np.float32)).reshape(-1, 6)
         kept = boxes[:, 4].long()
         masks = None
@@ -389,18 +385,18 @@ class Augment:
         return Sample(result["image"], augmented, replace(sample.meta, matrix=None), proposals)
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
-        """How many times larger it may show a part of an image of (height, width) `size` than the input shows a
-        image as a whole; infinite where a part does not say that by a method of this name."""
+        """Return the largest magnification of an image of (height, width) `size` relative to the plain resize; infinite
+        if a part has no method of this name."""
         return math.prod(_largest_zoom(part, size) for part in self._of_source)
 
     def _mixed(self, sample: Sample, seed: int, others: Dataset | Sequence[Sample]) -> Sample:
         if self.mixes and sample.target.semantic is not None:
             raise ConfigError(
-                "'augment' mixes images (mosaic, mixup), which cannot be done with semantic maps. Leave these parts "
-                "out; random_scale, flip and photometric can be had."
+                "'augment' mixes images (mosaic, mixup), which is not supported for semantic maps. Remove these parts; "
+                "random_scale, flip and photometric are supported."
             )
         for number, mix in enumerate(self.mixes, start=1):
-            # A generator of its own: a pipeline behind mixes makes the choices that it would make without them.
+            # A separate generator, so that the pipeline makes the same choices with and without mixes.
             generator = np.random.default_rng([seed, number])
             if generator.uniform() < mix.probability:
                 drawn = generator.integers(len(others), size=mix.partners).tolist()
@@ -410,12 +406,12 @@ class Augment:
 
 
 def _resize_parts(fit: Fit) -> list[Any]:
-    """The albumentations transforms that bring an image to the input's size."""
+    """Create the albumentations transforms that resize an image to the input."""
     import albumentations as A
     import cv2
 
     height, width = fit.size
-    # Albumentations' own choice, INTER_NEAREST, moves masks by up to half a pixel against the image.
+    # Albumentations' default, INTER_NEAREST, shifts masks by up to half a pixel.
     exact = cv2.INTER_NEAREST_EXACT
     match fit.resize:
         case "stretch":
@@ -426,7 +422,7 @@ def _resize_parts(fit: Fit) -> list[Any]:
                 A.PadIfNeeded(height, width, position="top_left", fill=PADDING_GREY),
             ]
         case "short_side":
-            # Albumentations warns of a pipeline that leaves boxes where they are.
+            # Albumentations warns about a pipeline without transforms of boxes.
             return [A.NoOp()]
         case "crop":
             fill = tuple(round(255 * value) for value in fit.padding)
@@ -437,7 +433,7 @@ def _resize_parts(fit: Fit) -> list[Any]:
 
 
 def _numbered(boxes: Tensor) -> np.ndarray:
-    """(N, 4) boxes as (N, 6), behind each its number and whether it was cut."""
+    """Extend (N, 4) boxes to (N, 6) by their index and whether they were cut."""
     return np.column_stack([boxes.numpy(), np.arange(len(boxes), dtype=np.float32), np.zeros(len(boxes), np.float32)])
 
 
@@ -450,7 +446,7 @@ def _largest_zoom(part: Any, size: tuple[int, int]) -> float:
 
 
 def _changes_only_pixels(part: Any) -> bool:
-    """Whether boxes stay where they are under `part`, an albumentations transform or composition."""
+    """Return whether `part`, an albumentations transform or composition, does not change boxes."""
     from albumentations import BaseCompose, ImageOnlyTransform
 
     if isinstance(part, BaseCompose):

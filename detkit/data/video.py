@@ -1,4 +1,4 @@
-"""Videos, frame by frame: read as (H, W, 3) uint8 RGB in the orientation in which they are shown, written as H.264."""
+"""Videos, frame by frame: read as (H, W, 3) uint8 RGB in display orientation, written as H.264."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from detkit.errors import DataError, WriteError
 from detkit.io.files import make_folder, write_error
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
-"""Files with these endings, in either case, count as videos."""
+"""Files with these suffixes, in either case, count as videos."""
 TIME_BASE = Fraction(1, 90_000)
-"""The unit in which the times of written frames are rounded, as in MPEG."""
+"""The unit to which the times of written frames are rounded, as in MPEG."""
 BT709, VIDEO_RANGE = 1, 1
-"""The codes of H.273 for the colours that every player takes HD video to have."""
+"""H.273 codes of the colour space and range that players assume for HD video."""
 
 
 def is_video(source: str | Path) -> bool:
-    """Whether `source` names a video and not images, by its ending alone; a folder is never one."""
+    """Return whether `source` is a video rather than images, by its suffix; a folder never is."""
     return Path(source).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(source)
 
 
 class VideoReader:
-    """The frames of a video, one after the other; at no time more than a few of them are in memory.
+    """Reader of the frames of a video, with only a few of them in memory at a time.
 
-    Parts that cannot be decoded are skipped and counted, since videos are often cut off, and the rest of them is good.
+    Parts that cannot be decoded are skipped and counted, since videos are often truncated and otherwise valid.
 
     Attributes:
-        rate: frames per second; of a video with a variable rate the mean.
-        aspect: width of a pixel divided by its height, as the upright frames have it.
-        expected: how many frames the file says are shown; 0 where it does not say.
-        read: how many have been read so far.
-        broken: how many parts of the file could not be decoded so far.
+        rate: frames per second; the mean for a variable rate.
+        aspect: pixel aspect ratio (width / height) of the upright frames.
+        expected: number of displayed frames according to the file; 0 if unknown.
+        read: number of frames read so far.
+        broken: number of parts that could not be decoded so far.
 
     Args:
-        path: a video of any format that FFmpeg reads.
+        path: a video of any format that FFmpeg supports.
 
     Raises:
-        DataError: the file is missing, empty, not a video, or so broken that it cannot be opened.
+        DataError: the file is missing, empty, not a video, or cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,13 +55,13 @@ class VideoReader:
         except (OSError, ValueError):
             exists = False
         if not exists:
-            raise DataError(f"The video {str(path)!r} does not exist. Give the path of a file that does.")
+            raise DataError(f"The video {str(path)!r} does not exist. Give the path of an existing file.")
         try:
             self._container = av.open(str(path), metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise DataError(
-                f"The video '{path}' cannot be opened ({error.strerror}): it is not a video, or was cut off before "
-                "its index was written. Get a whole copy of the file."
+                f"The video '{path}' cannot be opened ({error.strerror}): it is not a video, or was truncated before "
+                "its index was written. Get a complete copy of the file."
             ) from error
         if not self._container.streams.video:
             self._container.close()
@@ -82,14 +82,14 @@ class VideoReader:
         self._container.close()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Each frame, (H, W, 3) uint8 RGB; the errors are those of `timed`."""
+        """Iterate over the frames, (H, W, 3) uint8 RGB; errors as for `timed`."""
         return (image for image, _ in self.timed())
 
     def timed(self) -> Iterator[tuple[np.ndarray, Fraction]]:
-        """Each frame, (H, W, 3) uint8 RGB, with the time in seconds at which it is shown, counted from the first.
+        """Iterate over the frames, (H, W, 3) uint8 RGB, with their display times in seconds from the first.
 
         Raises:
-            DataError: not a single frame can be decoded.
+            DataError: no frame can be decoded.
         """
         first: Fraction | None = None
         latest = Fraction(-1)
@@ -99,15 +99,17 @@ class VideoReader:
                 self.aspect = 1 / self.aspect
             time = self.read / self.rate if frame.pts is None else frame.pts * frame.time_base
             first = time if first is None else first
-            # A damaged file may repeat a time, or go back; a frame is shown after the one before it.
+            # Times in damaged files may repeat or decrease; make them increasing.
             latest = time - first if time - first > latest else latest + TIME_BASE
             self.read += 1
             yield image, latest
         if not self.read:
-            raise DataError(f"The video '{self.path}' has no frame that can be decoded. Get a whole copy of the file.")
+            raise DataError(
+                f"The video '{self.path}' has no frame that can be decoded. Get a complete copy of the file."
+            )
 
     def _frames(self) -> Iterator[Any]:
-        """Each frame that can be decoded; the parts that cannot are counted."""
+        """Iterate over the frames that can be decoded, counting the parts that cannot."""
         import av
 
         packets = self._container.demux(self._stream)
@@ -126,7 +128,7 @@ class VideoReader:
 
     @property
     def problem(self) -> str:
-        """What could not be read of the video, for a report at the end; empty where all is well."""
+        """Description of the parts that could not be read, for a final report; empty if there are none."""
         missing = self.expected - self.read
         parts = [f"{self.broken} parts cannot be decoded"] if self.broken else []
         parts += [f"{missing} of {self.expected} frames are missing"] if missing > 0 else []
@@ -134,14 +136,14 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes frames of one size to an H.264 video (.mp4), in the colours of BT.709, and says so in the file.
+    """Writer of an H.264 video (.mp4) with frames of one size, tagged with BT.709 colours.
 
-    H.264 needs even sides: of an odd one the last row or column is repeated.
+    H.264 needs even sides: the last row or column of an odd side is repeated.
 
     Args:
-        path: its folder is made, and a file that is there is replaced.
-        rate: frames per second, for frames that are written without a time.
-        aspect: width of a pixel divided by its height.
+        path: the file, which is replaced if it exists; its folder is created.
+        rate: frames per second, for frames written without a time.
+        aspect: pixel aspect ratio (width / height).
     """
 
     def __init__(self, path: Path, rate: Fraction, aspect: Fraction = Fraction(1)) -> None:
@@ -156,13 +158,13 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file, also after an error: what was written until then can be watched."""
+        """Finish the file, also after an error, so that the frames written so far can be played."""
         if self._container is None:
             return
         self._container.mux(self._stream.encode())
         self._container.close()
         self._file.close()
-        if error is None:  # else an error of the file is the one that ended the writing
+        if error is None:  # otherwise this error is already being raised
             self._file.check()
 
     def write(self, image: np.ndarray, time: Fraction | None = None) -> None:
@@ -170,10 +172,10 @@ class VideoWriter:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            time: the second at which it is shown, after that of the frame before; None for the next at `rate`.
+            time: its display time in seconds, after that of the previous frame; None for the next one at `rate`.
 
         Raises:
-            DataError: it has another size than the frames before it.
+            DataError: its size differs from that of the previous frames.
             WriteError: the file cannot be written.
         """
         import av
@@ -183,7 +185,7 @@ class VideoWriter:
         if image.shape != self._shape:
             raise DataError(
                 f"The frames of '{self.path}' change their size from {self._shape[1]} x {self._shape[0]} to "
-                f"{image.shape[1]} x {image.shape[0]} pixels, which a video cannot. Cut the source where they do."
+                f"{image.shape[1]} x {image.shape[0]} pixels, which a video does not support. Split the source there."
             )
         even = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", dst_colorspace=BT709)
@@ -199,8 +201,8 @@ class VideoWriter:
 
         self._file = _OutputFile(self.path)
         self._container = av.open(self._file, "w", format="mp4")
-        # Close to what the eye can tell from the original, at a size that can be sent. Of photographs that is the
-        # quality and the size of x264's default preset at 20, in less than half its time.
+        # Almost visually lossless at a moderate size: for photographs the quality and size of x264's default preset at
+        # 20, in less than half the time.
         options = {"crf": "18", "preset": "veryfast"}
         self._stream = self._container.add_stream("libx264", rate=self.rate, options=options)
         self._shape = shape
@@ -214,8 +216,7 @@ class VideoWriter:
 
 
 class _OutputFile:
-    """A file that FFmpeg writes to, which keeps its errors for `check`: after a write that failed on a full disk,
-    FFmpeg's muxer ends the process with a segmentation fault."""
+    """A file for FFmpeg's output that stores errors for `check`, since FFmpeg's muxer crashes after a failed write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -252,7 +253,7 @@ class _OutputFile:
 
 
 def _shown_frames(stream: Any) -> int:
-    """How many frames of a stream are shown: an edit list, which trims a video without cutting it, hides some."""
+    """Return the number of displayed frames of a stream, some of which an edit list may hide."""
     frames = int(stream.frames)
     if stream.duration is None or stream.average_rate is None:
         return frames
@@ -260,10 +261,9 @@ def _shown_frames(stream: Any) -> int:
 
 
 def _upright(frame: Any) -> tuple[np.ndarray, bool]:
-    """The frame (H, W, 3) as its display matrix says to show it, turned and mirrored; also whether its sides have
-    changed places.
+    """Rotate and mirror a frame by its display matrix to (H, W, 3); also return whether its sides are swapped.
 
-    The matrix [[a, b], [c, d]] (ISO/IEC 14496-12, 6.2.2) sends the pixel (x, y) to (a x + c y, b x + d y).
+    The matrix [[a, b], [c, d]] (ISO/IEC 14496-12, 6.2.2) maps the pixel (x, y) to (a x + c y, b x + d y).
     """
     from av.sidedata.sidedata import Type
 

@@ -38,7 +38,7 @@ def test_per_pixel_anchors_equal_a_plain_loop():
 def test_per_pixel_anchors_one_of_each_and_none():
     assert per_pixel_anchors((1, 1), (10, 20), [1], [1]).tolist() == [[0, 0, 20, 10]]
     assert per_pixel_anchors((0, 4), (10, 20), [1], [1]).shape == (0, 4)
-    with pytest.raises(ValueError, match="one value each at least"):
+    with pytest.raises(ValueError, match="at least one value each"):
         per_pixel_anchors((1, 1), (10, 20), [], [1])
 
 

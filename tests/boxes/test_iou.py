@@ -270,5 +270,5 @@ def test_refusals():
         pairwise_iou(boxes, boxes, "iuo")
     with pytest.raises(ValueError, match=r"boxes_b must be \(N, 4\), but got \(3, 5\)"):
         pairwise_iou(boxes, torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="equally many, but are 3 and 1"):
+    with pytest.raises(ValueError, match="same length, but have 3 and 1"):
         elementwise_iou(boxes, boxes[:1])

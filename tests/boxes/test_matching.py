@@ -392,13 +392,13 @@ def test_degenerate_targets(matcher):
 def test_nan_and_wrong_masks_are_refused(matcher):
     boxes, broken = random_boxes(4, 1), random_boxes(4, 1)
     broken[2, 3] = math.nan
-    with pytest.raises(ValueError, match=r"ground truths\[2\] holds NaN"):
+    with pytest.raises(ValueError, match=r"targets\[2\] contains NaN"):
         matcher(boxes, broken)
-    with pytest.raises(ValueError, match=r"anchors\[2\] holds NaN"):
+    with pytest.raises(ValueError, match=r"anchors\[2\] contains NaN"):
         matcher(broken, boxes)
-    with pytest.raises(ValueError, match=r"ignored_truths must be \(4,\) bool"):
+    with pytest.raises(ValueError, match=r"ignored_targets must be \(4,\) bool"):
         matcher(boxes, boxes, torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"ignored_truths must be \(4,\) bool"):
+    with pytest.raises(ValueError, match=r"ignored_targets must be \(4,\) bool"):
         matcher(boxes, boxes, torch.zeros(4))
     with pytest.raises(ValueError, match=r"anchors must be \(N, 4\), but got \(4, 3\)"):
         matcher(boxes[:, :3], boxes)

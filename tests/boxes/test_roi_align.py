@@ -94,5 +94,5 @@ def test_a_region_without_a_place_has_zeros_and_no_gradient(value: float, sampli
 
 @pytest.mark.parametrize("image", [-1.0, 2.0, math.nan])
 def test_a_region_of_no_image_is_refused(image: float) -> None:
-    with pytest.raises(ValueError, match=r"must name images 0\.\.1"):
+    with pytest.raises(ValueError, match=r"must be an image index in 0\.\.1"):
         roi_align(torch.ones(2, 1, 4, 4), torch.tensor([[image, 0, 0, 1, 1]]), 7, 1.0, 2, False)

@@ -163,5 +163,5 @@ def test_each_box_is_a_decoded_candidate_in_order_of_its_score() -> None:
 
 def test_levels_that_do_not_add_up() -> None:
     objectness, offsets, anchors = random_outputs(0)
-    with pytest.raises(ValueError, match="the levels have 314 anchors together, but there are 315"):
+    with pytest.raises(ValueError, match="the levels have 314 anchors in total, but there are 315"):
         select_proposals(objectness, offsets, anchors, (300, 14), SIZES, candidates=9, proposals=9, iou_threshold=0.7)

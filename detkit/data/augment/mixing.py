@@ -1,4 +1,4 @@
-"""Augmentations that make one training image of several: mosaic and mixup."""
+"""Augmentations that combine several training images: mosaic and mixup."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +24,17 @@ from detkit.structures import Sample, Target
 
 @augmentations.register("mosaic")
 class Mosaic(Mix):
-    """Four images around a random point (Bochkovskiy et al. 2020, YOLOv4, section 3.3), cut out of a canvas of twice
-    the input by a random warp (YOLOv5, YOLOX).
+    """Four images around a random point (Bochkovskiy et al. 2020, YOLOv4, section 3.3), on a canvas of twice the input
+    size from which a random warp is taken (YOLOv5, YOLOX).
 
-    Each image is scaled to fit into the input, keeping its aspect ratio, and touches the point with a corner of its
-    own; the point lies in the middle half of the canvas along each axis. The result has the input's size.
+    Each image is resized to fit into the input, keeping its aspect ratio, and has a corner at the point, which is in
+    the central half of the canvas along each axis. The result has the input size.
 
     Args:
-        scale, rotation, shear, translation, perspective: of the cut, as in `perspective`; scale 1 shows about half of
-            the canvas along each axis. The defaults are YOLOv5's; YOLOX takes scale [0.1, 2], rotation 10, shear 2.
-        probability: of the mosaic; otherwise the image stays alone.
+        scale, rotation, shear, translation, perspective: parameters of the warp as in `perspective`; scale 1 shows
+            about half of the canvas along each axis. The defaults are YOLOv5's; YOLOX uses scale [0.1, 2], rotation 10,
+            shear 2.
+        probability: probability of the mosaic; otherwise the image is not changed.
     """
 
     partners = 3
@@ -69,24 +70,24 @@ class Mosaic(Mix):
         return _joined(warp_image(canvas, cut, size, PADDING_GREY), samples, placed)
 
     def largest_zoom(self, size: Size) -> float:
-        return 1.0  # each image is brought to the input's size before anything else
+        return 1.0  # images are resized to the input first
 
 
 @augmentations.register("mixup")
 class Mixup(Mix):
-    """A second image blended in, its objects added to the first one's (Zhang et al. 2018, "mixup"; for detection Ge
-    et al. 2021, YOLOX, section 2.1).
+    """Blends a second image in and adds its objects (Zhang et al. 2018, "mixup"; for detection Ge et al. 2021, YOLOX,
+    section 2.1).
 
-    The second image is scaled to fit into the first, then by a random factor, and lies at random over it; parts
-    outside are cut off, and where it has no pixels grey is blended in. All objects count alike, whatever the weight of
+    The second image is resized to fit into the first, then by a random factor, and placed at random; parts outside are
+    cut off, and grey is blended in where it has no pixels. All objects have the same weight, regardless of that of
     their image.
 
     Args:
-        alpha: the weight of the first image is drawn from Beta(alpha, alpha), as in Zhang et al.; at least 1 is wise,
-            since below it one of two images is often invisible, its objects not. Null for a half, as in YOLOX.
+        alpha: the weight of the first image is drawn from Beta(alpha, alpha), as in Zhang et al.; use at least 1, since
+            below that one image is often invisible, but not its objects. Null for 0.5, as in YOLOX.
         scale: smallest and largest factor.
         flip: probability that the second image is mirrored left to right.
-        probability: of the mixup; otherwise the image stays alone.
+        probability: probability of the mixup; otherwise the image is not changed.
     """
 
     partners = 1
@@ -128,14 +129,14 @@ class Mixup(Mix):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one image lies on a canvas, scaled and maybe mirrored; it may reach beyond the canvas.
+    """The placement of an image on a canvas, resized and maybe mirrored; it may exceed the canvas.
 
     Args:
         source: (height, width) of the image.
-        inner: (height, width) that it is scaled to.
-        top, left: of its corner on the canvas, in pixels.
+        inner: (height, width) to which it is resized.
+        top, left: its corner on the canvas in pixels.
         canvas: (height, width) of the canvas.
-        mirrored: left to right.
+        mirrored: mirrored left to right.
     """
 
     source: Size
@@ -162,7 +163,7 @@ class _Place:
         return rows, columns
 
     def part(self, image: np.ndarray, interpolation: int) -> np.ndarray:
-        """The pixels for `visible` of the image or of a mask of its size."""
+        """Return the `visible` pixels of the image, or of a mask of its size."""
         import cv2
 
         rows, columns = self.visible
@@ -174,7 +175,7 @@ class _Place:
         ]
 
     def draw_on(self, canvas: np.ndarray, image: np.ndarray) -> None:
-        """Write the image's pixels into the canvas."""
+        """Draw the image on the canvas."""
         import cv2
 
         canvas[self.visible] = self.part(image, cv2.INTER_LINEAR)
@@ -182,14 +183,14 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Carried:
-    """What one image brings into the mix, in pixels of the result."""
+    """The objects and proposals of one image, in pixels of the result."""
 
     target: Target
     proposals: Tensor | None
 
 
 def _carried(sample: Sample, place: _Place, cut: np.ndarray, size: Size, min_visibility: float) -> _Carried:
-    """Objects and proposals of an image that lies at `place` on a canvas, of which `cut` makes an image of `size`."""
+    """Map the objects and proposals of an image at `place` on a canvas, which `cut` maps to an image of `size`."""
     target = sample.target
     boxes, kept = _cut_boxes(target.boxes, place, cut, size, min_visibility)
     masks = None
@@ -205,9 +206,9 @@ def _carried(sample: Sample, place: _Place, cut: np.ndarray, size: Size, min_vis
 def _cut_boxes(
     boxes: Tensor, place: _Place, cut: np.ndarray, size: Size, min_visibility: float
 ) -> tuple[Tensor, Tensor]:
-    """The boxes that are visible enough, clipped to the result, and their indices.
+    """Return the sufficiently visible boxes, clipped to the result, and their indices.
 
-    What counts is the part of a box's area that is left after both cuts, by the canvas and by the result.
+    The visibility is the fraction of a box's area after both cuts, by the canvas and by the result.
     """
     now = boxes.numpy().astype(np.float64)
     visible = np.ones(len(now))
@@ -218,7 +219,7 @@ def _cut_boxes(
             _areas(whole) > 1e-12, _areas(now) / np.maximum(_areas(whole), 1e-12), (now == whole).all(1)
         )
     large = (now[:, 2:] - now[:, :2] >= 1).all(1)
-    # What becomes smaller than a pixel without being cut stays, as it does without augmentation.
+    # Objects that become smaller than a pixel without being cut are kept, as without augmentation.
     kept = torch.from_numpy(np.flatnonzero((visible > 0) & (visible >= min_visibility) & (large | (visible >= UNCUT))))
     return torch.from_numpy(now).float()[kept], kept
 
@@ -228,7 +229,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def _cut_masks(masks: Tensor, place: _Place, cut: np.ndarray, size: Size) -> Tensor:
-    """(N, H, W) bool masks of an image as (N, *size) bool."""
+    """Transform (N, H, W) bool masks of an image to (N, *size) bool."""
     import cv2
 
     rows, columns = place.visible
@@ -240,7 +241,7 @@ def _cut_masks(masks: Tensor, place: _Place, cut: np.ndarray, size: Size) -> Ten
 
 
 def _joined(image: np.ndarray, samples: Sequence[Sample], carried: Sequence[_Carried]) -> Sample:
-    """One sample of the mixed image and of what each image brings."""
+    """Create the sample of the mixed image."""
     targets = [part.target for part in carried]
     masks = None
     if targets[0].masks is not None:
@@ -258,7 +259,7 @@ def _joined(image: np.ndarray, samples: Sequence[Sample], carried: Sequence[_Car
 
 
 def _best_first(proposals: Sequence[Tensor]) -> Tensor | None:
-    """The proposals of several images in turn: the best of each, then the second of each, and so on."""
+    """Interleave the proposals of several images: the best of each, then the second of each, and so on."""
     if not proposals:
         return None
     ranks = torch.cat([torch.arange(len(boxes)) for boxes in proposals])
@@ -266,6 +267,6 @@ def _best_first(proposals: Sequence[Tensor]) -> Tensor | None:
 
 
 def _fitted_size(source: Size, size: Size) -> Size:
-    """(height, width) of an image scaled to fit into `size` with its aspect ratio kept."""
+    """Return the (height, width) of an image resized to fit into `size`, keeping the aspect ratio."""
     scale = min(size[0] / source[0], size[1] / source[1])
     return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))

@@ -1,11 +1,13 @@
-"""Augmentations of single images by name, each an albumentations transform, so that any of albumentations' own can
-join them. Those that mix several images are in detkit.data.augment.mixing."""
+"""Augmentations of single images, each an albumentations transform, so that they combine with albumentations' own.
+
+Those that mix several images are in detkit.data.augment.mixing.
+"""
 
 import os
 import warnings
 from typing import Any
 
-# Albumentations asks a server for its newest version on import, unless told not to.
+# Albumentations checks for a new version online on import, unless this is set.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -15,7 +17,7 @@ from albumentations.augmentations.crops.transforms import BaseCrop
 from albumentations.core.bbox_utils import BboxProcessor, calculate_bbox_areas_in_pixels, clip_bboxes
 
 from detkit.data.augment.warping import RandomWarp, warp_boxes, warp_image, warp_mask, warp_points
-from detkit.data.points import forget_outside
+from detkit.data.points import drop_outside
 from detkit.data.transforms import UNCUT
 from detkit.errors import ConfigError, check_range, nearest
 from detkit.registry import augmentations
@@ -28,15 +30,14 @@ def flip(horizontal: float = 0.5, vertical: float = 0.0) -> Any:
 
 
 class _SameScale:
-    """Of a transform that leaves everything as large as it is; see Augment.largest_zoom."""
+    """Mixin of transforms that do not magnify; see Augment.largest_zoom."""
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
         return 1.0
 
 
 class _HorizontalFlip(_SameScale, A.HorizontalFlip):
-    """With points where boxes are: albumentations mirrors boxes at the centre of the image, points half a pixel off
-    it."""
+    """A flip that mirrors points like boxes, at the image's centre; albumentations is half a pixel off for points."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
         mirrored = keypoints.copy()
@@ -45,7 +46,7 @@ class _HorizontalFlip(_SameScale, A.HorizontalFlip):
 
 
 class _VerticalFlip(_SameScale, A.VerticalFlip):
-    """Likewise."""
+    """A vertical flip; see `_HorizontalFlip`."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
         mirrored = keypoints.copy()
@@ -54,10 +55,10 @@ class _VerticalFlip(_SameScale, A.VerticalFlip):
 
 
 class VisibleBoxes(BboxProcessor):
-    """Drops the boxes of which a cut leaves too little. Albumentations' own also drops those that were not cut, but are
-    smaller than a pixel once their image is resized to the input.
+    """Drops boxes of which a cut leaves too little.
 
-    The last column of a box says whether an earlier transform has cut it.
+    Albumentations' processor also drops uncut boxes that become smaller than a pixel in the resize to the input. The
+    last column of a box is set if an earlier transform has cut it.
     """
 
     def filter(self, data: np.ndarray, shape: Any) -> np.ndarray:
@@ -65,7 +66,7 @@ class VisibleBoxes(BboxProcessor):
             return data
         clipped = clip_bboxes(data, shape)
         whole, left = (calculate_bbox_areas_in_pixels(boxes, shape) for boxes in (data, clipped))
-        # Albumentations adds so much to keep from dividing by 0; of a box as small as that a part is as good as none.
+        # Albumentations' epsilon against division by 0; for boxes as small as that, use whether they are inside.
         inside = np.isclose(data[:, :4], clipped[:, :4], rtol=0).all(1)
         visible = np.where(whole > 1e-3, left / (whole + 1e-7), inside)
         clipped[:, -1] = np.maximum(clipped[:, -1], visible < UNCUT)
@@ -74,14 +75,14 @@ class VisibleBoxes(BboxProcessor):
         return clipped[(visible > 0) & (visible >= self.params.min_visibility) & ~too_small]
 
     def check(self, data: np.ndarray, shape: Any) -> None:
-        """Accept boxes of no area, too: they were checked when the data set was read."""
+        """Also accept boxes without area, since boxes were checked when the data set was read."""
 
 
-class ForgetPoints(A.NoOp):
-    """Puts the points outside of the image far away; see detkit.data.points."""
+class DropOutsidePoints(A.NoOp):
+    """Moves points outside the image far away; see detkit.data.points."""
 
     def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
-        return forget_outside(keypoints, params["shape"][:2])
+        return drop_outside(keypoints, params["shape"][:2])
 
 
 class _ColorJitter(_SameScale, A.ColorJitter):
@@ -96,7 +97,7 @@ def photometric(
     hue: float = 0.05,
     probability: float = 0.5,
 ) -> Any:
-    """SSD's colour distortion (Liu et al. 2016, section 2.2), in random order; each a strength around no change."""
+    """SSD's colour distortion (Liu et al. 2016, section 2.2), in random order; strengths are relative to no change."""
     return _ColorJitter(
         brightness=(1 - brightness, 1 + brightness),
         contrast=(1 - contrast, 1 + contrast),
@@ -107,7 +108,7 @@ def photometric(
 
 
 class _HSV(_SameScale, A.ImageOnlyTransform):
-    """Hue shifted, saturation and value multiplied, by look-up tables."""
+    """Shifts hue and multiplies saturation and value, by look-up tables."""
 
     def __init__(self, hue: float, saturation: float, value: float, p: float) -> None:
         super().__init__(p=p)
@@ -127,15 +128,15 @@ class _HSV(_SameScale, A.ImageOnlyTransform):
 
 @augmentations.register("hsv")
 def hsv(hue: float = 0.015, saturation: float = 0.7, value: float = 0.4, probability: float = 1.0) -> Any:
-    """YOLO's colour distortion (Redmon et al. 2016, section 2.2): the hue shifted by up to `hue` of the colour circle,
-    saturation and value multiplied by up to 1 ± their strength. The defaults are YOLOv5's."""
+    """YOLO's colour distortion (Redmon et al. 2016, section 2.2): shift the hue by up to the fraction `hue` of the
+    colour circle, and multiply saturation and value by up to 1 ± their strength. The defaults are YOLOv5's."""
     check_range("hsv", 0, 0.5, hue=hue)
     check_range("hsv", 0, 1, saturation=saturation, value=value, probability=probability)
     return _HSV(hue, saturation, value, probability)
 
 
 class _Perspective(A.DualTransform):
-    """A random homography to an image of the same size."""
+    """Applies a random homography, keeping the image size."""
 
     def __init__(self, warp: RandomWarp, fill: float, p: float) -> None:
         super().__init__(p=p)
@@ -154,7 +155,7 @@ class _Perspective(A.DualTransform):
     def apply_to_bboxes(self, bboxes: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
         height, width = params["shape"][:2]
         sides = np.array([width, height, width, height])
-        # Albumentations gives boxes as fractions of the sides, and further columns behind them.
+        # Albumentations passes boxes as fractions of the sides, followed by further columns.
         moved = warp_boxes(bboxes[:, :4] * sides, matrix) / sides
         return np.column_stack([moved, bboxes[:, 4:]]).astype(bboxes.dtype)
 
@@ -176,18 +177,19 @@ def perspective(
     fill: float = 114.0,
     probability: float = 1.0,
 ) -> Any:
-    """The image turned, moved, scaled, sheared and seen at a slant, all at random and in one step (YOLOv5's
-    random perspective). The new boxes enclose the turned ones: at large rotations they are too wide for most objects.
+    """Rotate, translate, scale, shear and tilt the image at random in one step (YOLOv5's random perspective).
+
+    The new boxes enclose the rotated ones: for large angles they are too wide for most objects.
 
     Args:
-        rotation: degrees, to either side of upright.
-        translation: of the centre, as a fraction of each side, either way.
+        rotation: maximum angle in degrees, in both directions.
+        translation: maximum shift of the centre, as a fraction of each side, in both directions.
         scale: smallest and largest factor.
-        shear: degrees, along each axis.
-        perspective: how much nearer or farther than the centre the edges may be along each axis, as a fraction of the
-            distance; 0 for none.
-        fill: grey, 0..255, where the image has no pixels.
-        probability: of doing it at all.
+        shear: maximum angle in degrees, along each axis.
+        perspective: maximum relative difference of distance between the edges and the centre along each axis; 0 for
+            none.
+        fill: grey value in 0..255 outside the image.
+        probability: probability of the transform.
     """
     check_range("perspective", 0, 255, fill=fill)
     check_range("perspective", 0, 1, probability=probability)
@@ -195,7 +197,7 @@ def perspective(
 
 
 class _Expand(_SameScale, A.Pad):
-    """Place the image on a larger canvas at random."""
+    """Places the image at random on a larger canvas."""
 
     def __init__(self, max_ratio: float, fill: tuple[float, float, float], p: float) -> None:
         super().__init__(fill=fill, p=p)
@@ -213,14 +215,14 @@ class _Expand(_SameScale, A.Pad):
 def expand(
     max_ratio: float = 4.0, fill: tuple[float, float, float] = (123.0, 117.0, 104.0), probability: float = 0.5
 ) -> Any:
-    """SSD's zoom out: the image at random on a canvas up to `max_ratio` times as wide and high, of colour `fill`."""
+    """SSD's zoom out: place the image at random on a canvas of colour `fill`, up to `max_ratio` times as large."""
     if max_ratio < 1:
         raise ConfigError(f"'expand.max_ratio' must be at least 1, but is {max_ratio}.")
     return _Expand(max_ratio, fill, probability)
 
 
 class _IoUCrop(BaseCrop):
-    """A random window whose overlap with at least one object reaches a random minimum."""
+    """Crops a random window whose IoU with at least one object reaches a random minimum."""
 
     def __init__(
         self, min_scale: float, max_scale: float, min_ratio: float, max_ratio: float, trials: int, p: float
@@ -232,7 +234,7 @@ class _IoUCrop(BaseCrop):
         height, width = params["shape"][:2]
         boxes = np.array([box[:4] for box in data["bboxes"]], dtype=np.float64).reshape(-1, 4)
         boxes *= [width, height, width, height]
-        # 2 stands for "the whole image", as in the paper's list of choices.
+        # 2 means the whole image, one of the paper's choices.
         minimum = self.py_random.choice([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 2.0])
         if minimum < 2.0:
             for _ in range(self.trials):
@@ -275,21 +277,21 @@ def iou_crop(
     trials: int = 40,
     probability: float = 1.0,
 ) -> Any:
-    """SSD's random crop (Liu et al. 2016, section 2.2): the window holds an object's centre and overlaps that object by
-    at least a minimum IoU drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9; one time in seven, and where `trials` find none, the
-    whole image stays. Scales are fractions of each side, ratios of width to height."""
+    """SSD's random crop (Liu et al. 2016, section 2.2): the window contains an object's centre and has at least an IoU
+    drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9 with that object; with probability 1/7, or if `trials` do not find such a
+    window, the whole image is kept. Scales are fractions of each side, ratios of width to height."""
     return _IoUCrop(min_scale, max_scale, min_ratio, max_ratio, trials, probability)
 
 
 @augmentations.register("zoom_crop")
 def zoom_crop(min_scale: float = 0.5, max_ratio: float = 1.33, probability: float = 0.5) -> Any:
-    """A random window of at least `min_scale` of each side, whatever is in it; objects keep their shape within
-    `max_ratio`. Milder than `iou_crop`: for few images with many objects each."""
+    """Crop a random window of at least `min_scale` of each side, regardless of its content, changing aspect ratios by
+    at most `max_ratio`. Milder than `iou_crop`: for few images with many objects each."""
     return _ZoomCrop(min_scale, max_ratio, probability)
 
 
 class _ZoomCrop(BaseCrop):
-    """A random window of nearly the image's own shape."""
+    """Crops a random window of nearly the image's aspect ratio."""
 
     def __init__(self, min_scale: float, max_ratio: float, p: float) -> None:
         super().__init__(p=p)
@@ -312,13 +314,13 @@ class _ZoomCrop(BaseCrop):
 def random_resized_crop(
     area: tuple[float, float] = (0.1, 1.0), ratio: tuple[float, float] = (0.5, 2.0), probability: float = 1.0
 ) -> Any:
-    """A random window, which then becomes the whole input (Szegedy et al. 2015, section 6): the standard of
-    classification, which asks little of where things are.
+    """Crop a random window, which is then resized to the input (Szegedy et al. 2015, section 6): the standard of
+    classification, for which the position of objects hardly matters.
 
     Args:
-        area: least and largest part of the image's area.
-        ratio: least and largest ratio of the window's width to its height, drawn on a logarithmic scale.
-        probability: of doing it at all.
+        area: smallest and largest fraction of the image's area.
+        ratio: smallest and largest ratio of the window's width to its height, drawn on a logarithmic scale.
+        probability: probability of the transform.
     """
     for name, (low, high), most in (("area", area, 1.0), ("ratio", ratio, np.inf)):
         if not 0 < low <= high <= most:
@@ -330,8 +332,10 @@ def random_resized_crop(
 
 
 class _RandomResizedCrop(BaseCrop):
-    """A random window by area and shape. It is resized once, with everything else, at the end of the pipeline;
-    albumentations' own would resize it here and again there."""
+    """Crops a random window by area and aspect ratio.
+
+    Unlike albumentations' transform it does not resize the window, which is done once at the end of the pipeline.
+    """
 
     def __init__(self, area: tuple[float, float], ratio: tuple[float, float], p: float) -> None:
         super().__init__(p=p)
@@ -352,32 +356,32 @@ class _RandomResizedCrop(BaseCrop):
 
     def largest_zoom(self, size: tuple[int, int]) -> float:
         shape = size[1] / size[0]
-        # Neither side of a window can be a smaller part of the image's than its area is.
+        # The relative sides of a window are at least its relative area.
         parts = self.area[0] * shape / self.ratio[1], self.area[0] * self.ratio[0] / shape
         return 1 / max(self.area[0], min(parts) ** 0.5)
 
 
 @augmentations.register("random_scale")
 def random_scale(smallest: float = 0.5, largest: float = 2.0, probability: float = 1.0) -> Any:
-    """The whole image smaller or larger by a random factor, for `input.resize: crop`, which then cuts a part out of
-    it; the factors are those that segmentation is commonly trained with (Chen et al. 2017, DeepLabv3, section 4.1)."""
+    """Resize the image by a random factor, for `input.resize: crop`, which then takes a crop of it; the default factors
+    are common for segmentation (Chen et al. 2017, DeepLabv3, section 4.1)."""
     if not 0 < smallest <= largest:
         raise ConfigError(
             f"'random_scale' draws from smallest..largest, both greater than 0, but these are {smallest} and {largest}."
         )
     check_range("random_scale", 0, 1, probability=probability)
-    # Albumentations' own choice for masks, INTER_NEAREST, moves them by up to half a pixel against the image.
+    # Albumentations' default, INTER_NEAREST, shifts masks by up to half a pixel.
     exact = cv2.INTER_NEAREST_EXACT
     return A.RandomScale((smallest - 1, largest - 1), mask_interpolation=exact, p=probability)
 
 
 @augmentations.register("albumentations")
 def albumentations(transform: str, options: dict[str, Any] | None = None) -> Any:
-    """Any transform of albumentations by its class name, with its own options.
+    """Any albumentations transform by its class name, with its own options.
 
     Raises:
-        ConfigError: there is no such transform, or it does not know an option; albumentations itself only warns
-            about a misspelt one and goes on without it.
+        ConfigError: there is no such transform, or an option is unknown; albumentations itself only warns about a
+            misspelt one and ignores it.
     """
     if not (isinstance(getattr(A, transform, None), type) and issubclass(getattr(A, transform), A.BasicTransform)):
         names = [
@@ -391,4 +395,4 @@ def albumentations(transform: str, options: dict[str, Any] | None = None) -> Any
         try:
             return getattr(A, transform)(**(options or {}))
         except (UserWarning, TypeError, ValueError) as error:
-            raise ConfigError(f"The albumentations transform '{transform}' refuses its options: {error}") from None
+            raise ConfigError(f"The albumentations transform '{transform}' rejects its options: {error}") from None

@@ -1,6 +1,6 @@
-"""Random homographies, and what they do to images, masks and boxes.
+"""Random homographies of images, masks, boxes and points.
 
-Coordinates are those of boxes: the first pixel reaches from 0 to 1, its centre is (0.5, 0.5).
+Coordinates are those of boxes: the first pixel extends from 0 to 1, its centre is (0.5, 0.5).
 """
 
 import math
@@ -16,16 +16,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class RandomWarp:
-    """What a random homography is drawn from, each number uniformly and on its own.
+    """A distribution of random homographies, with independent uniform parameters.
 
     Args:
         part: the augmentation's name, for messages.
-        rotation: degrees, to either side.
-        translation: of the centre, as a fraction of each side of the result, either way.
+        rotation: maximum angle in degrees, in both directions.
+        translation: maximum shift of the centre, as a fraction of each side of the result, in both directions.
         scale: smallest and largest factor; 1 keeps the size of objects in pixels.
-        shear: degrees, along each axis.
-        perspective: how much nearer or farther than its centre the edge of an image may be along each axis, as a
-            fraction of the distance; 0 for none, below 0.5.
+        shear: maximum angle in degrees, along each axis.
+        perspective: maximum relative difference of distance between the edge and the centre of an image along each
+            axis; 0 for none, below 0.5.
     """
 
     part: str
@@ -44,8 +44,8 @@ class RandomWarp:
         check_range(self.part, 0, 0.49, perspective=self.perspective)
 
     def draw(self, random: np.random.Generator, source: Size, result: Size) -> np.ndarray:
-        """(3, 3) float64 from pixels of an image of size `source` to pixels of one of size `result`, centre to centre
-        but for the translation."""
+        """Draw a (3, 3) float64 matrix from pixels of an image of size `source` to pixels of one of size `result`,
+        which maps centre to centre apart from the translation."""
         angle = np.deg2rad(random.uniform(-self.rotation, self.rotation))
         scale = random.uniform(*self.scale)
         shear = np.tan(np.deg2rad(random.uniform(-self.shear, self.shear, 2)))
@@ -62,7 +62,7 @@ class RandomWarp:
         )
 
     def largest_zoom(self, size: Size) -> float:
-        """A bound on how many times larger a homography makes anything in an image of (height, width) `size`."""
+        """Return a bound of the magnification in an image of (height, width) `size`."""
         nearest = 1 - 2 * self.perspective
         aspects = size[0] / size[1] + size[1] / size[0]
         slanted = (nearest + self.perspective * aspects) / nearest**2
@@ -70,7 +70,7 @@ class RandomWarp:
 
 
 def check_scale(part: str, scale: tuple[float, float]) -> None:
-    """Refuse a smallest and largest factor that are not such.
+    """Check a smallest and largest factor.
 
     Raises:
         ConfigError: they are not greater than 0, or in the wrong order.
@@ -82,31 +82,31 @@ def check_scale(part: str, scale: tuple[float, float]) -> None:
 
 
 def translation_matrix(x: float, y: float) -> np.ndarray:
-    """(3, 3) float64 that adds x and y pixels."""
+    """Create a (3, 3) float64 translation by x and y pixels."""
     return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
 
 
 def warp_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """(N, 4) float64 xyxy boxes that enclose the four corners of (N, 4) boxes where `matrix` (3, 3) takes them."""
+    """Compute the (N, 4) float64 xyxy boxes that enclose (N, 4) boxes transformed by `matrix` (3, 3)."""
     moved = warp_points(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2), matrix).reshape(-1, 4, 2)
     return np.concatenate([moved.min(1), moved.max(1)], axis=1)
 
 
 def warp_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """(N, 2) float64: where `matrix` (3, 3) takes (N, 2) points."""
+    """Transform (N, 2) points by `matrix` (3, 3) to float64."""
     moved = np.column_stack([points.astype(np.float64), np.ones(len(points))]) @ matrix.T
     return moved[:, :2] / moved[:, 2:]
 
 
 def warp_image(image: np.ndarray, matrix: np.ndarray, size: Size, fill: float) -> np.ndarray:
-    """The image (H, W, 3) uint8 under `matrix`, as (*size, 3); `fill` where it has no pixels. Bilinear."""
+    """Warp an image (H, W, 3) uint8 by `matrix` to (*size, 3), bilinearly, with `fill` outside the image."""
     import cv2
 
     return _warp(image, matrix, size, cv2.INTER_LINEAR, fill)
 
 
 def warp_mask(mask: np.ndarray, matrix: np.ndarray, size: Size) -> np.ndarray:
-    """The mask (H, W) uint8 under `matrix`, of `size`; 0 where it has no pixels. The nearest pixel's value."""
+    """Warp a mask (H, W) uint8 by `matrix` to `size`, by nearest neighbour, with 0 outside the mask."""
     import cv2
 
     return _warp(mask, matrix, size, cv2.INTER_NEAREST, 0)
@@ -115,7 +115,7 @@ def warp_mask(mask: np.ndarray, matrix: np.ndarray, size: Size) -> np.ndarray:
 def _warp(image: np.ndarray, matrix: np.ndarray, size: Size, interpolation: int, fill: float) -> np.ndarray:
     import cv2
 
-    # OpenCV counts from the centre of the first pixel.
+    # OpenCV's origin is the centre of the first pixel.
     centred = translation_matrix(-0.5, -0.5) @ matrix @ translation_matrix(0.5, 0.5)
     options: dict[str, Any] = {"dsize": size[::-1], "flags": interpolation, "borderValue": (fill, fill, fill)}
     if (centred[2] == [0, 0, 1]).all():

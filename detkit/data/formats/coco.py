@@ -1,4 +1,4 @@
-"""COCO: one JSON file for each split, boxes as xywh, masks as polygons or run lengths."""
+"""COCO: one JSON file per split, boxes as xywh, masks as polygons or run lengths."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ from detkit.io.files import read_json
 from detkit.registry import datasets
 
 LARGEST_AREA = 1e10
-"""Square pixels: the largest object that COCO's figures count; no image is larger."""
+"""Square pixels: the largest object that the COCO metrics consider; no image is larger."""
 
 
 @datasets.register("coco")
 class Coco(FileDataset):
     """A data set in COCO's layout: a JSON file of images, categories and annotations, and a folder of images.
 
-    Category ids, sorted, become the labels 0..C-1 and stay as raw ids; meta.image_id is the image's id. Crowd regions
-    carry Target.crowd. An image without annotations is kept as background. An annotation without an area has
-    that of its box. An image without file_name is found by its coco_url, as in LVIS. Category 0 of Roboflow's files,
-    which only groups the others, is left out, unless `class_names` has it or an object is of it.
+    Sorted category ids become the labels 0..C-1 and are kept as raw ids; meta.image_id is the image's id. Crowd regions
+    set Target.crowd. Images without annotations are kept as background. Annotations without an area get that of their
+    box. Images without file_name are found by their coco_url, as in LVIS. Category 0 of Roboflow's files, which only
+    groups the others, is dropped, unless `class_names` lists it or an object has it.
 
     Args:
-        root: the folder that `annotations` and `images` start from.
-        split: put in place of {split} in these two.
-        broken: what to do with broken boxes and images.
+        root: the folder that `annotations` and `images` are relative to.
+        split: replaces {split} in these two.
+        broken: the policy for broken boxes and images.
         class_names: the classes in the order of their labels; by default all categories by id.
         masks: read segmentations.
-        semantic: make semantic maps of segmentations: the smaller objects over the larger ones, crowd regions not
-            counted, and "background" for all else, which becomes the first class unless it is a category already.
-        merge_classes: take categories of one name as one class, which has the smallest of their ids.
-        other_classes: what to do with objects of categories that `class_names` does not list: "problem", as `broken`
-            says, or "drop", leave them out and count them.
-        points: read keypoints. Points whose names differ in left and right change places where an image is mirrored.
+        semantic: create semantic maps from segmentations: smaller objects over larger ones, crowd regions ignored, and
+            "background" elsewhere, which becomes the first class unless it is a category.
+        merge_classes: merge categories of the same name into one class with the smallest of their ids.
+        other_classes: how to treat objects of categories that `class_names` does not list: "problem" applies `broken`,
+            "drop" drops and counts them.
+        points: read keypoints. Points whose names differ in left and right are swapped when an image is mirrored.
         annotations: the JSON file.
-        images: the folder that file_name starts from.
+        images: the folder that file_name is relative to.
 
     Raises:
-        DataError: a file or folder is missing, the JSON malformed or without images, or something is broken and
+        DataError: a file or folder is missing, the JSON is malformed or has no images, or something is broken and
             `broken` is "fail".
     """
 
@@ -86,16 +86,16 @@ class Coco(FileDataset):
                 files = sorted(str(file.relative_to(folder)) for file in folder.glob("**/*.json"))[:10]
                 raise DataError(
                     f"There is no annotation file '{self._json}' of the split '{split}'. Set data.annotations, now "
-                    f"'{annotations}', and data.images, now '{images}', to where yours lie below '{root}'; '{{split}}' "
-                    f"in them becomes '{split}'. JSON files there: {', '.join(files) or '(none)'}."
+                    f"'{annotations}', and data.images, now '{images}', to your files below '{root}'; '{{split}}' in "
+                    f"them becomes '{split}'. JSON files there: {', '.join(files) or '(none)'}."
                     f"{other_layout(root, 'coco')}"
                 )
             raise missing_split(split, self._json, available)
         image_folder = folder / images.replace("{split}", split)
         if not image_folder.is_dir():
             raise DataError(
-                f"The folder of images '{image_folder}' does not exist. Set data.images to the folder, below "
-                f"data.root, that the file names in '{self._json}' start from; '{{split}}' in it becomes '{split}'."
+                f"The folder of images '{image_folder}' does not exist. Set data.images to the folder below data.root "
+                f"that the file names in '{self._json}' are relative to; '{{split}}' in it becomes '{split}'."
             )
         content = _load(self._json)
         declared = self._without_group(self._declared(content["categories"]), content, class_names or ())
@@ -112,16 +112,16 @@ class Coco(FileDataset):
         self.finish()
 
     def _declared(self, categories: list[Any]) -> list[tuple[int, str]]:
-        """The id and name of each category, by id."""
+        """Return the id and name of each category, sorted by id."""
         pairs = []
         for position, category in enumerate(categories):
             try:
                 if not isinstance(category["name"], str):
-                    raise ValueError(f"'name' must be text, but it is {short(category['name'])}")
+                    raise ValueError(f"'name' must be text, but is {short(category['name'])}")
                 pairs.append((whole(category["id"], "'id'"), category["name"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{self._json}, categories[{position}]: the category has no usable 'id' and 'name' "
+                    f"{self._json}, categories[{position}]: the category has no valid 'id' and 'name' "
                     f'({reason_of(error, category)}). Write each as {{"id": 1, "name": "person"}}.'
                 ) from None
         return sorted(pairs)
@@ -129,7 +129,7 @@ class Coco(FileDataset):
     def _without_group(
         self, declared: list[tuple[int, str]], content: dict[str, list[Any]], chosen: Sequence[str]
     ) -> list[tuple[int, str]]:
-        """The categories without the one that Roboflow puts in front: the supercategory of the others, of no object."""
+        """Remove Roboflow's first category, the supercategory of the others, which has no objects."""
         categories = content["categories"]
         root = next((item for item in categories if item["id"] == 0 and item.get("supercategory") == "none"), None)
         if root is None:
@@ -140,7 +140,7 @@ class Coco(FileDataset):
         wanted = name in chosen and [other for _, other in declared].count(name) == 1
         if used or wanted or not groups:
             return declared
-        self.problems.remarks[f"category '{name}' (id 0) that only groups the others, without objects: left out"] += 1
+        self.problems.remarks[f"category '{name}' (id 0) without objects that only groups the others: left out"] += 1
         return [pair for pair in declared if pair[0] != 0]
 
     def _image_files(self, images: list[Any], folder: Path) -> list[ImageFile]:
@@ -159,7 +159,7 @@ class Coco(FileDataset):
         return photos
 
     def _by_image(self, annotations: list[Any], image_ids: set[int | str]) -> dict[int | str, list[Any]]:
-        """The annotations of each image, as (where, entry)."""
+        """Group the annotations by image, as (where, entry)."""
         by_image: dict[int | str, list[Any]] = defaultdict(list)
         for position, entry in enumerate(annotations):
             where = f"{self._json}, annotations[{position}]"
@@ -220,8 +220,8 @@ class Coco(FileDataset):
                 self.problems.add("malformed keypoints", where, str(error), LEFT_OUT_BOX)
                 return None
             if outside:
-                message = f"{outside} of its points lie outside the image"
-                self.problems.add("point outside the image", where, message, "taken as not visible")
+                message = f"{outside} of its points are outside the image"
+                self.problems.add("point outside the image", where, message, "treated as not visible")
         box = (x, y, x + width, y + height)
         unread = (entry.get("segmentation"), entry.get("keypoints"))
         return Annotation(
@@ -230,41 +230,41 @@ class Coco(FileDataset):
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
-    """The three lists of a COCO file."""
+    """Read the three lists of a COCO file."""
     content = read_json(path, "COCO annotation file", allow_nan=True)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
-                f"The file '{path}' has no list '{key}', so it is not a COCO annotation file. It needs the lists "
+                f"The file '{path}' has no list '{key}', so it is not a COCO annotation file, which has the lists "
                 f"images, annotations and categories."
             )
     return content
 
 
 def _path(image: dict[str, Any], folder: Path) -> Path:
-    """The file of an entry of 'images'.
+    """Return the file of an entry of 'images'.
 
     Raises:
-        KeyError, ValueError: the entry does not give it.
+        KeyError, ValueError: the entry does not contain it.
     """
     name = image.get("file_name")
     if name is None and isinstance(url := image.get("coco_url"), str):
-        # As in LVIS: .../train2017/000000391895.jpg, where an image of the split val may be one of COCO's train2017.
+        # As in LVIS: .../train2017/000000391895.jpg, where images of the val split may be from COCO's train2017.
         name = "/".join(url.split("/")[-2:])
         if "\0" in name or not (folder / name).is_file():
             name = name.rpartition("/")[2]
     if name is None:
         raise KeyError("file_name")
     if not isinstance(name, str) or not name.strip("/. ") or "\0" in name:
-        raise ValueError(f"'file_name' must be the path of a file, but it is {short(name)}")
+        raise ValueError(f"'file_name' must be the path of a file, but is {short(name)}")
     return folder / name
 
 
 def _side(image: dict[str, Any], key: str) -> int:
-    """The height or width of an entry of 'images'; 0 where the file does not give it."""
+    """Return the height or width of an entry of 'images'; 0 if it is missing."""
     value = 0 if image.get(key) is None else whole(image[key], f"'{key}'")
     if value < 0:
-        raise ValueError(f"'{key}' must be above 0, but it is {short(value)}")
+        raise ValueError(f"'{key}' must be above 0, but is {short(value)}")
     return value
 
 
@@ -274,23 +274,23 @@ def _area(value: object) -> float | None:
     try:
         area = finite(value)
     except ValueError as error:
-        raise ValueError(f"'area' must be square pixels, but {error}") from None
+        raise ValueError(f"'area' must be in square pixels, but {error}") from None
     if not 0 <= area <= LARGEST_AREA:
-        raise ValueError(f"'area' must be in 0..{LARGEST_AREA:g} square pixels, but it is {area:g}")
+        raise ValueError(f"'area' must be in 0..{LARGEST_AREA:g} square pixels, but is {area:g}")
     return area
 
 
 def _flag(value: object) -> bool:
-    """COCO's iscrowd, which some programs write as true or false."""
+    """Parse COCO's iscrowd, which some programs write as true or false."""
     if value is None:
         return False
     if not isinstance(value, int | float) or value not in (0, 1):
-        raise ValueError(f"'iscrowd' must be 0 or 1, but it is {short(value)}")
+        raise ValueError(f"'iscrowd' must be 0 or 1, but is {short(value)}")
     return bool(value)
 
 
 def _splits(folder: Path, annotations: str) -> list[str]:
-    """The splits for which there is an annotation file."""
+    """Return the splits that have an annotation file."""
     template = str(folder / annotations)
     before, _, after = template.partition("{split}")
     files = glob.glob(f"{glob.escape(before)}*{after.replace('{split}', '*')}")

@@ -1,4 +1,4 @@
-"""Images to classify, cut from the objects of a detection data set."""
+"""Classification of objects cropped from a detection data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detkit.structures import Meta, Sample, Target
 
 
 class _Crop(NamedTuple):
-    """Object `number` of image `image`, and the window to cut, xyxy whole pixels."""
+    """Object `number` of image `image`, and the window to crop, xyxy whole pixels."""
 
     image: int
     number: int
@@ -26,17 +26,16 @@ class _Crop(NamedTuple):
 
 @datasets.register("crops")
 class Crops(Dataset):
-    """One image for each object of another data set, cut when it is asked for; its class is the object's.
+    """One image for each object of another data set, cropped on access, with the object's class.
 
-    Crowds and difficult objects are left out, and counted in the report. meta.image_id is the id of the image, "#",
-    and the number of the object in it, from 0.
+    Crowds and difficult objects are left out and counted in the report. meta.image_id is the id of the image, "#", and
+    the index of the object in it, from 0.
 
     Args:
-        split: of that data set.
+        split: the split of that data set.
         data: `name` of its format, and its options.
-        points: cut the points of the object, too, where that data set has them.
-        margin: how much further than the object's box the cut goes on each side, as a fraction of the box's side, as
-            far as the image goes.
+        points: also provide the points of the object, if that data set has points.
+        margin: margin of the crop on each side, as a fraction of the side of the object's box, limited by the image.
 
     Raises:
         DataError: that data set is broken or has no boxes, or no object is left.
@@ -45,17 +44,16 @@ class Crops(Dataset):
 
     def __init__(self, split: str, data: dict[str, Any], margin: float = 0.1, points: bool = False) -> None:
         if not 0 <= margin < math.inf:
-            raise ConfigError(f"'data.margin' must be 0 or more, but is {margin}.")
-        # A neighbouring split is the outer data's to name.
+            raise ConfigError(f"'data.margin' must be at least 0, but is {margin}.")
         has_points = points and "name" in data and "points" in option_names(datasets.get(str(data["name"])))
         asked: dict[str, Any] = {"points": True} if has_points else {}
         self.dataset: Dataset = datasets.build(data, "data.data", split=split, **asked)
         if "boxes" not in self.dataset.fields:
             raise DataError(
-                f"'data.data' is of the format '{data['name']}', which has no boxes to cut out. Use it as 'data'."
+                f"'data.data' is of the format '{data['name']}', which has no boxes to crop. Use it as 'data'."
             )
         self.classes, self.flip_pairs = self.dataset.classes, self.dataset.flip_pairs
-        # With the object's box, as the head that reads points takes it for the one object of the image.
+        # With the object's box, since heads that read points expect one object per image.
         self.fields = frozenset({"image_labels"})
         if asked:
             self.fields |= {"boxes", "labels", "points"} & self.dataset.fields
@@ -65,7 +63,7 @@ class Crops(Dataset):
         )
         self._crops = [crop for image in range(len(self.dataset)) for crop in self._cut(image, margin)]
         if not self._crops:
-            raise DataError(f"{self.problems.source} are none: it has no object that counts. Check its annotations.")
+            raise DataError(f"{self.problems.source} are empty: there are no regular objects. Check its annotations.")
         self._last: Sample | None = None
         self._last_index = -1
 
@@ -74,7 +72,7 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         crop = self._crops[index]
-        # Neighbours are mostly of one image, which is decoded once then.
+        # Consecutive crops are mostly from the same image, which is decoded once.
         if self._last is None or self._last_index != crop.image:
             self._last, self._last_index = self.dataset[crop.image], crop.image
         left, top, right, bottom = crop.window
@@ -113,7 +111,7 @@ class Crops(Dataset):
         return self.dataset.fingerprint() | {"images": len(self), "objects": len(self)}
 
     def __getstate__(self) -> Mapping[str, Any]:
-        # A worker process needs no image to start with.
+        # Do not send the cached image to worker processes.
         return {**self.__dict__, "_last": None, "_last_index": -1}
 
     def _id(self, crop: _Crop, image_id: int | str) -> str:
@@ -130,13 +128,13 @@ class Crops(Dataset):
             if crowd or difficult:
                 where = f"image {self.dataset.image_id(image)}, object {number}"
                 kind = "crowd" if crowd else "difficult object"
-                self.problems.add_harmless(kind, where, "it is no example of its class", "not cut out")
+                self.problems.add_harmless(kind, where, "it is not an example of its class", "not cropped")
             else:
                 yield _Crop(image, number, label, _window(box, size, margin))
 
 
 def _window(box: list[float], size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
-    """The whole pixels, one at least, that a box with its margin reaches into; xyxy."""
+    """Return the window of whole pixels, at least one, that contains a box with its margin; xyxy."""
     height, width = size
     across, down = margin * (box[2] - box[0]), margin * (box[3] - box[1])
     left, top = max(0, math.floor(box[0] - across)), max(0, math.floor(box[1] - down))

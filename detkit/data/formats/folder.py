@@ -1,4 +1,4 @@
-"""Classification data as folders: one for each class, as torchvision's ImageFolder and most others read them."""
+"""Classification data with one folder per class, as for torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _LAYOUT = "a folder for each split, and in it a folder of images for each class:
 
 @datasets.register("folder")
 class Folder(FileDataset):
-    """Images in SPLIT/CLASS/, or in folders below that. meta.image_id is the path from SPLIT on, with slashes.
+    """Images in SPLIT/CLASS/ and its subfolders. meta.image_id is the path relative to SPLIT, with slashes.
 
-    Other files are counted in the report, and so are classes without images in this split.
+    Other files, and classes without images in this split, are counted in the report.
 
     Args:
-        root: the folder with the splits.
-        split: the folder with the classes.
-        broken: what to do with images that cannot be read.
-        class_names: the classes in the order of their labels; by default all folders within any split, sorted, so
-            that every split has the same list.
+        root: the folder of the splits.
+        split: the folder of the classes.
+        broken: the policy for images that cannot be read.
+        class_names: the classes in the order of their labels; by default all folders in any split, sorted, so that all
+            splits have the same list.
 
     Raises:
-        DataError: the folder or split is missing or holds no class, or something is broken and `broken` is "fail".
+        DataError: the folder or split is missing or has no classes, or something is broken and `broken` is "fail".
     """
 
     def __init__(
@@ -73,12 +73,14 @@ class Folder(FileDataset):
         return replace(super().target(index), image_labels=torch.tensor([self._labels[index]]))
 
     def _find(self) -> tuple[list[ImageFile], dict[int | str, int]]:
-        """The images of the split in the order of their paths, and the label of each by its id."""
+        """Find the images of the split, sorted by path, and their labels by id."""
         found: list[ImageFile] = []
         labels: dict[int | str, int] = {}
         for path in sorted(self._split.iterdir()):
             if not path.is_dir():
-                self.problems.add_harmless("file of no class", str(path), "it lies in no folder of a class", "skipped")
+                self.problems.add_harmless(
+                    "file without a class", str(path), "it is not in the folder of a class", "skipped"
+                )
             elif path.name not in self.classes.names:
                 if not path.name.startswith("."):
                     self.problems.add(
@@ -101,16 +103,16 @@ class Folder(FileDataset):
                     "link to a folder", str(path), "links within a class are not followed", "skipped"
                 )
             elif not path.is_dir():
-                self.problems.add_harmless("file that is no image", str(path), "by the ending of its name", "skipped")
+                self.problems.add_harmless("file that is not an image", str(path), "by its suffix", "skipped")
         return images
 
     def _name_empty_classes(self, labels: set[int]) -> None:
         for label, name in enumerate(self.classes.names):
             if label not in labels:
                 message = "there is no image of this class"
-                self.problems.add_harmless("class without images", str(self._split / name), message, "none to learn")
+                self.problems.add_harmless("class without images", str(self._split / name), message, "kept")
 
 
 def _folders(path: Path) -> Sequence[Path]:
-    """The folders in a folder, but for hidden ones."""
+    """Return the folders in a folder, except hidden ones."""
     return [item for item in sorted(path.iterdir()) if item.is_dir() and not item.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Images alone, without any ground truth: for heads that need none, such as style transfer."""
+"""Images without ground truth, for heads that need none, such as style transfer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _LAYOUT = "a folder of images for each split, or set data.val_fraction to split 
 
 @datasets.register("images")
 class Images(FileDataset):
-    """The images of a folder and its subfolders. meta.image_id is the path from the root on, with slashes.
+    """The images of a folder and its subfolders. meta.image_id is the path relative to the root, with slashes.
 
     Args:
         root: a folder, or with `val_fraction` also a pattern such as "photos/**/*.jpg".
-        split: the folder in `root` that holds the images; with `val_fraction` train or val.
-        val_fraction: the share of the images that are for validation, chosen at random but always the same ones, at
-            least one on either side. Null where `root` has a folder for each split.
-        broken: what to do with images that cannot be read; there is nothing to repair in them.
+        split: the folder in `root` with the images; with `val_fraction` train or val.
+        val_fraction: the fraction of images for validation, a fixed random choice with at least one image in each
+            split. Null if `root` has a folder for each split.
+        broken: the policy for images that cannot be read; they cannot be repaired.
 
     Raises:
-        ConfigError: `val_fraction` or the split makes no sense.
+        ConfigError: `val_fraction` or the split is invalid.
         DataError: there is no image, or no split of this name; or some are broken and `broken` is "fail".
     """
 

@@ -1,5 +1,5 @@
-"""Semantic maps as images, one beside each photograph, whose pixels are the numbers of classes: of Pascal VOC
-(SegmentationClass), and in plain folders."""
+"""Semantic segmentation data with a mask image per photograph, whose pixels are class indices: Pascal VOC
+(SegmentationClass) and plain folders."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ MODES = ("P", "L", "1", "I;16", "I")
 
 
 class SemanticMasks(FileDataset):
-    """Photographs with a mask each, of the same size: a PNG with a palette or in grey, whose pixels are the labels of
-    classes, or 255 where they do not count.
+    """Photographs with a mask of the same size each: a palette or grey PNG whose pixels are labels, or 255 if ignored.
 
-    Masks are looked at when the data set is built; their pixels only under `broken` skip and repair, which leave out
-    those with a number that is no class. Otherwise such a one stops the run when it is read.
+    The sizes of masks are checked when the data set is opened; their pixels only for `broken` skip and repair, which
+    leave out masks with a value that is not a class. Otherwise such a mask raises an error when it is read.
     """
 
     def __init__(self, source: str, broken: Literal["fail", "skip", "repair"], class_names: Sequence[str]) -> None:
@@ -49,19 +48,17 @@ class SemanticMasks(FileDataset):
         self.fields = frozenset({"semantic"})
         self.classes = checked_classes(lambda: ClassList.from_names(class_names), "data.class_names")
         if not 1 <= len(self.classes) <= IGNORED_PIXEL:
-            raise DataError(
-                f"A semantic map tells 1 to {IGNORED_PIXEL} classes apart, but there are {len(class_names)}."
-            )
+            raise DataError(f"A semantic map supports 1 to {IGNORED_PIXEL} classes, but there are {len(class_names)}.")
         self._masks: list[Path] = []
 
     def target(self, index: int) -> Target:
         labels = read_labels(self._masks[index], self.classes)
         if labels.shape != self.size(index):
-            raise DataError(f"The mask '{self._masks[index]}' was changed during the run. Start again.")
+            raise DataError(f"The mask '{self._masks[index]}' has changed during the run. Start again.")
         return replace(Target.empty(), semantic=torch.from_numpy(labels))
 
     def add_all(self, pairs: Sequence[tuple[ImageFile, Path]]) -> None:
-        """Take in images with their masks, and apply the policy."""
+        """Add images with their masks, and apply the policy for broken data."""
         masks = {image.image_id: mask for image, mask in pairs}
         usable = self.check_images([image for image, _ in pairs])
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -77,7 +74,7 @@ class SemanticMasks(FileDataset):
         self.finish()
 
     def _fault(self, mask: Path, size: tuple[int, int]) -> str:
-        """What is wrong with a mask for an image of (height, width) `size`; empty for nothing."""
+        """Describe the problem of a mask for an image of (height, width) `size`; empty if there is none."""
         try:
             found = check_image(mask, decode=False)
             if found != size:
@@ -93,17 +90,16 @@ class SemanticMasks(FileDataset):
 
 @datasets.register("masks")
 class MaskFolders(SemanticMasks):
-    """Photographs in one folder and their masks in another, under the same names: `images/train/a.jpg` goes with
-    `masks/train/a.png`.
+    """Photographs and masks of the same names in two folders: `images/train/a.jpg` and `masks/train/a.png`.
 
-    meta.image_id is the image's path below its folder, without its ending.
+    meta.image_id is the image's path relative to its folder, without suffix.
 
     Args:
-        root: the folder that `images` and `annotations` start from.
-        split: put in place of {split} in these two.
-        class_names: the classes in the order of the numbers in the masks, the first for 0.
-        broken: what to do with broken images and masks.
-        images: the folder of photographs; subfolders are searched, too.
+        root: the folder that `images` and `annotations` are relative to.
+        split: replaces {split} in these two.
+        class_names: the classes in the order of the values in the masks, from 0.
+        broken: the policy for broken images and masks.
+        images: the folder of photographs, including subfolders.
         annotations: the folder of masks, with the same subfolders.
 
     Raises:
@@ -140,15 +136,15 @@ class MaskFolders(SemanticMasks):
 @datasets.register("voc_segmentation")
 class VocSegmentation(SemanticMasks):
     """Pascal VOC's semantic segmentation: JPEGImages/ID.jpg, SegmentationClass/ID.png with VOC's palette, and
-    ImageSets/Segmentation/SPLIT.txt (ImageSets/Main/SPLIT.txt where there is no folder Segmentation).
+    ImageSets/Segmentation/SPLIT.txt (ImageSets/Main/SPLIT.txt if there is no folder Segmentation).
 
-    The border of 255 around objects does not count. meta.image_id is the id.
+    The border of 255 around objects is ignored. meta.image_id is the id.
 
     Args:
-        root: the folder with these three, VOCdevkit/VOC2012 for example.
-        split: a list of ImageSets/Segmentation, without ".txt".
-        broken: what to do with broken images and masks.
-        class_names: the classes in the order of the numbers in the masks, "background" for 0 first or left out; by
+        root: the folder with these three, for example VOCdevkit/VOC2012.
+        split: a list in ImageSets/Segmentation, without ".txt".
+        broken: the policy for broken images and masks.
+        class_names: the classes in the order of the values in the masks, where "background" for 0 may be left out; by
             default VOC's 20 and background.
 
     Raises:
@@ -185,15 +181,15 @@ class VocSegmentation(SemanticMasks):
 
 
 def read_labels(path: Path, classes: ClassList) -> np.ndarray:
-    """(H, W) uint8 labels of a mask, IGNORED_PIXEL among them.
+    """Read the (H, W) uint8 labels of a mask, including IGNORED_PIXEL.
 
     Raises:
-        DataError: it is not an image of numbers, or a number is no class; the message has the file and the pixel.
+        DataError: it is not a grey or palette image, or a value is not a class; the message has the file and the pixel.
     """
     with open_image(path) as image:
         if image.mode not in MODES:
             raise DataError(
-                f"The mask '{path}' has colours (mode {image.mode}), but its pixels must be the numbers of classes. "
+                f"The mask '{path}' is a colour image (mode {image.mode}), but its pixels must be class indices. "
                 f"Convert it to grey or to a palette in which colour 0 is '{classes.names[0]}'."
             )
         values = stored_values(image)
@@ -201,8 +197,8 @@ def read_labels(path: Path, classes: ClassList) -> np.ndarray:
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
         raise DataError(
-            f"The mask '{path}' has {int(values[row, column])} in row {row}, column {column} (counted from 0), but "
-            f"there are {len(classes)} classes: {classes}. {IGNORED_PIXEL} stands for what does not count. Name all "
-            f"classes in data.class_names, in the order of their numbers, or fix the mask."
+            f"The mask '{path}' has the value {int(values[row, column])} in row {row}, column {column} (from 0), but "
+            f"there are {len(classes)} classes: {classes}. {IGNORED_PIXEL} means ignored. List all classes in "
+            f"data.class_names, in the order of their values, or fix the mask."
         )
     return values.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Images of coloured shapes, made on the fly: for a first run, for tests, and to check that training works."""
+"""Synthetic images of coloured shapes, for first runs, tests, and checks that training works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from detkit.data.dataset import OF_DETECTION, Dataset, Problems
+from detkit.data.dataset import DETECTION_FIELDS, Dataset, Problems
 from detkit.data.masks import tight_box
 from detkit.data.semantic import BACKGROUND
 from detkit.errors import DataError, nearest
@@ -27,21 +27,21 @@ _LEAST_CONTRAST = 90.0  # distance in RGB between the colour of an object and al
 
 @datasets.register("shapes")
 class Shapes(Dataset):
-    """Circles, squares, triangles and stars of many sizes, colours and textures on textured grounds.
+    """Circles, squares, triangles and stars of many sizes, colours and textures on textured backgrounds.
 
-    An image depends on (seed, split, index) alone, and no two splits share one. Later objects hide earlier ones, but
-    none more than half; boxes and masks are exact, tight around the pixels that can be seen. About 2 % of the
-    images have no object. meta.image_id is the index.
+    An image depends only on (seed, split, index); splits do not share images. Later objects occlude earlier ones by at
+    most half; boxes and masks are exact, tight around the visible pixels. About 2 % of the images have no object.
+    meta.image_id is the index.
 
     Args:
         split: train, val or test.
-        train_count: the number of training images.
-        val_count: the number of images of val, and of test.
-        size: height and width in pixels, 32 at least.
-        max_objects: at most so many in an image; as many as find a place.
-        seed: another seed gives other images.
-        masks: targets carry masks.
-        semantic: targets carry semantic maps; the first class is then "background".
+        train_count: number of training images.
+        val_count: number of images of val and of test.
+        size: height and width in pixels, at least 32.
+        max_objects: maximum number of objects per image, as far as they fit.
+        seed: seed of the images.
+        masks: targets have masks.
+        semantic: targets have semantic maps; the first class is then "background".
 
     Raises:
         DataError: there is no such split, or a number is too small.
@@ -70,9 +70,9 @@ class Shapes(Dataset):
             ("seed", seed, 0),
         ):
             if value < least:
-                raise DataError(f"data.{name} of the shapes is {value}. Set it to {least} or more.")
+                raise DataError(f"data.{name} of the shapes is {value}. Set it to at least {least}.")
         self.classes = ClassList.from_names(((BACKGROUND,) if semantic else ()) + tuple(_OUTLINES))
-        self.fields = OF_DETECTION | ({"masks"} if masks else set()) | ({"semantic"} if semantic else set())
+        self.fields = DETECTION_FIELDS | ({"masks"} if masks else set()) | ({"semantic"} if semantic else set())
         self.problems = Problems(f"The shapes (split '{split}')", "fail")
         self._split = split
         self._count = train_count if split == "train" else val_count
@@ -109,11 +109,11 @@ class Shapes(Dataset):
     def _target(self, scene: _Scene) -> Target:
         masks = scene.masks()
         boxes = [tight_box(mask) for mask in masks]
-        first = int("semantic" in self.fields)  # behind background
+        first = int("semantic" in self.fields)  # after background
         labels = torch.tensor([first + shape.label for shape in scene.shapes], dtype=torch.int64)
         semantic = None
         if first:
-            # The ground's owner is -1: the last entry.
+            # The background's owner is -1, the last entry.
             semantic = torch.cat((labels, torch.zeros(1, dtype=torch.int64))).to(torch.uint8)[scene.owner]
         return Target(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -127,7 +127,7 @@ class Shapes(Dataset):
 
 @dataclass(frozen=True)
 class _Shape:
-    """An object: its pixels on a patch of the image, `rows` and `columns`."""
+    """An object: its mask on the patch `rows`, `columns` of the image."""
 
     label: int
     rows: slice
@@ -136,7 +136,7 @@ class _Shape:
 
 
 class _Scene:
-    """Which object each pixel shows: `owner` is (side, side) int16, -1 for the ground, else an index of `shapes`."""
+    """The visible object of each pixel: `owner` is (side, side) int16, -1 for background, else an index of `shapes`."""
 
     def __init__(self, side: int, max_objects: int, random: np.random.Generator) -> None:
         self.side = side
@@ -170,7 +170,7 @@ class _Scene:
                 return
 
     def _leaves_enough(self, mask: np.ndarray, rows: slice, columns: slice) -> bool:
-        """Whether the objects below would stay visible enough."""
+        """Return whether the objects below would remain sufficiently visible."""
         hidden = np.bincount(self.owner[rows, columns][mask] + 1, minlength=len(self.shapes) + 1)[1:]
         if not hidden.any():
             return True
@@ -179,7 +179,7 @@ class _Scene:
 
 
 def _polygon(radii: list[float]) -> np.ndarray:
-    """(K, 2) corners at even angles around the origin, at these distances."""
+    """(K, 2) corners at equally spaced angles around the origin, at the given radii."""
     angles = np.arange(len(radii)) * 2 * math.pi / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
 
@@ -193,7 +193,7 @@ _OUTLINES: dict[str, Callable[[], np.ndarray]] = {
 
 
 def _silhouette(corners: np.ndarray, extent: float, angle: float) -> np.ndarray:
-    """(h, w) bool: the outline turned by `angle`, its longer side scaled to `extent` pixels, cropped tight."""
+    """(h, w) bool: the outline rotated by `angle`, its longer side scaled to `extent` pixels, tightly cropped."""
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     corners = corners @ turn.T
     corners = (corners - corners.min(axis=0)) * (extent / np.ptp(corners, axis=0).max())
@@ -204,7 +204,7 @@ def _silhouette(corners: np.ndarray, extent: float, angle: float) -> np.ndarray:
 
 
 def _paint(scene: _Scene, random: np.random.Generator) -> np.ndarray:
-    """(side, side, 3) uint8: the scene in colours."""
+    """Render a scene to (side, side, 3) uint8."""
     side = scene.side
     ground = random.uniform(20, 235, 3)
     image = _texture(side, side, ground, random.uniform(-45, 45, 3), random)
@@ -221,7 +221,7 @@ def _paint(scene: _Scene, random: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting(below: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """An RGB colour that stands out from `below`, (K, 3) pixels."""
+    """Choose an RGB colour that contrasts with `below`, (K, 3) pixels."""
     sample = below[:: max(1, len(below) // 96)]
     candidates = random.uniform(0, 255, (24, 3))
     distances = np.linalg.norm(candidates[:, None] - sample, axis=2).min(axis=1)

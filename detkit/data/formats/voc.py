@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file for each image, boxes counted from 1 with the last pixel inclusive."""
+"""Pascal VOC: one XML file per image, with 1-based inclusive boxes."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _LAYOUT = "the folders Annotations, ImageSets/Main and JPEGImages"
 class Voc(FileDataset):
     """A data set in Pascal VOC's layout: Annotations/ID.xml, ImageSets/Main/SPLIT.txt, JPEGImages/ID.jpg (or .png ...).
 
-    xmin and ymin are 1-based and lose 1; xmax and ymax stay, because inclusive 1-based is exclusive 0-based.
+    xmin and ymin are 1-based and reduced by 1; xmax and ymax are kept, since 1-based inclusive is 0-based exclusive.
     The image of an id is the file of that name in JPEGImages; <filename> decides between several (a.jpg and a.png), and
-    stands in where there is none. Annotations and JPEGImages may have subfolders: the id is then `sub/a`, or `a` where
-    only one subfolder has it. In a split file of one class (aeroplane_train.txt) all ids count, those with -1 too.
+    is used if there is none. Annotations and JPEGImages may have subfolders: the id is then `sub/a`, or `a` if only one
+    subfolder contains it. A split file of one class (aeroplane_train.txt) lists all its ids, including those with -1.
     meta.image_id is the id.
 
     Args:
         root: the folder with these three.
-        split: a file of ImageSets/Main, without ".txt".
-        broken: what to do with broken boxes and images.
-        class_names: the classes in the order of their labels; by default all names in Annotations, sorted, so that
-            every split has the same list.
-        other_classes: what to do with objects of classes that `class_names` does not list: "problem", as `broken` says,
-            or "drop", leave them out and count them.
+        split: a file in ImageSets/Main, without ".txt".
+        broken: the policy for broken boxes and images.
+        class_names: the classes in the order of their labels; by default all names in Annotations, sorted, so that all
+            splits have the same list.
+        other_classes: how to treat objects of classes that `class_names` does not list: "problem" applies `broken`,
+            "drop" drops and counts them.
 
     Raises:
         DataError: a folder or split is missing or empty, or something is broken and `broken` is "fail".
@@ -78,7 +78,7 @@ class Voc(FileDataset):
         documents = self._documents(ids)
         found = {item.name for document in documents.values() for item in document.objects if item.name}
         if class_names is None:
-            # Without the classes of the other splits their labels would differ.
+            # Include the classes of other splits, so that labels agree.
             used = {file for image_id in ids for file in self._xmls.find(image_id)}
             others = (self._document(file) for file in self._xmls.files if file not in used)
             found |= {item.name for other in others if other for item in other.objects if item.name}
@@ -90,7 +90,7 @@ class Voc(FileDataset):
         self.finish()
 
     def _ids(self, split: str) -> list[str]:
-        """The ids of a split in the order of its file."""
+        """Read the ids of a split in the order of its file."""
         folder = self._root / "ImageSets" / "Main"
         path = folder / f"{split}.txt"
         if not path.is_file():
@@ -100,22 +100,22 @@ class Voc(FileDataset):
         for line, text in lines:
             image_id = self._id(text)
             if image_id in ids:
-                message = f"the image '{image_id}' stands in line {ids[image_id]} already"
+                message = f"the image '{image_id}' is already listed in line {ids[image_id]}"
                 self.problems.add("duplicate image", f"{path}:{line}", message, LEFT_OUT_IMAGE)
             elif posixpath.isabs(image_id) or image_id.split("/")[0] == "..":
-                message = f"the id '{image_id}' leads out of the folder of the data"
+                message = f"the id '{image_id}' refers to a file outside the data folder"
                 self.problems.add("path out of the data", f"{path}:{line}", message, LEFT_OUT_IMAGE)
             else:
                 ids[image_id] = line
         if not lines:
-            raise DataError(f"The split file '{path}' lists no images. Write one id on each line.")
+            raise DataError(f"The split file '{path}' lists no images. Write one id per line.")
         self._count_unlisted(folder)
         return list(ids)
 
     def _id(self, text: str) -> str:
-        """The id in a line, which may have further columns of 1, 0 or -1, or a file's ending."""
+        """Parse the id in a line, which may have further columns of 1, 0 or -1, or a file suffix."""
         forms = [text]
-        # A name may hold spaces itself, so that the longest form with an annotation file is the id.
+        # Names may contain spaces, so the id is the longest form with an annotation file.
         while len(words := forms[-1].rsplit(maxsplit=1)) > 1 and words[1] in {"1", "0", "-1"}:
             forms.append(words[0])
         stems = (os.path.splitext(form) for form in forms)
@@ -124,15 +124,15 @@ class Voc(FileDataset):
         return next((form for form in forms if self._xmls.find(form)), forms[-1])
 
     def _count_unlisted(self, folder: Path) -> None:
-        """Count the annotation files that no list of any split names."""
+        """Count the annotation files that are not listed in any split."""
         lines = {text for file in folder.glob("*.txt") for _, text in read_lines(file)}
         listed = {file for text in lines for file in self._xmls.find(self._id(text))}
         if unlisted := [file for file in self._xmls.files if file not in listed]:
-            remark = f"annotation file that no list in ImageSets/Main names: not used (first: {unlisted[0]})"
+            remark = f"annotation file that is not listed in ImageSets/Main: not used (first: {unlisted[0]})"
             self.problems.remarks[remark] += len(unlisted)
 
     def _documents(self, ids: Iterable[str]) -> dict[str, Document]:
-        """The annotations of images by id; those without any that can be read are recorded as problems."""
+        """Read the annotations of images by id; images without readable annotations are recorded as problems."""
         documents = {}
         for image_id in ids:
             files = self._xmls.find(image_id) or [self._root / "Annotations" / f"{image_id}.xml"]
@@ -153,7 +153,7 @@ class Voc(FileDataset):
             self.problems.add("malformed XML", f"{file}:{error.line}", str(error), LEFT_OUT_IMAGE)
         else:
             if document.size_fault and image_id:
-                self.problems.remarks["size in an XML file that is not a number: taken from the image"] += 1
+                self.problems.remarks["size in an XML file that is not a number: read from the image"] += 1
             return document
         return None
 
@@ -168,12 +168,12 @@ class Voc(FileDataset):
                 yield ImageFile(image_id, file, str(document.path), document.size)
 
     def _image_files(self, image_id: str, filename: str) -> list[Path]:
-        """The files that may be the image of an id."""
+        """Find the files that may be the image of an id."""
         filename = filename.replace("\\", "/")
         files = self._images.find(image_id)
         for name in (filename, posixpath.basename(filename)):
             stem = os.path.splitext(name)[0]
-            # Copied XML files keep the <filename> of another image, which has an annotation file of its own.
+            # Copied XML files have the <filename> of another image with its own annotation file.
             if not files and stem and not self._xmls.find(stem):
                 files = self._images.find(stem)
         named = [file for file in files if file.name == posixpath.basename(filename)]
@@ -194,11 +194,11 @@ class Voc(FileDataset):
 
 
 class _Files:
-    """The files in a folder and its subfolders, each folder once, without hidden ones.
+    """The files in a folder and its subfolders, except hidden ones, each folder once.
 
     Args:
-        folder: where to look.
-        endings: of the files that count; empty for all.
+        folder: the folder to search.
+        endings: suffixes of the files to include; empty for all.
     """
 
     def __init__(self, folder: Path, endings: Iterable[str] = ()) -> None:
@@ -219,7 +219,7 @@ class _Files:
             visited.add(real)
 
     def find(self, path: str) -> list[Path]:
-        """The files of a path without ending; without a folder it also stands for files in subfolders."""
+        """Find the files of a path without suffix; a path without folder also matches files in subfolders."""
         return self._by_path.get(path) or ([] if "/" in path else self._by_name.get(path, []))
 
 

@@ -1,4 +1,4 @@
-"""YOLO: one text file for each image, one line for each object, in fractions of the image's size."""
+"""YOLO: one text file per image, one line per object, in fractions of the image size."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from detkit.registry import datasets
 LEFT_OUT_LABELS = "left out the label file"
 MOST_POINTS = 1000
 NULL = ("", "~", "null", "Null", "NULL")
-"""How YAML writes null: data.yaml is read as text, so that a class may be called `no`."""
+"""YAML's spellings of null: data.yaml is read as text, so that a class may be called `no`."""
 NOT_IMAGES = frozenset({".txt", ".json", ".xml", ".npy"})
-"""Endings of files that lie beside images under their names."""
+"""Suffixes of files that accompany images under the same names."""
 NOT_SPLITS = frozenset({"path", "names", "nc", "kpt_shape", "flip_idx", "download"})
 
 
@@ -52,31 +52,30 @@ class Yolo(FileDataset):
     """A data set in YOLO's layout: data.yaml, folders of images, and for images/a.jpg a file labels/a.txt.
 
     A line is `class x y width height` (centre and size), `class x1 y1 x2 y2 ...` (a polygon, whose extent is the box;
-    an oriented box is one of four corners), or, if data.yaml has kpt_shape, `class x y width height` and the points, in
-    fractions of the image. An image without a label file has no objects; how many there are is in
-    `problems.unlabelled`. Lines that stand twice in a file count once. meta.image_id is the image's path below the
-    data's folder.
+    an oriented box has four corners), or, if data.yaml has kpt_shape, `class x y width height` and the points, in
+    fractions of the image. An image without a label file has no objects; their number is in `problems.unlabelled`.
+    Duplicate lines in a file count once. meta.image_id is the image's path relative to the data folder.
 
     Args:
-        root: data.yaml, or the folder that holds it. Its keys: names (a list, or names by id), train, val ... (each a
-            folder, a .txt list of images, or a list of these), and path. Relative paths start from `path`, which
-            starts from the folder of data.yaml; those in a list may also start from the list's folder or from the
-            working folder. For points: kpt_shape, [K, 2] (x y) or [K, 3] (x y visibility), and flip_idx, the point that
-            each becomes in a mirrored image. Points of visibility 0 count as not annotated, as do x y that are
-            negative or 0 0 where there is no visibility. Nothing is downloaded.
+        root: data.yaml or its folder. Its keys: names (a list, or names by id), train, val ... (each a folder, a .txt
+            list of images, or a list of these), and path. Relative paths refer to `path`, which refers to the folder of
+            data.yaml; those in a list may also refer to the list's folder or to the working folder. For points:
+            kpt_shape, [K, 2] (x y) or [K, 3] (x y visibility), and flip_idx, the index of each point in a mirrored
+            image. Points of visibility 0 are not annotated; without visibility, neither are negative x y or 0 0.
+            Nothing is downloaded.
         split: a key of data.yaml.
-        broken: what to do with broken boxes and images.
+        broken: the policy for broken boxes and images.
         class_names: the classes in the order of their labels; by default all of data.yaml by id.
-        masks: read polygons as masks; a line with a plain box is a problem then.
-        semantic: make semantic maps of polygons, as COCO's; likewise.
+        masks: read polygons as masks; lines with plain boxes are then problems.
+        semantic: create semantic maps from polygons as for COCO; lines with plain boxes are then problems.
         points: read points.
-        merge_classes: take classes of one name as one, which has the smallest of their ids.
-        other_classes: what to do with objects of classes that `class_names` does not list: "problem", as `broken` says,
-            or "drop", leave them out and count them.
+        merge_classes: merge classes of the same name into one with the smallest of their ids.
+        other_classes: how to treat objects of classes that `class_names` does not list: "problem" applies `broken`,
+            "drop" drops and counts them.
 
     Raises:
-        DataError: data.yaml or something that it names is missing or malformed, no image has a label file, lines can be
-            read both as polygons and as points, or something is broken and `broken` is "fail".
+        DataError: data.yaml or something that it refers to is missing or malformed, no image has a label file, lines
+            can be read both as polygons and as points, or something is broken and `broken` is "fail".
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Yolo(FileDataset):
         files, searched = self._yaml.images_of(split)
         for found in searched.values():
             for reason in (UNREAD, DEAD_LINK, KNOWN_FOLDER, CLOSED):
-                self.problems.remarks[f"{reason}: passed over"] += len(found.passed_over.get(reason, ()))
+                self.problems.remarks[f"{reason}: skipped"] += len(found.passed_over.get(reason, ()))
         images = [ImageFile(self._yaml.image_id(file), file, where) for file, where in files]
         usable = self.check_images(images)
         label_files = {image.path: file for image in images if os.path.isfile(file := label_file(image.path))}
@@ -116,7 +115,7 @@ class Yolo(FileDataset):
         for image, size in usable:
             path = label_files.get(image.path)
             if path is not None and (owner := owners.setdefault(path, image.path)) != image.path:
-                message = f"its label file '{path}' is that of '{owner}', too; rename one of the images"
+                message = f"its label file '{path}' is also that of '{owner}'; rename one of the images"
                 self.problems.add("label file of two images", image.where, message, LEFT_OUT_IMAGE)
                 continue
             try:
@@ -130,18 +129,18 @@ class Yolo(FileDataset):
         self.finish()
 
     def _check_labelled(self, images: list[ImageFile], label_files: dict[Path, Path]) -> None:
-        """Count images without a label file; if none has one, the layout is wrong rather than all images empty."""
+        """Count images without a label file; if no image has one, report a wrong layout."""
         self.problems.unlabelled = sum(image.path not in label_files for image in images)
         if not label_files:
             first = images[0].path
             raise DataError(
                 f"{self.problems.source} has {counted(len(images), 'image')}, but none has a label file: '{first}', "
-                f"for example, needs '{label_file(first)}'. Put the labels there; for images without objects, leave "
-                f"the file empty."
+                f"for example, needs '{label_file(first)}'. Put the labels there; leave the file empty for images "
+                f"without objects."
             )
 
     def _check_unused(self, used: set[Path], folders: list[Path]) -> None:
-        """Record the label files below the folders of the split that belong to none of its images."""
+        """Record label files in the folders of the split that do not belong to any of its images."""
         roots = {_swapped(folder, "images", "labels") for folder in folders}
         if folders:
             roots |= {file.parent for file in used}
@@ -156,17 +155,17 @@ class Yolo(FileDataset):
                     neighbours[folder] = _by_stem(folder)
                 found += neighbours[folder].get(file.stem, [])
             if file.suffix != ".txt":
-                message = f"its ending must be .txt, but is {file.suffix}; rename it"
-                self.problems.add("label file with another ending", str(file), message, LEFT_OUT_LABELS)
+                message = f"its suffix must be .txt, but is {file.suffix}; rename it"
+                self.problems.add("label file with another suffix", str(file), message, LEFT_OUT_LABELS)
             elif not found:
                 message = f"there is no image '{file.stem}.*' in '{image_folder}'"
                 self.problems.add("label file without an image", str(file), message, LEFT_OUT_LABELS)
             elif not any(map(is_image, found)):
                 message = (
-                    f"the image has labels ('{file}'), but the ending '{found[0].suffix}' is not among those that are "
-                    f"read: {' '.join(sorted(IMAGE_SUFFIXES))}; convert it"
+                    f"the image has labels ('{file}'), but the suffix '{found[0].suffix}' is not supported (supported: "
+                    f"{' '.join(sorted(IMAGE_SUFFIXES))}); convert it"
                 )
-                self.problems.add("image of an unread format", str(found[0]), message, LEFT_OUT_IMAGE)
+                self.problems.add("image of an unsupported format", str(found[0]), message, LEFT_OUT_IMAGE)
 
     def _annotations(
         self, lines: list[tuple[int, tuple[str, ...]]], path: Path | None, size: tuple[int, int]
@@ -198,21 +197,21 @@ class Yolo(FileDataset):
         self, label: int, line: LabelLine, where: str, size: tuple[int, int], values: tuple[float, ...]
     ) -> Annotation:
         if "points" in self.fields and line.points_outside:
-            message = f"{line.points_outside} of its points lie outside the image"
-            self.problems.add("point outside the image", where, message, "taken as not visible")
+            message = f"{line.points_outside} of its points are outside the image"
+            self.problems.add("point outside the image", where, message, "treated as not visible")
         points = line.points if "points" in self.fields else None
         wants_mask = bool(self.fields & {"masks", "semantic"})
         if line.polygon is None:
             if wants_mask:
                 raise LineError(
-                    "no mask", "the line is a box, but the head needs polygons; take data with polygons or another head"
+                    "no mask", "the line is a box, but the head needs polygons; use data with polygons or another head"
                 )
             return Annotation(line.box, label, where, points=points, unread=values)
         mask = rle_from_polygons([line.polygon], size) if wants_mask else None
         return Annotation(line.box, label, where, area=polygon_area(line.polygon), mask=mask, unread=values)
 
     def _label(self, raw_id: float) -> int | None:
-        """The label of a class; None for one that data.class_names does not list."""
+        """Return the label of a class; None if data.class_names does not list it."""
         if raw_id in self._classes.names:
             return self._classes.labels.get(int(raw_id))
         raise LineError(
@@ -221,22 +220,22 @@ class Yolo(FileDataset):
 
 
 def label_file(image: Path) -> Path:
-    """images/a.jpg to labels/a.txt; the last "images" of the path counts."""
+    """Return the label file of an image: images/a.jpg to labels/a.txt, replacing the last "images" of the path."""
     folder = _swapped(image.parent, "images", "labels")
     return folder / f"{os.path.splitext(image.name)[0]}.txt"
 
 
 @dataclass(frozen=True)
 class _DataFile:
-    """data.yaml.
+    """The content of data.yaml.
 
     Args:
         path: the file.
-        content: every scalar as the text that was written.
-        base: the folder that its paths start from.
-        classes: raw id and name of each, by raw id.
-        shape: of the points, or None.
-        flip_pairs: of the points, or None where it is not known.
+        content: the content, with every scalar as its source text.
+        base: the folder that its paths are relative to.
+        classes: raw id and name of each class, sorted by raw id.
+        shape: the shape of the points, or None.
+        flip_pairs: pairs of points that are swapped when mirrored, or None if unknown.
     """
 
     path: Path
@@ -248,7 +247,7 @@ class _DataFile:
 
     @property
     def decided(self) -> bool:
-        """Whether the file says if lines hold points."""
+        """Whether the file declares if lines contain points."""
         return "kpt_shape" in self.content
 
     @property
@@ -256,25 +255,25 @@ class _DataFile:
         """The shape of the points.
 
         Raises:
-            DataError: there are none.
+            DataError: the file does not declare points.
         """
         if self.shape is None:
             raise DataError(
                 f"The head needs points, but '{self.path}' declares none. Add kpt_shape, such as [17, 3] for x y "
-                f"visibility of 17 points or [5, 2] for x y of 5, if its label files have them; else take another head."
+                f"visibility of 17 points or [5, 2] for x y of 5, if its label files have them; else use another head."
             )
         return self.shape
 
     def image_id(self, file: Path) -> str:
-        """The path of an image below the data's folder."""
+        """Return the path of an image relative to the data folder."""
         file = Path(os.path.normpath(file))
         return file.relative_to(self.base).as_posix() if file.is_relative_to(self.base) else file.as_posix()
 
     def images_of(self, split: str) -> tuple[list[tuple[Path, str]], dict[Path, Found]]:
-        """The image files of a split, each with what names it, and the folders that were searched for them.
+        """Find the image files of a split, with their locations for messages, and the searched folders.
 
         Raises:
-            DataError: there is no such split, or it names something that is missing.
+            DataError: there is no such split, or it refers to something that is missing.
         """
         splits = {
             key: [source] if isinstance(source, str) else source
@@ -284,8 +283,8 @@ class _DataFile:
         if split not in splits:
             if split in self.content:
                 raise DataError(
-                    f"The key '{split}' in '{self.path}' is {_short(self.content[split])}, which is not a split. Give "
-                    f"it a folder, a .txt file that lists images, or a list of these."
+                    f"The key '{split}' in '{self.path}' is {_short(self.content[split])}, which is not a valid split. "
+                    f"Set it to a folder, a .txt file that lists images, or a list of these."
                 )
             raise DataError(
                 f"There is no split '{split}' in '{self.path}'. {nearest(split, splits)} Set data.train and data.val "
@@ -301,21 +300,21 @@ class _DataFile:
                 files += [(self._listed(text, path), f"{path}:{line}") for line, text in read_lines(path)]
             elif not os.path.isdir(self.base):
                 raise DataError(
-                    f"The key 'path' in '{self.path}' names the folder '{self.base}', which does not exist. Correct "
-                    f"it; a relative one starts from the folder of that file, and so do all paths if it is removed."
+                    f"The key 'path' in '{self.path}' is the folder '{self.base}', which does not exist. Fix it; a "
+                    f"relative one refers to the folder of that file, and so do all paths if it is removed."
                 )
             else:
                 raise missing_split(split, path, (key for key in splits if key != split))
         return files, searched
 
     def _resolve(self, source: str) -> Path:
-        # Roboflow writes ../train/images into a data.yaml that lies beside train.
+        # Roboflow writes ../train/images into a data.yaml beside the folder train.
         names = [name for text in _spellings(source) for name in (text, text.removeprefix("../"))]
         return _first_existing(self.base / name for name in names)
 
     def _listed(self, text: str, path: Path) -> Path:
-        """The image of a line: its path starts from the data's folder, or with './' from the list's; in lists of
-        Darknet it starts from the folder in which Darknet was run."""
+        """Resolve the path of an image in a list: relative to the data folder, with './' to the list's folder, and in
+        lists of Darknet to Darknet's working folder."""
         folders = [self.base, path.parent, Path.cwd()]
         if text.startswith("./"):
             folders = [path.parent, self.base, Path.cwd()]
@@ -326,13 +325,11 @@ def _read_data_file(root: str) -> _DataFile:
     path = _find_yaml(root)
     content = read_yaml(path, "data file", as_text=True)
     if not isinstance(content, dict):
-        raise DataError(
-            f"The data file '{path}' does not hold keys and values. It needs the keys names, train and val."
-        )
+        raise DataError(f"The data file '{path}' is not a mapping. It needs the keys names, train and val.")
     content = {str(key): value for key, value in content.items()}
     folder = content.get("path", "")
     if not isinstance(folder, str):
-        raise DataError(f"The key 'path' in '{path}' must be a folder, but it is {_short(folder)}.")
+        raise DataError(f"The key 'path' in '{path}' must be a folder, but is {_short(folder)}.")
     base = path.parent
     if folder not in NULL:
         base = Path(os.path.normpath(_first_existing(base / name for name in _spellings(folder))))
@@ -347,12 +344,12 @@ def _find_yaml(root: str) -> Path:
     if not os.path.isfile(file):
         others = ", ".join(sorted(item.name for item in path.glob("*.y*ml"))) if is_folder else ""
         hint = f" The folder has {others}: set data.root to the file." if others else other_layout(root, "yolo")
-        raise DataError(f"There is no '{file}'. Set data.root to data.yaml or to the folder that holds it.{hint}")
+        raise DataError(f"There is no '{file}'. Set data.root to data.yaml or its folder.{hint}")
     return file.resolve()
 
 
 def _declared(content: dict[str, Any], path: Path) -> list[tuple[int, str]]:
-    """The classes of data.yaml."""
+    """Read the classes of data.yaml."""
     names = content.get("names")
     if isinstance(names, list):
         names = {str(index): name for index, name in enumerate(names)}
@@ -364,19 +361,19 @@ def _declared(content: dict[str, Any], path: Path) -> list[tuple[int, str]]:
     ):
         raise DataError(
             f"The key 'names' in '{path}' must be a list of class names, or names by id (0: person), none of them "
-            f"empty, but it is {_short(content.get('names'))}."
+            f"empty, but is {_short(content.get('names'))}."
         )
     count = content.get("nc", "")
     if count not in NULL and not (_is_whole(count) and int(count) == len(names)):
         raise DataError(
-            f"The keys in '{path}' disagree: nc is {_short(count)}, but names has {len(names)} classes. Correct one of "
+            f"The keys in '{path}' disagree: nc is {_short(count)}, but names has {len(names)} classes. Fix one of "
             f"them, or remove nc."
         )
     return sorted((int(raw_id), name) for raw_id, name in names.items())
 
 
 def _point_shape(content: dict[str, Any], path: Path) -> PointShape | None:
-    """The shape of the points; null says that there are none."""
+    """Read the shape of the points; null declares that there are none."""
     shape = content.get("kpt_shape", "null")
     if shape in ("null", "~"):
         return None
@@ -386,7 +383,7 @@ def _point_shape(content: dict[str, Any], path: Path) -> PointShape | None:
             return PointShape(count, numbers)
     raise DataError(
         f"The key 'kpt_shape' in '{path}' must be [number of points, 2] for x y or [number of points, 3] for x y "
-        f"visibility, with at most {MOST_POINTS} points, or null for none, but it is {_short(shape)}."
+        f"visibility, with at most {MOST_POINTS} points, or null for none, but is {_short(shape)}."
     )
 
 
@@ -395,12 +392,12 @@ def _flip_pairs(content: dict[str, Any], path: Path, shape: PointShape | None) -
     if shape is None or order in NULL:
         return None
     if isinstance(order, list) and len(order) == shape.count and all(map(_is_whole, order)):
-        places = list(map(int, order))
-        if all(place < len(places) and places[place] == index for index, place in enumerate(places)):
-            return tuple((index, place) for index, place in enumerate(places) if index < place)
+        partners = list(map(int, order))
+        if all(other < len(partners) and partners[other] == index for index, other in enumerate(partners)):
+            return tuple((index, other) for index, other in enumerate(partners) if index < other)
     raise DataError(
-        f"The key 'flip_idx' in '{path}' must name for each of {shape.count} points the one that it changes places "
-        f"with in a mirrored image, itself or another, such as [0, 2, 1], but it is {_short(order)}."
+        f"The key 'flip_idx' in '{path}' must list for each of {shape.count} points the one with which it is swapped "
+        f"in a mirrored image, itself or another, such as [0, 2, 1], but is {_short(order)}."
     )
 
 
@@ -420,18 +417,18 @@ def _short(value: object) -> str:
 
 
 def _spellings(text: str) -> Iterable[str]:
-    """A path as it is written, and as it is meant if it was written on Windows."""
+    """Return a path as written, and with Windows separators replaced."""
     return dict.fromkeys(os.path.expanduser(name) for name in (text, text.replace("\\", "/")))
 
 
 def _first_existing(paths: Iterable[Path]) -> Path:
-    """The first path that exists; the first of all if none does."""
+    """Return the first existing path, or the first path if none exists."""
     candidates = list(paths)
     return next((path for path in candidates if os.path.exists(path)), candidates[0])
 
 
 def _swapped(folder: Path, old: str, new: str) -> Path:
-    """The folder with the last part of its path that is `old` replaced by `new`."""
+    """Replace the last part of a path that equals `old` by `new`."""
     parts = list(folder.parts)
     if old in parts:
         parts[len(parts) - 1 - parts[::-1].index(old)] = new
@@ -439,7 +436,7 @@ def _swapped(folder: Path, old: str, new: str) -> Path:
 
 
 def _text_files(roots: Iterable[Path]) -> list[Path]:
-    """The text files below folders, each folder entered once, whatever links lead to it."""
+    """Find the text files below folders, entering each folder once, regardless of links."""
     entered: set[str] = set()
     found: set[Path] = set()
     for root in sorted(roots):
@@ -454,7 +451,7 @@ def _text_files(roots: Iterable[Path]) -> list[Path]:
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder that could be images, by their names without ending."""
+    """Group the files of a folder that may be images by their names without suffix."""
     found: dict[str, list[Path]] = defaultdict(list)
     for file in folder.iterdir() if os.path.isdir(folder) else ():
         if file.suffix.lower() not in NOT_IMAGES and file.is_file():

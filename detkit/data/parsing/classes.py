@@ -1,4 +1,4 @@
-"""Which label an object gets: from the classes that the files declare, and from those that the user chooses."""
+"""Mapping of the classes declared in files to labels, given the classes that the user chooses."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,7 +9,7 @@ from detkit.errors import DataError, nearest
 from detkit.structures import ClassList
 
 OtherClasses = Literal["problem", "drop"]
-"""What to do with an object of a class that data.class_names does not list: a problem, or left out and counted."""
+"""How to treat objects of classes that data.class_names does not list: as a problem, or drop and count them."""
 
 
 class ClassMap:
@@ -19,13 +19,13 @@ class ClassMap:
         declared: raw id and name of each class in the files, in the order of the labels.
         where: the file, for messages.
         class_names: the classes in the order of their labels; by default all that are declared.
-        merge: take classes of one name as one, which has the first of their raw ids.
-        semantic: add "background" in front, unless it is one of the classes.
+        merge: merge classes of the same name into one with the first of their raw ids.
+        semantic: add "background" as the first class, unless it is one of the classes.
 
     Attributes:
         classes: the classes by label.
         names: the names of all declared classes by raw id.
-        labels: the labels by raw id; classes that were not chosen are missing.
+        labels: the labels by raw id, without classes that are not chosen.
 
     Raises:
         DataError: a name or raw id is declared twice, or a chosen class is not declared.
@@ -60,23 +60,23 @@ def _class_list(pairs: Sequence[tuple[int, str]], where: str) -> ClassList:
     try:
         return ClassList(names, tuple(raw_id for raw_id, _ in pairs))
     except ValueError as error:
-        merge = ", or set data.merge_classes to true to take classes of one name as one"
+        merge = ", or set data.merge_classes to true to merge classes of the same name"
         raise DataError(
-            f"The classes of '{where}' cannot be used: {error}. Give each class a name and id of its own"
+            f"The classes of '{where}' cannot be used: {error}. Give each class a unique name and id"
             f"{merge if len({*names}) < len(names) else ''}."
         ) from None
 
 
 def _chosen(class_names: Sequence[str], declared: ClassList, where: str) -> ClassList:
-    """The classes that the user fixed, with the raw ids that the data set declares for them.
+    """Select the classes that the user chose, with their declared raw ids.
 
     Raises:
-        DataError: one of the names is not declared.
+        DataError: a name is not declared.
     """
     raw_ids = dict(zip(declared.names, declared.raw_ids))
     for name in class_names:
         if name not in raw_ids:
             raise DataError(
-                f"data.class_names has '{name}', a class that '{where}' does not have. {nearest(name, raw_ids)}"
+                f"data.class_names lists '{name}', a class that '{where}' does not have. {nearest(name, raw_ids)}"
             )
     return checked_classes(lambda: ClassList(tuple(class_names), tuple(raw_ids[name] for name in class_names)), where)

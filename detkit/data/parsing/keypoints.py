@@ -1,4 +1,4 @@
-"""COCO's keypoints: the names of the points in the categories, and x, y, v of each in the annotations."""
+"""Parsing of COCO keypoints: their names in the categories, and x, y, v in the annotations."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from detkit.data.parsing.json_values import finite_list, short
 from detkit.errors import DataError
 
 OVERSHOOT = 2.0
-"""Pixels by which a point may lie outside of its image: a rounding error."""
+"""Pixels by which a point may be outside its image due to rounding."""
 
 
 def keypoint_names(categories: list[dict[str, Any]], where: str) -> tuple[str, ...]:
-    """The names of the points, the same in every category that has points.
+    """Return the names of the points, which all categories with points share.
 
     Raises:
         DataError: no category has points, or they differ, or are not a list of text.
@@ -20,9 +20,7 @@ def keypoint_names(categories: list[dict[str, Any]], where: str) -> tuple[str, .
     lists = [category["keypoints"] for category in categories if category.get("keypoints")]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(
-                f"'keypoints' of a category in '{where}' must be a list of names, but it is {short(names)}."
-            )
+            raise DataError(f"'keypoints' of a category in '{where}' must be a list of names, but is {short(names)}.")
     found = set(map(tuple, lists))
     if not found:
         raise DataError(
@@ -38,16 +36,17 @@ def keypoint_names(categories: list[dict[str, Any]], where: str) -> tuple[str, .
 
 
 def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """(count, 3) float32 x, y and whether the point is annotated (v above 0), and how many such points lay outside.
+    """Parse (count, 3) float32 x, y and whether the point is annotated (v above 0); also count annotated points
+    outside.
 
-    Those are taken as not annotated, and so are all points of an object without keypoints.
+    Points outside the image, and all points of an object without keypoints, are treated as not annotated.
 
     Args:
         entry: the annotation.
         size: (height, width) of the image.
 
     Raises:
-        ValueError: they are not three finite numbers for each point.
+        ValueError: the entry does not have three finite numbers for each point.
     """
     values = entry.get("keypoints")
     if values is None:
@@ -58,7 +57,7 @@ def parse_keypoints(entry: dict[str, Any], count: int, size: tuple[int, int]) ->
 
 
 def inside_image(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """(K, 3) float32 points clipped to the image, those far outside not annotated, and how many there were of these.
+    """Clip (K, 3) float32 points to the image; points far outside become not annotated and are counted.
 
     Args:
         points: (K, 3) x and y in pixels, and whether the point is annotated (above 0); finite.

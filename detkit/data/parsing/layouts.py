@@ -1,20 +1,20 @@
-"""What a folder seems to hold where it is not what the config's format needs."""
+"""Recognition of the format of a data folder, for errors about a wrong format."""
 
 from pathlib import Path
 
 _MARKS = {"coco": ("annotations/*.json",), "voc": ("Annotations", "JPEGImages"), "yolo": ("*.yaml", "*/labels")}
-"""Names of formats, and what lies in a folder of each."""
+"""Formats, and patterns of their typical content."""
 
 
 def other_layout(root: str, asked: str) -> str:
-    """A sentence, with a blank before it, that names the format that a folder looks like.
+    """Suggest the format that a folder looks like.
 
     Args:
-        root: the folder that lacks what it should hold.
-        asked: the format that the config names.
+        root: the folder without the expected content.
+        asked: the format in the config.
 
     Returns:
-        An empty text where it looks like no other format.
+        A sentence with a leading space; empty if it does not look like another format.
     """
     folder = Path(root).expanduser()
     for name, marks in _MARKS.items():

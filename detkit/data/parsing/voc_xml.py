@@ -1,4 +1,4 @@
-"""The XML files of Pascal VOC, read with bounds on what a damaged or hostile one can cost."""
+"""Parser of Pascal VOC's XML files, with limits against damaged or malicious files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from detkit.data.dataset import number, rotation_of
 from detkit.errors import printable
 
 LONGEST = 16 * 2**20
-"""Bytes that a file may have: an image with 10,000 objects takes 4 million."""
+"""Maximum bytes of a file: an image with 10,000 objects takes 4 million."""
 DEEPEST = 64
-"""Elements within one another; VOC has five."""
+"""Maximum nesting of elements; VOC has five levels."""
 _DIFFICULT = {"1": True, "true": True, "0": False, "false": False, "": False, "unspecified": False}
 
 
@@ -27,7 +27,7 @@ class XmlError(ValueError):
 
 @dataclass(frozen=True)
 class VocObject:
-    """One <object>; `fault` says why it cannot be used. The box is as in the file, `rotation` in degrees."""
+    """One <object>; `fault` is the reason why it cannot be used. The box is as in the file, `rotation` in degrees."""
 
     line: int
     name: str
@@ -39,14 +39,14 @@ class VocObject:
 
 @dataclass(frozen=True)
 class Document:
-    """One XML file.
+    """The content of one XML file.
 
     Args:
         path: the file.
-        size: (height, width), None where the file does not give it.
-        size_fault: the text of a size that is not a size; empty for none.
-        filename: of the image, "" where the file does not give it.
-        objects: in the order of the file.
+        size: (height, width), None if missing.
+        size_fault: the text of an invalid size, otherwise empty.
+        filename: the file name of the image, "" if missing.
+        objects: the objects in the order of the file.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def read_document(path: Path) -> Document:
     """Read one XML file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         XmlError: it cannot be read, is not well-formed, or is not an <annotation>.
     """
     root = _parse(path)
@@ -125,7 +125,7 @@ class _Element:
 
 
 def _size(root: _Element) -> tuple[tuple[int, int] | None, str]:
-    """(height, width) and what is wrong with it. Some tools leave the size empty or at 0; the image has it anyway."""
+    """Return (height, width) and its invalid text. Some tools leave the size empty or 0, which means unknown."""
     size = root.child("size")
     if size is None:
         return None, ""
@@ -157,7 +157,7 @@ def _read_object(element: _Element) -> VocObject:
 
 
 def _rotation(element: _Element) -> float:
-    """The rotation of an object in degrees: an attribute in CVAT's files, an element of its own in others."""
+    """Return the rotation of an object in degrees: an attribute in CVAT's files, an element in others."""
     attributes = element.child("attributes")
     found = [element.text_of("rotation")] + [
         attribute.text_of("value")
@@ -171,16 +171,16 @@ def _rotation(element: _Element) -> float:
 
 
 def _parse(path: Path) -> _Element:
-    """The root of an XML file; every element has its line, which the standard library's trees do not keep."""
+    """Parse an XML file to its root; unlike in the standard library's trees, elements have their line numbers."""
     try:
         with path.open("rb") as file:
             content = file.read(LONGEST + 1)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # ValueError for a name that holds NUL
+    except (OSError, ValueError) as error:  # ValueError for a name with NUL
         raise XmlError(f"the file cannot be read ({getattr(error, 'strerror', None) or error})", 1) from None
     if len(content) > LONGEST:
-        raise XmlError(f"the file has more than {LONGEST:,} bytes, which no annotation of an image has", 1)
+        raise XmlError(f"the file has more than {LONGEST:,} bytes, too many for the annotation of an image", 1)
     top = _Element("", 0)
     open_elements = [top]
     parser = expat.ParserCreate()
@@ -200,21 +200,25 @@ def _parse(path: Path) -> _Element:
         open_elements[-1].parts.append(text)
 
     def refuse(name: str, *_: object) -> None:
-        raise ValueError(f"it has the entity '{name}', and entities other than XML's own five are not read")
+        raise ValueError(f"it has the entity '{name}', but only XML's five predefined entities are supported")
 
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, characters
     parser.EntityDeclHandler, parser.SkippedEntityHandler = refuse, refuse
     try:
         parser.Parse(content, True)
-    # All but the first come from an encoding that expat does not know.
+    # All except the first are caused by an encoding that expat does not support.
     except (expat.ExpatError, LookupError, ValueError, TypeError) as error:
         unknown_encoding = isinstance(error, LookupError) or "encoding" in str(error)
-        hint = "; save it as UTF-8, and let its first line say so" if unknown_encoding or not _is_utf8(content) else ""
+        hint = (
+            "; save it as UTF-8, and declare that in its first line"
+            if unknown_encoding or not _is_utf8(content)
+            else ""
+        )
         line = getattr(error, "lineno", None) or parser.CurrentLineNumber
         raise XmlError(f"the XML cannot be parsed ({error}){hint}", line) from None
     root = top.children[0]
     if root.tag.lower() != "annotation":
-        raise XmlError(f"its root is <{root.tag}>, but that of a VOC file is <annotation>", root.line)
+        raise XmlError(f"its root is <{root.tag}>, but a VOC file has the root <annotation>", root.line)
     return root
 
 

@@ -1,4 +1,4 @@
-"""Lines of YOLO's label files: a box, a polygon, or a box and points, in fractions of the image."""
+"""Parser of the lines of YOLO label files: a box, a polygon, or a box and points, in fractions of the image."""
 
 import math
 from collections import Counter
@@ -14,15 +14,15 @@ from detkit.errors import DataError
 from detkit.io.files import read_text
 
 LARGEST_FRACTION = 2.0
-"""Beyond this a coordinate is not a careless fraction: the numbers are pixels."""
+"""Coordinates above this are not inaccurate fractions, but pixels."""
 LARGEST_FILE = 20_000_000
-"""Bytes of a label file; the largest of LVIS has some hundred thousand."""
+"""Maximum bytes of a label file; the largest of LVIS has a few hundred thousand."""
 SAMPLE = 100
-"""Lines that are looked at to tell polygons from points."""
+"""Number of lines that are examined to distinguish polygons from points."""
 
 
 class LineError(ValueError):
-    """The reason why a line cannot be used, and the kind to count it by."""
+    """The reason why a line cannot be used, and the kind of problem."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -34,8 +34,8 @@ class PointShape:
     """The points of each object, as kpt_shape in data.yaml declares them.
 
     Args:
-        count: of the points.
-        numbers: 2 for x y, 3 for x y visibility.
+        count: number of points.
+        numbers: values per point, 2 for x y, 3 for x y visibility.
     """
 
     count: int
@@ -52,8 +52,8 @@ class LabelLine:
     Args:
         box: xyxy.
         polygon: x1, y1, x2, y2 ... or None for a box.
-        points: (K, 3) float32 x, y and whether the point is annotated; None where no shape is declared.
-        points_outside: how many annotated points lay outside the image, and are now taken as not annotated.
+        points: (K, 3) float32 x, y and whether the point is annotated; None if no shape is declared.
+        points_outside: number of annotated points outside the image, which are treated as not annotated.
     """
 
     box: Box
@@ -63,20 +63,20 @@ class LabelLine:
 
 
 def read_label_file(path: Path) -> list[tuple[int, tuple[str, ...]]]:
-    """The words of each line that is not blank, with the number of the line.
+    """Read the words of the non-blank lines, with their line numbers.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or is longer than LARGEST_FILE.
     """
-    # Past the size of any label file, reading and quoting it would only cost memory.
+    # Reading and quoting a larger file would only cost memory.
     if path.stat().st_size > LARGEST_FILE:
-        raise DataError(f"The label file '{path}' has more than {LARGEST_FILE:,} bytes. Check what it holds.")
+        raise DataError(f"The label file '{path}' has more than {LARGEST_FILE:,} bytes. Check its content.")
     lines = read_text(path, "label file").split("\n")
     return [(number, tuple(line.split())) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def parse_numbers(words: Sequence[str]) -> tuple[float, ...]:
-    """The numbers of a line; "nan" and "inf" are among them.
+    """Parse the numbers of a line, including "nan" and "inf".
 
     Raises:
         LineError: a word is not a number in ASCII digits.
@@ -88,7 +88,7 @@ def parse_numbers(words: Sequence[str]) -> tuple[float, ...]:
 
 
 def looks_like_labels(path: Path) -> bool:
-    """Whether a text file without an image seems to be a label file, not a list of classes or a note."""
+    """Return whether a text file without an image looks like a label file, not a list of classes or a note."""
     try:
         lines = read_label_file(path)
     except DataError:
@@ -98,11 +98,11 @@ def looks_like_labels(path: Path) -> bool:
 
 
 def parse_line(values: Sequence[float], shape: PointShape | None, size: tuple[int, int]) -> LabelLine:
-    """The object of a line.
+    """Parse the object of a line.
 
     Args:
         values: all numbers of the line, the class first.
-        shape: of the points; None where lines are boxes and polygons.
+        shape: the shape of the points; None if lines are boxes and polygons.
         size: (height, width) of the image in pixels.
 
     Raises:
@@ -125,23 +125,23 @@ def parse_line(values: Sequence[float], shape: PointShape | None, size: tuple[in
 
 @dataclass
 class PolygonEvidence:
-    """Tells polygons from points where kpt_shape is missing.
+    """Distinguishes polygons from points if kpt_shape is missing.
 
-    A box and points fill as many columns as some polygon. But polygons have any number of columns, and seldom make
-    sense as a box with points in it.
+    A box with points has as many columns as some polygon. But polygons vary in the number of columns, and are rarely
+    valid as a box with points in it.
     """
 
     columns: set[int] = field(default_factory=set)
     lines: list[tuple[str, tuple[float, ...]]] = field(default_factory=list)
 
     def add(self, values: tuple[float, ...], where: str) -> None:
-        """Take in a line that is read as a polygon."""
+        """Add a line that is read as a polygon."""
         self.columns.add(len(values))
         if len(self.lines) < SAMPLE:
             self.lines.append((where, values))
 
     def check(self, yaml: Path) -> None:
-        """Refuse lines that make sense both as polygons and as points.
+        """Check that the lines are not valid both as polygons and as points.
 
         Raises:
             DataError: naming the key of `yaml` that decides.
@@ -180,28 +180,28 @@ def _check_columns(count: int, shape: PointShape | None) -> None:
     elif count != 5 and (count < 7 or count % 2 == 0):
         raise LineError(
             "malformed line",
-            f"the line has {count} columns, but a box has 5 (class x y width height) and a polygon an odd number from "
-            f"7 on (class x1 y1 x2 y2 x3 y3 ...); points are read if data.yaml has kpt_shape, confidences are not",
+            f"the line has {count} columns, but a box has 5 (class x y width height) and a polygon an odd number of at "
+            f"least 7 (class x1 y1 x2 y2 x3 y3 ...); points need kpt_shape in data.yaml, confidences are not supported",
         )
 
 
 def _pixels(fractions: Sequence[float], size: tuple[int, int]) -> list[float]:
-    """x, y, x, y ... in pixels."""
+    """Convert fractions x, y, x, y ... to pixels."""
     if not all(math.isfinite(value) for value in fractions):
         worst = next(value for value in fractions if not math.isfinite(value))
         raise LineError("not a number", f"the coordinate {worst} is not a finite number")
     if max(map(abs, fractions)) > LARGEST_FRACTION:
         raise LineError(
             "not a fraction",
-            f"the coordinate {max(fractions, key=abs):g} is far above 1; coordinates are fractions of the width and "
-            f"height of the image, {size[1]} x {size[0]} here, not pixels",
+            f"the coordinate {max(fractions, key=abs):g} is far above 1; coordinates must be fractions of the width "
+            f"and height of the image, here {size[1]} x {size[0]}, not pixels",
         )
     height, width = size
     return [value * (height if index % 2 else width) for index, value in enumerate(fractions)]
 
 
 def _points(table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(K, 3) x and y in pixels and whether the point is annotated, of a table of K rows."""
+    """Convert a table of K rows to (K, 3) x and y in pixels, and whether the point is annotated."""
     xy = table[:, :2]
     if table.shape[1] == 3:
         visibility = table[:, 2]
@@ -210,17 +210,17 @@ def _points(table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             raise LineError("malformed line", f"the visibility {wrong:g} of a point is not 0, 1 or 2")
         annotated = visibility > 0
     else:
-        # Without a visibility, points that were not annotated are written as negative numbers or as 0 0.
+        # Without visibility, points that are not annotated are negative or 0 0.
         annotated = np.logical_and((xy >= 0).all(1), (xy > 0).any(1))
     pixels = np.reshape(_pixels(xy.ravel().tolist(), size), (-1, 2))
     return np.column_stack([pixels, annotated])
 
 
 def _possible_shapes(values: tuple[float, ...]) -> list[PointShape]:
-    """The shapes of points for which a line makes sense as a box in the image with points in it."""
+    """Return the shapes of points for which a line is valid as a box in the image with points in it."""
     corners = np.reshape(values[1:], (-1, 2))
     centre, sides = corners[0], corners[1]
-    # The box may overshoot the image by a rounding error only.
+    # The box may exceed the image only by a rounding error.
     if not ((sides > 0) & (np.abs(centre - 0.5) + sides / 2 <= 0.51)).all() or _is_polygon(corners):
         return []
     shapes = []
@@ -235,17 +235,17 @@ def _possible_shapes(values: tuple[float, ...]) -> list[PointShape]:
 
 
 def _is_polygon(corners: np.ndarray) -> bool:
-    """Whether (N, 2) corners are those of a polygon, and not a box and points, beyond reasonable doubt."""
+    """Return whether (N, 2) corners are certainly those of a polygon, not a box and points."""
     if len(corners) == 4:  # an oriented box
         return bool((np.abs(corners[0] - corners[1] + corners[2] - corners[3]) < 0.01).all())
     if (corners[0] == corners[-1]).all() or len(corners) > 300:
         return True
-    # A path through a dozen points in any order crosses itself.
+    # A path through a dozen points in random order crosses itself.
     return len(corners) >= 12 and not _crosses_itself(corners)
 
 
 def _crosses_itself(corners: np.ndarray) -> bool:
     start, along = corners[:, None], np.roll(corners, -1, 0)[:, None] - corners[:, None]
     side = along[..., 0] * (corners - start)[..., 1] - along[..., 1] * (corners - start)[..., 0]
-    separates = side * np.roll(side, -1, 1) < 0  # [i, j]: the line through edge i lies between the ends of edge j
+    separates = side * np.roll(side, -1, 1) < 0  # [i, j]: the line through edge i separates the ends of edge j
     return bool((separates & separates.T).any())

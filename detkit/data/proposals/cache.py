@@ -1,4 +1,4 @@
-"""Proposals on disk, found by the pixels of their image: an image is segmented once, not in every run."""
+"""Cache of proposals on disk, keyed by the pixels of the image, so that each image is segmented only once."""
 
 import hashlib
 import os
@@ -16,20 +16,20 @@ DIGEST_SIZE = 16
 
 
 def default_folder() -> Path:
-    """The user's own: $XDG_CACHE_HOME/detkit/proposals, or ~/.cache/detkit/proposals."""
+    """Return $XDG_CACHE_HOME/detkit/proposals, or ~/.cache/detkit/proposals."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "detkit" / "proposals"
 
 
 class ProposalCache:
-    """A source whose proposals are kept in files.
+    """A source of proposals with a cache in files.
 
-    The file's name is a hash of the decoded pixels, so an image that is moved, renamed or saved again without loss is
-    still found, and one that is changed is not. Files are written all at once, so several runs may share a folder.
+    Files are named by a hash of the decoded pixels, so an image that is moved, renamed or saved again losslessly is
+    found, and a changed image is not. Files are written atomically, so several runs may share a folder.
 
     Args:
-        source: computes what is not there.
-        folder: of the cache; each `source.key` has a folder of its own in it.
+        source: computes missing proposals.
+        folder: the folder of the cache, with a subfolder for each `source.key`.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -38,15 +38,15 @@ class ProposalCache:
     def __init__(self, source: ProposalSource, folder: Path) -> None:
         self.source = source
         self.folder = folder / hashlib.blake2b(source.key.encode(), digest_size=8).hexdigest()
-        # For people: nothing reads it.
+        # For information only.
         self._write("source.txt", f"{source.key}\n".encode())
 
     def get(self, image: np.ndarray, image_id: int | str) -> tuple[Tensor, str]:
-        """The proposals of an image, and where they came from.
+        """Get the proposals of an image, and their origin.
 
         Returns:
-            (P, 4) float32 as the source gave them, and "cached", "computed", or "broken" where the file was there but
-            damaged, and was made anew.
+            (P, 4) float32 as computed by the source, and "cached", "computed", or "broken" if the file was damaged and
+            has been computed again.
 
         Raises:
             WriteError: a file cannot be written.
@@ -65,7 +65,7 @@ class ProposalCache:
         return proposals, outcome
 
     def path(self, image: np.ndarray) -> Path:
-        """The file of the proposals of an image."""
+        """Return the file for the proposals of an image."""
         digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=DIGEST_SIZE)
         digest.update(np.ascontiguousarray(image).data)
         name = digest.hexdigest()
@@ -79,16 +79,16 @@ class ProposalCache:
 
 
 def _read(path: Path) -> Tensor:
-    """The proposals in a file.
+    """Read the proposals in a file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         ValueError, OSError: it is damaged.
     """
     content = path.read_bytes()
     digest, data = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
     if digest != _digest(data):
-        raise ValueError("the boxes are not those that were written")
+        raise ValueError("the checksum of the boxes does not match")
     return torch.from_numpy(np.frombuffer(bytearray(data), dtype="<f4").reshape(-1, 4))
 
 

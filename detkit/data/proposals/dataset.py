@@ -1,4 +1,4 @@
-"""A data set whose samples carry proposals, and the checks that a config asks for them where they are needed."""
+"""A data set with proposals, and the checks that a config has proposals if and only if the head needs them."""
 
 import os
 from collections import Counter
@@ -23,15 +23,15 @@ CACHE_KEY = "cache"
 
 
 def build_source(options: Mapping[str, Any], split: str | None = None) -> ProposalSource:
-    """The source that a config's `proposals` describes.
+    """Build the source of a config's `proposals`.
 
     Args:
         options: `name` of a source, its options, and optionally `cache`, the folder of the cache.
-        split: of the data set that the source is for; None for images of no data set.
+        split: the split of the data set; None for images outside a data set.
 
     Raises:
-        ConfigError: the name or an option is unknown, the source is for images of a data set only, or `cache` is
-            given where nothing is cached.
+        ConfigError: the name or an option is unknown, the source only supports images of a data set, or `cache` is
+            given although nothing is cached.
     """
     given = {key: value for key, value in options.items() if key != CACHE_KEY}
     if "name" not in given:
@@ -39,13 +39,17 @@ def build_source(options: Mapping[str, Any], split: str | None = None) -> Propos
     part: type[ProposalSource] = proposal_sources.get(str(given["name"]))  # type: ignore[assignment]
     if split is None and not part.from_pixels:
         raise ConfigError(
-            f"The source of proposals '{given['name']}' knows the images of a data set only, and has none for new "
-            "images. Give another: detkit infer RUN --proposals '{name: selective_search}', or "
+            f"The source of proposals '{given['name']}' only supports images of a data set, not new images. Use "
+            "another: detkit infer RUN --proposals '{name: selective_search}', or "
             "detkit.load(RUN, proposals={'name': 'selective_search'})."
         )
     folder = options.get(CACHE_KEY)
     if folder is not None and (split is None or not part.from_pixels):
-        reason = "new images are not kept" if split is None else f"the source '{given['name']}' computes nothing"
+        reason = (
+            "proposals of new images are not cached"
+            if split is None
+            else f"the source '{given['name']}' computes nothing"
+        )
         raise ConfigError(f"'proposals.cache' is '{folder}', but {reason}. Remove it.")
     if not isinstance(folder, str | None):
         raise ConfigError(f"'proposals.cache' must be the path of a folder, but is {folder!r}.")
@@ -55,15 +59,15 @@ def build_source(options: Mapping[str, Any], split: str | None = None) -> Propos
 
 
 def check_needed(options: Mapping[str, Any] | None, needs: frozenset[str], head: str) -> None:
-    """Refuse proposals that are missing, and those that nothing would read.
+    """Check that a config has proposals if and only if the head needs them.
 
     Args:
         options: a config's `proposals`.
-        needs: of the head.
-        head: its name.
+        needs: the needs of the head.
+        head: the name of the head.
 
     Raises:
-        ConfigError: in both cases.
+        ConfigError: proposals are missing or unused.
     """
     if "proposals" in needs and options is None:
         raise ConfigError(
@@ -73,15 +77,15 @@ def check_needed(options: Mapping[str, Any] | None, needs: frozenset[str], head:
         )
     if "proposals" not in needs and options is not None:
         raise ConfigError(
-            f"The config has 'proposals' ({options.get('name')}), but the head '{head}' does not read them. Remove "
-            "'proposals', or use a head that does."
+            f"The config has 'proposals' ({options.get('name')}), but the head '{head}' does not use them. Remove "
+            "'proposals', or choose a head that does."
         )
 
 
 def without_new_cache(options: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The options of a source of proposals without its cache, unless that folder is there already.
+    """Remove the cache from the options of a source, unless its folder exists.
 
-    They come from a checkpoint, which may be a stranger's: it may not say where a folder is made.
+    The options come from a checkpoint, which may be untrusted and must not create folders.
     """
     if options is None or os.path.isdir(str(options.get(CACHE_KEY) or ".")):
         return options
@@ -91,17 +95,17 @@ def without_new_cache(options: dict[str, Any] | None) -> dict[str, Any] | None:
 def with_proposals(
     dataset: Dataset, options: Mapping[str, Any] | None, split: str, title: str, quiet: bool = False
 ) -> Dataset:
-    """The same data set with proposals in its samples, all of them computed or checked; without options as it is.
+    """Add proposals to a data set, all computed or checked; without options return it unchanged.
 
     Args:
         options: a config's `proposals`.
         split: the name of the split, for the source.
-        title: names the data set in the report: "training".
+        title: name of the data set in the report: "training".
         quiet: print nothing.
 
     Raises:
         ConfigError: an option is unknown, or the cache cannot be written.
-        DataError: the source does not fit the data set, or an image cannot be read.
+        DataError: the source does not match the data set, or an image cannot be read.
     """
     if options is None:
         return dataset
@@ -114,12 +118,12 @@ def with_proposals(
 
 
 class ProposalDataset(DatasetWrapper):
-    """Another data set, each of whose samples gets proposals; everything else is that data set's.
+    """A wrapper that adds proposals to the samples of a data set.
 
     Args:
-        dataset: without proposals.
-        source: of the proposals.
-        folder: of the cache, for a source that computes them from the pixels.
+        dataset: the data set without proposals.
+        source: the source of the proposals.
+        folder: the folder of the cache, for a source that computes them from pixels.
     """
 
     def __init__(self, dataset: Dataset, source: ProposalSource, folder: Path) -> None:
@@ -133,13 +137,13 @@ class ProposalDataset(DatasetWrapper):
         return Sample(sample.image, sample.target, sample.meta, self._proposals(sample)[0])
 
     def prepare(self, console: Console) -> str:
-        """Have the proposals of all images in the cache, or checked.
+        """Compute the proposals of all images into the cache, or check them.
 
-        In threads: a source's kernels, the decoders of images and the hash run without Python's lock, and threads
-        share one compiled kernel, where each process would load torch and compile or load it again.
+        In threads, since kernels, image decoders and the hash release the GIL, and threads share the compiled kernel,
+        while each process would load torch and the kernel again.
 
         Returns:
-            A line about it for people.
+            A line for the report.
         """
         if self.cache is None:
             return self.proposer.check(self)
@@ -164,10 +168,10 @@ class ProposalDataset(DatasetWrapper):
                 raise
         line = (
             f"{counts['computed'] + counts['broken']:,} computed, {counts['cached']:,} from the cache, mean "
-            f"{total / max(1, len(self)):,.0f} proposals an image, {counts['without']:,} images without"
+            f"{total / max(1, len(self)):,.0f} proposals per image, {counts['without']:,} images without"
         )
         if counts["broken"]:
-            line += f"; {counts['broken']:,} of the computed had a damaged file in the cache"
+            line += f"; {counts['broken']:,} damaged files in the cache were computed again"
         return line
 
     def _prepare_one(self, index: int) -> tuple[int, str]:
@@ -181,5 +185,5 @@ class ProposalDataset(DatasetWrapper):
 
 
 def usable_processors() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

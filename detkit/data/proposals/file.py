@@ -24,17 +24,17 @@ ImageId = int | str
 
 @proposal_sources.register("file")
 class FileProposals(ProposalSource):
-    """Proposals from a file for each split: COCO results,
-    `[{"image_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]`, or with the images that they are for,
-    `{"images": [{"id": 1, "height": 480, "width": 640}, ...], "proposals": [as above]}`. In the second form an image
-    may have no proposals.
+    """Proposals from a file per split: COCO results, `[{"image_id": 1, "bbox": [x, y, width, height], "score": 0.9},
+    ...]`, or with a list of images, `{"images": [{"id": 1, "height": 480, "width": 640}, ...], "proposals": [as
+    above]}`.
 
-    Boxes are cut to their image; those that lie outside it are left out, and counted in the report.
+    Only in the second form may images have no proposals. Boxes are clipped to their image; those outside are left out
+    and counted in the report.
 
     Args:
-        path: the file; {split} in it becomes the split's name in the data.
+        path: the file; {split} in it is replaced by the name of the split.
         split: that name.
-        count: at most so many of each image, the best; by default all.
+        count: maximum number per image, the best; by default all.
 
     Raises:
         ConfigError: `count` is less than 1.
@@ -60,7 +60,7 @@ class FileProposals(ProposalSource):
 
     def __call__(self, image: np.ndarray, image_id: ImageId) -> Tensor:
         if image_id not in self._boxes:
-            raise DataError(f"The file of proposals '{self.path}' has none for the image {image_id!r}.")
+            raise DataError(f"The file of proposals '{self.path}' has no proposals for the image {image_id!r}.")
         return self._inside(image_id, (image.shape[0], image.shape[1]))
 
     def check(self, dataset: Dataset) -> str:
@@ -73,7 +73,7 @@ class FileProposals(ProposalSource):
         self._refuse(
             missing,
             "of the data set {are} not in the file",
-            "If some have no proposals, write the form with 'images', which lists them.",
+            "If some have no proposals, use the form with the list 'images'.",
         )
         if self._sizes is not None:
             wrong = [image_id for image_id, size in self._sizes.items() if size != sizes[image_id]]
@@ -91,8 +91,8 @@ class FileProposals(ProposalSource):
             what = what.format(are="is" if one else "are", have="has" if one else "have")
             raise DataError(
                 f"The file of proposals '{self.path}' does not fit the data set: {len(image_ids)} "
-                f"image{'' if one else 's'} {what} (the first: {image_ids[0]!r}). {advice} Give the file that was "
-                "made from this split as proposals.path."
+                f"image{'' if one else 's'} {what} (the first: {image_ids[0]!r}). {advice} Set proposals.path "
+                "to the file for this split."
             )
 
     def _summary(self, sizes: dict[ImageId, tuple[int, int]]) -> str:
@@ -107,23 +107,22 @@ class FileProposals(ProposalSource):
             used += len(inside)
             without += not len(inside)
         return (
-            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} an image, "
-            f"{counted(without, 'image')} without; {cut:,} cut to their image, {outside:,} left out because they "
-            "lie outside it"
+            f"{used:,} proposals from {self.path}, mean {used / len(sizes):,.0f} per image, "
+            f"{counted(without, 'image')} without; {cut:,} clipped to their image, {outside:,} outside it left out"
         )
 
     def _inside(self, image_id: ImageId, size: tuple[int, int]) -> Tensor:
-        """The best proposals of an image, cut to it."""
+        """Return the best proposals of an image, clipped to it."""
         boxes = clip(torch.from_numpy(self._boxes[image_id]), size)
         return boxes[_has_area(boxes)][: self._count]
 
     def _add_empty(self, listed: Collection[ImageId]) -> None:
-        """Give listed images that have no proposals an empty list of them."""
+        """Add empty lists for listed images without proposals."""
         unlisted = [image_id for image_id in self._boxes if image_id not in listed]
         if unlisted:
             raise DataError(
-                f"The file of proposals '{self.path}' has proposals for {len(unlisted)} of its images that its list "
-                f"'images' lacks (the first: {unlisted[0]!r}). Add them to the list."
+                f"The file of proposals '{self.path}' has proposals for {len(unlisted)} images that are not in its "
+                f"list 'images' (the first: {unlisted[0]!r}). Add them to the list."
             )
         for image_id in listed:
             self._boxes.setdefault(image_id, np.zeros((0, 4), dtype=np.float32))
@@ -140,14 +139,12 @@ class FileProposals(ProposalSource):
                     "'height' and a 'width'."
                 ) from None
             if image_id in sizes:
-                raise DataError(
-                    f"{self.path}: images[{position}] has the id {short(image_id)} of another one before it."
-                )
+                raise DataError(f"{self.path}: images[{position}] has the same id {short(image_id)} as an earlier one.")
             sizes[image_id] = size
         return sizes
 
     def _read_boxes(self, entries: list[Any]) -> dict[ImageId, np.ndarray]:
-        """(P, 4) float32 xyxy of each image, best first; those of equal score stay in the order of the file."""
+        """Read the (P, 4) float32 xyxy of each image, by descending score, ties in the order of the file."""
         image_ids: list[ImageId] = []
         numbers = np.empty((len(entries), 5))
         for position, entry in enumerate(entries):
@@ -162,7 +159,7 @@ class FileProposals(ProposalSource):
                     f"{self.path}: the proposal number {position} is malformed ({reason_of(error, entry)}). It needs "
                     "an 'image_id', a 'bbox' of [x, y, width, height] and a 'score'."
                 ) from None
-        # What is finite as float64 may be infinite as float32.
+        # Finite float64 may overflow to infinite float32.
         with np.errstate(over="ignore"):
             boxes = np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:4]], axis=1).astype(np.float32)
         self._check_numbers(numbers, boxes, image_ids)
@@ -184,23 +181,23 @@ class FileProposals(ProposalSource):
 
 
 def _load(path: Path) -> list[Any] | dict[str, list[Any]]:
-    """The content of a file, its outer form checked."""
+    """Load a file and check its outer structure."""
     if not path.is_file():
         raise DataError(
-            f"There is no file of proposals '{path}'. Set proposals.path; '{{split}}' in it becomes the split's name."
+            f"There is no file of proposals '{path}'. Set proposals.path; '{{split}}' in it is the split's name."
         )
     content = read_json(path, "file of proposals", allow_nan=True)
     lists = isinstance(content, dict) and all(isinstance(content.get(key), list) for key in ("images", "proposals"))
     if not isinstance(content, list) and not lists:
         raise DataError(
-            f"The file '{path}' holds no proposals. It must be a list of COCO results, or have the lists 'images' and "
-            "'proposals'."
+            f"The file '{path}' contains no proposals. It must be a list of COCO results, or have the lists 'images' "
+            "and 'proposals'."
         )
     return content
 
 
 def _by_image(image_ids: list[ImageId], boxes: np.ndarray, scores: np.ndarray) -> Iterator[tuple[ImageId, np.ndarray]]:
-    """The boxes of each image, best score first."""
+    """Group the boxes by image, by descending score."""
     numbers: dict[ImageId, int] = {}
     images = np.array([numbers.setdefault(image_id, len(numbers)) for image_id in image_ids], dtype=np.int64)
     order = np.lexsort((-scores, images))  # a stable sort, by image and then by score

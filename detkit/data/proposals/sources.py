@@ -1,4 +1,4 @@
-"""What every source of proposals promises: regions of an image that may hold an object, whatever it is."""
+"""The interface of sources of proposals, class-agnostic candidate object regions of an image."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -13,10 +13,10 @@ class ProposalSource(ABC):
     """Proposes regions of images. Its constructor's arguments are its options; see detkit.registry.proposal_sources.
 
     Attributes:
-        from_pixels: whether the proposals are computed from the image alone. Then they can be had for any image,
-            and are kept in a cache; otherwise the source knows the images of one data set.
-        key: text of everything that the proposals depend on besides the image: the options, and a version that
-            changes with the algorithm. Proposals in the cache are found by it.
+        from_pixels: whether the proposals are computed from the image alone, so that they are available for any image
+            and are cached; otherwise the source only supports the images of one data set.
+        key: text of everything that the proposals depend on besides the image: the options, and a version of the
+            algorithm; part of the key of the cache.
     """
 
     from_pixels: ClassVar[bool] = True
@@ -24,23 +24,23 @@ class ProposalSource(ABC):
 
     @abstractmethod
     def __call__(self, image: np.ndarray, image_id: int | str) -> Tensor:
-        """Proposals of one image; may be called from several threads at once.
+        """Compute the proposals of one image; may be called from several threads at once.
 
         Args:
-            image: (H, W, 3) uint8 RGB, upright, in its own size.
-            image_id: the data set's id of it.
+            image: (H, W, 3) uint8 RGB, upright, at source size.
+            image_id: the data set's id of the image.
 
         Returns:
-            (P, 4) float32 xyxy pixels of `image`, inside it, best first.
+            (P, 4) float32 xyxy pixels inside `image`, best first.
         """
 
     def check(self, dataset: Dataset) -> str:
-        """Look at all images of a data set that proposals will be asked for, before the first.
+        """Check that the source supports all images of a data set, before proposals are computed.
 
         Returns:
-            A line about it for people.
+            A line for the report.
 
         Raises:
-            DataError: the source does not fit the data set.
+            DataError: the source does not match the data set.
         """
         return f"proposals for {len(dataset)} images"
