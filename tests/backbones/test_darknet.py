@@ -125,10 +125,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         build({**TINY, "weights": str(write(tmp_path / "a.weights", floats))})
     cut = write(tmp_path / "b.weights", floats)
     cut.write_bytes(cut.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"b\.weights' is cut off"):
+    with pytest.raises(CheckpointError, match=r"b\.weights' is truncated"):
         read_floats(cut)
     cut.write_bytes(cut.read_bytes()[:14])
-    with pytest.raises(CheckpointError, match=r"b\.weights' is cut off"):
+    with pytest.raises(CheckpointError, match=r"b\.weights' is truncated"):
         read_floats(cut)
     for content in (b"<!DOCTYPE html><html>", struct.pack("<5i", -1, 2, 0, 0, 0), bytes(8)):
         cut.write_bytes(content)

@@ -34,7 +34,7 @@ class Unpool(SemanticHead):
 
     Raises:
         ConfigError: the map is not the image itself, or the encoder is no VGG network.
-        CheckpointError: the encoder's weights is not available.
+        CheckpointError: the encoder's weights are not available.
     """
 
     mean: Tensor
