@@ -198,5 +198,5 @@ def test_a_file_of_darknet_is_no_file_of_a_backbone_of_torchvision(tmp_path: Pat
     saved(STATE, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match=r"a\.weights' is a file of Darknet's weights"):
         backbones.build({"name": "resnet18", "weights": str(tmp_path / "a.weights")}, "backbone")
-    with pytest.raises(CheckpointError, match=r"b\.pth' is not a file of Darknet's weights.*torch\.save"):
+    with pytest.raises(CheckpointError, match=r"b\.pth' is not a Darknet weight file.*torch\.save"):
         backbones.build({"name": "darknet_tiny", "weights": str(tmp_path / "b.pth")}, "backbone")
