@@ -178,8 +178,8 @@ def test_the_choices_are_said() -> None:
             {"avx512_bf16": True},
             (
                 "fp32",
-                "no matrix units for bf16 on this cpu, but --precision bf16, by AVX512-BF16, is faster and moves some "
-                "boxes",
+                "no matrix units for bf16 on this cpu, but --precision bf16, using AVX512-BF16, is faster and changes "
+                "some boxes",
             ),
         ),
         ("auto", {}, ("fp32", "no matrix units for bf16 on this cpu")),

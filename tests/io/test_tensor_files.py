@@ -137,7 +137,7 @@ def others(folder: Path) -> dict[str, tuple[bytes, str]]:
         "cut header": (whole[:20], "not a complete safetensors file|cannot be read"),
         "cut": (torch_file[:-100], "is damaged or truncated"),
         "cut early": (torch_file[:10], "is damaged or truncated"),
-        "cut Darknet": (struct.pack("<5i", 0, 2, 0, 0, 0)[:14], "cut off"),
+        "cut Darknet": (struct.pack("<5i", 0, 2, 0, 0, 0)[:14], "truncated"),
         "other Darknet": (struct.pack("<5i", 0, 2, 0, 0, 0) + bytes(400), "holds 100 floats"),
     }
 

@@ -1,5 +1,5 @@
-"""AlexNet (Krizhevsky, Sutskever and Hinton 2012), from torchvision, which follows the leaner network of Krizhevsky's
-"One weird trick for parallelizing convolutional neural networks", 2014."""
+"""AlexNet (Krizhevsky, Sutskever and Hinton 2012), in torchvision's version, which follows the smaller network of
+Krizhevsky's "One weird trick for parallelizing convolutional neural networks", 2014."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detkit.backbones.base import Backbone, check_levels
 from detkit.backbones.weights import load_weights
 from detkit.registry import backbones
 
-# The layers of torchvision's `features` behind which each level is given.
+# The layer of torchvision's `features` that ends each level.
 ENDS = {2: 2, 3: 5, 4: 12, 5: 13}
 CHANNELS = {2: 64, 3: 192, 4: 256, 5: 256}
 
@@ -24,10 +24,10 @@ class AlexNet(Backbone):
     {name: classify, pool: 6, widths: [4096, 4096], dropout: 0.5}.
 
     Args:
-        levels: which maps are given, ascending: 2 behind the first convolution, 3 behind the second, 4 behind the
-            fifth, and 5 that behind the last max pool; level i has about stride 2**i.
-        weights: None for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the
-            path of a .pth or .safetensors file with torchvision's names, with or without classifier.
+        levels: maps to return, ascending: 2 after the first convolution, 3 after the second, 4 after the fifth, and 5
+            after the last max pool; level i has a stride of about 2**i.
+        weights: None for random (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+            of a .pth or .safetensors file with torchvision's names, with or without classifier.
         mean: overrides the mean for normalization, for weights trained with another one.
         std: likewise, the standard deviation.
 
@@ -80,6 +80,6 @@ class AlexNet(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Sequential]:
-        """The layers up to each level."""
+        """Return the layers up to each level."""
         ends = [end for end in ENDS.values() if end <= len(self.features)]
         return [self.features[start:end] for start, end in zip([0, *ends], ends)]

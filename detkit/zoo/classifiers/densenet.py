@@ -17,12 +17,13 @@ CHANNELS = {2: 256, 3: 512, 4: 1024, 5: 1024}
 
 @backbones.register("densenet121")
 class DenseNet121(Backbone):
-    """DenseNet-121 without its pooling and classifier; a map is what a dense block gives, the last one normalised.
+    """DenseNet-121 without pooling and classifier; maps are the outputs of dense blocks, the last one after its norm.
 
-    Tensors have torchvision's names (`features.denseblock1...`). Layers behind the last level are not built.
+    Tensors have torchvision's names (`features.denseblock1...`). Layers after the last level are not built.
 
-    Args: levels: which of the four dense blocks give a map: 2 to 5, ascending; level i has stride 2**i. weights: None
-        for random initialization (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
+    Args:
+        levels: dense blocks whose maps to return: 2 to 5, ascending; level i has stride 2**i.
+        weights: None for random (He), "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path
             of a .pth or .safetensors file with torchvision's names, with or without classifier.
         mean: overrides the mean for normalization, for weights trained with another one.
         std: likewise, the standard deviation.
@@ -80,7 +81,7 @@ class DenseNet121(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Module]:
-        """The stem, then each dense block, with the transition before it and the last norm behind it."""
+        """Return the stem, then each dense block with the transition before it, the last one including its norm."""
         stages: list[list[nn.Module]] = [[]]
         for name, layer in self.features.named_children():
             if name == "denseblock1" or name.startswith("transition"):

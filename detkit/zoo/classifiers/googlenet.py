@@ -1,4 +1,4 @@
-"""GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015), from torchvision, with batch norm."""
+"""GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015), torchvision's version with batch norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detkit.backbones.weights import load_weights
 from detkit.errors import ConfigError
 from detkit.registry import backbones
 
-# Torchvision's modules in their order; those that may be a map with (channels, stride).
+# Torchvision's modules in order; those that can be returned as maps with (channels, stride).
 MODULES = (
     *("conv1", "maxpool1", "conv2", "conv3", "maxpool2", "inception3a", "inception3b", "maxpool3"),
     *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4"),
@@ -32,24 +32,24 @@ MAPS = {
 class GoogLeNet(Backbone):
     """GoogLeNet without its classifiers. Tensors have torchvision's names (`inception3a.branch1.conv.weight`).
 
-    The network of the paper, with its two auxiliary classifiers, is levels [inception4a, inception4d, inception5b] with
-    the head {name: classify, dropout: 0.2, auxiliary: [0, 1]}.
+    The paper's network with its two auxiliary classifiers has levels [inception4a, inception4d, inception5b] and the
+    head {name: classify, dropout: 0.2, auxiliary: [0, 1]}.
 
     Args:
-        levels: the modules whose outputs are given, in their order: conv3 (stride 4), inception3b (8), inception4a,
-            inception4d, inception4e (16), inception5b (32).
-        weights: None for random initialization, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of
-            a .pth or .safetensors file with torchvision's names, with or without classifiers.
-        mean: overrides the mean for normalization, for weights trained with another one. Torchvision's own
-            IMAGENET1K_V1, which were converted from TensorFlow, take (0.5, 0.5, 0.5), and that is what "imagenet" sets.
+        levels: modules whose outputs to return, in order: conv3 (stride 4), inception3b (8), inception4a, inception4d,
+            inception4e (16), inception5b (32).
+        weights: None for random, "imagenet" for torchvision's IMAGENET1K_V1 (downloads), or the path of a .pth or
+            .safetensors file with torchvision's names, with or without classifiers.
+        mean: overrides the mean for normalization, for weights trained with another one. Torchvision's
+            IMAGENET1K_V1, converted from TensorFlow, expect (0.5, 0.5, 0.5), which "imagenet" sets.
         std: likewise, the standard deviation.
 
     Raises:
-        ConfigError: `levels` are none of these, or in another order.
+        ConfigError: `levels` contains other names or is in another order.
         CheckpointError: the weights are not available, or do not fit.
     """
 
-    weights_set_mean: ClassVar[bool] = True  # so that it is told their name where they are not loaded, too
+    weights_set_mean: ClassVar[bool] = True  # so that it gets the name of the weights even if they are not loaded
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class GoogLeNet(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Module]:
-        """The stem up to its second pool, then the inception modules, each with the pool before it."""
+        """Return the stem up to its second pool, then the inception modules, each with the pool before it."""
         stages: list[nn.Module] = []
         current: list[nn.Module] = []
         for name in self._names:

@@ -17,11 +17,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoi
 class LeNet(Backbone):
     """The convolutions of LeNet-5: 6 and 16 channels of 5x5, each with an activation and 2x2 average pooling.
 
-    The first is padded by 2, so that 28x28 pixels give 5x5 cells. Its fully connected layers are the head's:
-    {name: classify, pool: 5, widths: [120, 84]}. It reads RGB, in -1..1.
+    The first is padded by 2, so that 28x28 pixels give 5x5 cells. Its fully connected layers are part of the head:
+    {name: classify, pool: 5, widths: [120, 84]}. It reads RGB in -1..1.
 
     Args:
-        activation: the paper's tanh, the sigmoid of textbooks, or relu.
+        activation: tanh as in the paper, sigmoid as in textbooks, or relu.
     """
 
     channels = (16,)
@@ -39,7 +39,7 @@ class LeNet(Backbone):
                 nn.init.xavier_uniform_(module.weight)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """One map [(B, 16, (H - 4) // 4, (W - 4) // 4)].
+        """Compute one map [(B, 16, (H - 4) // 4, (W - 4) // 4)].
 
         Args:
             images: (B, 3, H, W) normalized RGB, H and W at least 12.
@@ -47,5 +47,5 @@ class LeNet(Backbone):
         return [self.block2(self.block1(images))]
 
     def stages(self) -> Sequence[nn.Module]:
-        """The two blocks."""
+        """Return the two blocks."""
         return [self.block1, self.block2]

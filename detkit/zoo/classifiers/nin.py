@@ -1,4 +1,4 @@
-"""Network in network (Lin, Chen and Yan, ICLR 2014), in the form for ImageNet that the authors published."""
+"""Network in network (Lin, Chen and Yan, ICLR 2014), in the authors' published ImageNet version."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CHANNELS = (96, 256, 384, 1024)
 
 @backbones.register("nin")
 class NiN(Backbone):
-    """Four blocks, each a convolution that looks around and two of 1x1, with a max pool before all but the first.
+    """Four blocks, each a spatial convolution and two 1x1 convolutions, with max pooling before all but the first.
 
-    The last 1x1 convolution of the fourth block, which gives the classes, is the head's: {name: classify, dropout: 0.5}
-    takes the mean before it where the paper takes it behind, which for a linear layer is the same.
+    The last 1x1 convolution of the fourth block, the classifier, is part of the head: {name: classify, dropout: 0.5}
+    averages before it, the paper after it, which is equivalent for a linear layer.
 
     Args:
-        levels: which of the blocks 1..4 give a map, ascending; their strides are about 4, 8, 16 and 32.
+        levels: blocks, out of 1..4, whose maps to return, ascending; their strides are about 4, 8, 16 and 32.
 
     Raises:
         ConfigError: `levels` are not ascending or not in 1..4.
@@ -59,12 +59,12 @@ class NiN(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Module]:
-        """The blocks."""
+        """Return the blocks."""
         return list(self.blocks)
 
 
 def _block(convolution: nn.Conv2d, one_by_one: int) -> nn.Sequential:
-    """A convolution, then `one_by_one` of 1x1, each with a ReLU."""
+    """Create a convolution and `one_by_one` 1x1 convolutions, each followed by a ReLU."""
     layers: list[nn.Module] = [convolution, nn.ReLU(inplace=True)]
     channels = convolution.out_channels
     for _ in range(one_by_one):

@@ -1,6 +1,6 @@
-"""Redmon's networks: Darknet-19 (YOLOv2), Darknet-53 (YOLOv3), and the small trunk of yolov2-tiny and yolov3-tiny.
+"""Redmon's backbones: Darknet-19 (YOLOv2), Darknet-53 (YOLOv3), and the small one of yolov2-tiny and yolov3-tiny.
 
-Images are RGB in 0..1 with no mean taken off. `weights` takes files that Darknet wrote.
+Images are RGB in 0..1 without mean subtraction. `weights` takes files in Darknet's format.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ IMAGENET_CLASSES = 1000
 
 
 class _Darknet(Backbone):
-    """Six blocks, each but the first at half the size of the one before; level i is the output of block i.
+    """Six blocks, each but the first at half the resolution of the previous one; level i is the output of block i.
 
     Args:
-        name: for messages.
-        blocks: all six.
-        widths: channels that each gives.
-        levels: the maps by stride, ascending: level i has stride 2**i. Blocks behind the last are not kept.
-        weights: a file of Darknet's; None for random ones.
+        name: the name of the backbone, for messages.
+        blocks: all six blocks.
+        widths: output channels of each block.
+        levels: maps to return, ascending: level i has stride 2**i. Blocks after the last one are dropped.
+        weights: a Darknet weight file; None for random initialization.
 
     Raises:
-        ConfigError: there is no such level.
-        CheckpointError: the file cannot be read, or is of another network.
+        ConfigError: a level does not exist.
+        CheckpointError: the file cannot be read, or belongs to another network.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -73,35 +73,35 @@ class _Darknet(Backbone):
         return maps
 
     def stages(self) -> Sequence[nn.Module]:
-        """The blocks, in order."""
+        """Return the blocks in order."""
         return list(self.blocks)
 
     def _load(self, weights: str, name: str, last_width: int) -> None:
-        """From a file of the trunk alone (darknet53.conv.74) or with its ImageNet classifier (darknet53.weights)."""
+        """Load a file of the backbone alone (darknet53.conv.74) or with its ImageNet classifier (darknet53.weights)."""
         floats = read_floats(weights)
         units = convolutions(self.blocks, "blocks")
         trunk = count_floats(units)
         classifier = (last_width + 1) * IMAGENET_CLASSES
         if len(floats) not in (trunk, trunk + classifier):
             raise CheckpointError(
-                f"The file of weights '{weights}' holds {len(floats)} floats, but the backbone '{name}' has {trunk}, "
-                f"or {trunk + classifier} with its classifier of {IMAGENET_CLASSES} classes. Is it of another network? "
-                f"Weights of a whole detector go to --weights."
+                f"The weight file '{weights}' holds {len(floats)} floats, but the backbone '{name}' has {trunk}, or "
+                f"{trunk + classifier} with its classifier of {IMAGENET_CLASSES} classes. Does it belong to another "
+                f"network? For the weights of a complete detector use --weights."
             )
         self.load_state_dict(take_tensors(units, floats, weights))
 
 
 @backbones.register("darknet19")
 class Darknet19(_Darknet):
-    """The trunk of YOLOv2 (Redmon and Farhadi, "YOLO9000: Better, Faster, Stronger", 2016, table 6).
+    """The backbone of YOLOv2 (Redmon and Farhadi, "YOLO9000: Better, Faster, Stronger", 2016, table 6).
 
     Args:
         levels: the maps by stride, ascending, some of 1..5: level i has stride 2**i and 2**(5 + i) channels.
-        weights: a file of Darknet's, darknet19_448.conv.23 or darknet19.weights; null for random ones.
+        weights: a Darknet file, darknet19_448.conv.23 or darknet19.weights; null for random initialization.
 
     Raises:
-        ConfigError: there is no such level.
-        CheckpointError: the file cannot be read, or is of another network.
+        ConfigError: a level does not exist.
+        CheckpointError: the file cannot be read, or belongs to another network.
     """
 
     def __init__(self, levels: tuple[int, ...] = (4, 5), weights: str | None = None) -> None:
@@ -116,15 +116,15 @@ class Darknet19(_Darknet):
 
 @backbones.register("darknet53")
 class Darknet53(_Darknet):
-    """The trunk of YOLOv3 (Redmon and Farhadi, "YOLOv3: An Incremental Improvement", 2018, table 1).
+    """The backbone of YOLOv3 (Redmon and Farhadi, "YOLOv3: An Incremental Improvement", 2018, table 1).
 
     Args:
         levels: the maps by stride, ascending, some of 1..5: level i has stride 2**i and 2**(5 + i) channels.
-        weights: a file of Darknet's, darknet53.conv.74 or darknet53.weights; null for random ones.
+        weights: a Darknet file, darknet53.conv.74 or darknet53.weights; null for random initialization.
 
     Raises:
-        ConfigError: there is no such level.
-        CheckpointError: the file cannot be read, or is of another network.
+        ConfigError: a level does not exist.
+        CheckpointError: the file cannot be read, or belongs to another network.
     """
 
     def __init__(self, levels: tuple[int, ...] = (3, 4, 5), weights: str | None = None) -> None:
@@ -139,16 +139,16 @@ class Darknet53(_Darknet):
 
 @backbones.register("darknet_tiny")
 class DarknetTiny(_Darknet):
-    """The trunk of yolov2-tiny and yolov3-tiny: seven 3x3 convolutions with max pools between.
+    """The backbone of yolov2-tiny and yolov3-tiny: seven 3x3 convolutions with max pooling between them.
 
     Args:
-        levels: the maps by stride, ascending, some of 1..5: level i has stride 2**i.
+        levels: maps to return, ascending, out of 1..5: level i has stride 2**i.
         widths: channels of the convolutions; block 5 has the last two of them.
-        weights: a file of Darknet's with this trunk alone; null for random ones.
+        weights: a Darknet file with this backbone alone; null for random initialization.
 
     Raises:
-        ConfigError: there is no such level, or `widths` are not seven positive numbers.
-        CheckpointError: the file cannot be read, or is of another network.
+        ConfigError: a level does not exist, or `widths` are not seven positive numbers.
+        CheckpointError: the file cannot be read, or belongs to another network.
     """
 
     WIDTHS: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
@@ -168,7 +168,7 @@ class DarknetTiny(_Darknet):
 
 
 class _Residual(nn.Module):
-    """1x1 convolution to half the channels, 3x3 back, added to what came in."""
+    """A residual block: a 1x1 convolution to half the channels and a 3x3 convolution back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -179,14 +179,14 @@ class _Residual(nn.Module):
 
 
 class _SamePool(nn.Module):
-    """2x2 max pool of stride 1 that keeps the size: at the right and bottom edge of fewer places."""
+    """2x2 max pooling with stride 1 that preserves the size; windows at the right and bottom edges are smaller."""
 
     def forward(self, features: Tensor) -> Tensor:
         return F.max_pool2d(F.pad(features, (0, 1, 0, 1), value=float("-inf")), 2, stride=1)
 
 
 def _alternating(channels_in: int, width: int, depth: int) -> list[nn.Module]:
-    """3x3 convolutions to `width` channels with 1x1 ones to half of that between."""
+    """Create 3x3 convolutions to `width` channels, alternating with 1x1 convolutions to half of that."""
     layers: list[nn.Module] = []
     for index in range(depth):
         narrow = index % 2 == 1

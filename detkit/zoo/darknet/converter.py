@@ -1,6 +1,6 @@
-"""Files of weights of Darknet's YOLOv2 and YOLOv3 and their tiny forms, with the experiment and classes they belong to.
+"""Darknet weight files of YOLOv2, YOLOv3 and their tiny variants, with the matching experiment and classes.
 
-Such a file has no names and no classes in it: the number of its floats, different for each network here, tells them.
+Such a file contains no names and no classes; the number of floats, unique to each network here, identifies them.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ COCO_CLASSES = 80
 
 @dataclass(frozen=True)
 class Network:
-    """A network as Darknet publishes it, under the name of its .cfg file.
+    """A network published by Darknet, under the name of its .cfg file.
 
     Args:
-        classes: 80 (COCO's) or 20 (VOC's).
+        classes: number of classes, 80 (COCO) or 20 (VOC).
         size: height and width of the input in that file.
         backbone, neck, head: parts of the config.
     """
@@ -41,7 +41,7 @@ class Network:
     neck: dict[str, Any] | None = None
 
     def units(self) -> list[Unit]:
-        """All convolutions in the order of the file, without memory for their values."""
+        """Return all convolutions in file order, without allocating their values."""
         with torch.device("meta"):
             backbone = backbones.build(self.backbone, "backbone")
             given = {"channels": backbone.channels, "strides": backbone.strides}
@@ -63,7 +63,7 @@ class Network:
         return units
 
     def experiment(self) -> Experiment:
-        """The experiment that would train it."""
+        """Return the experiment that would train the network."""
         return Experiment(
             data={"name": "coco" if self.classes == COCO_CLASSES else "voc"},
             backbone=self.backbone,
@@ -74,12 +74,12 @@ class Network:
         )
 
     def class_list(self) -> ClassList:
-        """COCO's or VOC's classes."""
+        """Return the classes of COCO or VOC."""
         return coco_classes_without_gaps() if self.classes == COCO_CLASSES else ClassList.from_names(VOC_NAMES)
 
 
 def _yolov2(*anchors: tuple[float, float], **options: Any) -> dict[str, Any]:
-    """Its files count anchors in cells."""
+    """Create the options of a YOLOv2 head; its .cfg files give anchors in cells."""
     return {"name": "yolov2", "anchors": [[CELL * width, CELL * height] for width, height in anchors], **options}
 
 
@@ -114,7 +114,7 @@ class DarknetFile:
     """A `.weights` file of Darknet's YOLOv2 or YOLOv3."""
 
     def matches(self, source: str) -> bool:
-        """Whether it is one by its content, or by its name where the content is of no other known kind."""
+        """Recognize it by its content, or by its name if the content is not of another known format."""
         kind = file_format(source) if Path(source).expanduser().is_file() else "torch"
         return kind == "darknet" or (source.endswith(".weights") and kind not in FORMATS)
 
@@ -124,13 +124,12 @@ class DarknetFile:
 
 
 def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, ClassList]:
-    """Tensors, experiment and classes of a file of Darknet's weights, one of NETWORKS.
+    """Read a Darknet weight file of one of NETWORKS: tensors, experiment and classes.
 
-    Images are fitted as detkit's letterbox does it, at the top left with grey 114; Darknet puts them in the middle of
-    grey 127.
+    Images are letterboxed as usual in detkit, at the top left with grey 114; Darknet centres them on grey 127.
 
     Raises:
-        CheckpointError: the file cannot be read, or has another number of floats than all of NETWORKS.
+        CheckpointError: the file cannot be read, or its number of floats matches none of NETWORKS.
     """
     floats = read_floats(path)
     counts = {}
@@ -141,8 +140,8 @@ def read_darknet(path: str | Path) -> tuple[dict[str, Tensor], Experiment, Class
             return take_tensors(units, floats, path), network.experiment(), network.class_list()
     close = min(counts, key=lambda name: abs(counts[name] - len(floats)))
     raise CheckpointError(
-        f"'{path}' holds {len(floats)} floats, and none of Darknet's networks that detkit runs has so many. Nearest: "
+        f"'{path}' holds {len(floats)} floats, which matches no Darknet network that detkit supports. Nearest: "
         f"{close} with {counts[close]}. All of them: {', '.join(counts)}, with the 80 classes of COCO or (-voc) the 20 "
-        f"of VOC. Is the file cut off, or was it trained on other classes? Weights of a backbone alone go to "
+        f"of VOC. Is the file truncated, or was it trained on other classes? For weights of a backbone alone use "
         f"--backbone.weights."
     )

@@ -1,9 +1,9 @@
-"""Files of weights of Darknet, Redmon's framework: a header, then the floats of all convolutions in order.
+"""Weight files of Darknet, Redmon's framework: a header, then the floats of all convolutions in order.
 
 The header is three little-endian int32 (major, minor, revision) and the number of images seen in training: 64 bit
-from version 0.2 on, 32 bit before. There are no names and no shapes, so that only the order and the number of floats
-tell what they belong to. For each convolution with batch norm: biases, scales, means, variances of the norm, then the
-weights (out, in, height, width); for one without: biases, weights.
+since version 0.2, 32 bit before. There are no names and no shapes; only the order and the number of floats identify the
+tensors. A convolution with batch norm has biases, scales, means and variances of the norm, then weights (out, in,
+height, width); one without has biases and weights.
 """
 
 import struct
@@ -19,13 +19,13 @@ from detkit.io.tensor_files import FORMATS, check_values, file_format
 
 LEAKY_SLOPE = 0.1
 Unit = tuple[str, nn.Module]
-"""A convolution by its name in the network: a DarknetConvolution or an nn.Conv2d."""
+"""A named convolution of the network: a DarknetConvolution or an nn.Conv2d."""
 
 
 class DarknetConvolution(nn.Sequential):
     """Convolution without bias, batch norm, leaky ReLU of slope 0.1: (B, C, H, W) to (B, C', ~H / stride, ~W / stride).
 
-    Darknet adds 1e-5 to the variance on a GPU, where its published weights were trained; so does PyTorch.
+    Like PyTorch, Darknet's GPU code, which trained the published weights, adds 1e-5 to the variance.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> None:
@@ -37,7 +37,7 @@ class DarknetConvolution(nn.Sequential):
 
 
 def convolutions(module: nn.Module, prefix: str) -> list[Unit]:
-    """All convolutions inside `module`, in the order in which it was built, by their full names."""
+    """Return all convolutions in `module` with their full names, in construction order."""
     found: list[Unit] = []
     for name, child in module.named_children():
         path = f"{prefix}.{name}"
@@ -49,15 +49,15 @@ def convolutions(module: nn.Module, prefix: str) -> list[Unit]:
 
 
 def count_floats(units: Iterable[Unit]) -> int:
-    """How many floats a file holds for these convolutions."""
+    """Return the number of floats that a file has for these convolutions."""
     return sum(tensor.numel() for name, module in units for _, tensor in _layout(name, module))
 
 
 def take_tensors(units: Sequence[Unit], floats: Tensor, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of these convolutions by name, cut from the front of a file's floats.
+    """Read the tensors of these convolutions by name from the start of a file's floats.
 
     Args:
-        units: convolutions in the order of the file; only their shapes are read.
+        units: convolutions in file order; only their shapes are used.
         floats: (N,) float32, at least `count_floats(units)`.
         path: the file, for messages.
 
@@ -69,7 +69,7 @@ def take_tensors(units: Sequence[Unit], floats: Tensor, path: str | Path) -> dic
     for name, module in units:
         for full_name, like in _layout(name, module):
             tensors[full_name] = floats[start : start + like.numel()].reshape(like.shape).clone()
-            check_values(full_name, tensors[full_name], f"The file of weights '{path}'")
+            check_values(full_name, tensors[full_name], f"The weight file '{path}'")
             start += like.numel()
         if isinstance(module, DarknetConvolution):
             tensors[f"{name}.1.num_batches_tracked"] = torch.tensor(0)
@@ -77,15 +77,15 @@ def take_tensors(units: Sequence[Unit], floats: Tensor, path: str | Path) -> dic
 
 
 def read_floats(path: str | Path) -> Tensor:
-    """(N,) float32: everything behind the header, mapped into memory and read when it is used.
+    """Memory-map the floats (N,) float32 after the header.
 
     Raises:
-        CheckpointError: there is no such file, it is cut off, or it has no header of Darknet.
+        CheckpointError: the file does not exist, is truncated, or does not have a Darknet header.
     """
     kind = file_format(path)
     if kind != "darknet":
         raise CheckpointError(
-            f"'{path}' is not a file of Darknet's weights, which starts with Darknet's version, a small number: it is "
+            f"'{path}' is not a Darknet weight file, which starts with Darknet's version, a small number: it is "
             f"{FORMATS.get(kind, kind)}."
         )
     file = Path(path).expanduser()
@@ -95,14 +95,14 @@ def read_floats(path: str | Path) -> Tensor:
     size = file.stat().st_size - header
     if size <= 0 or size % 4:
         raise CheckpointError(
-            f"'{path}' is cut off: behind its header of {header} bytes stand {size} bytes, not a whole number of "
-            f"floats. Get a whole copy of the file."
+            f"'{path}' is truncated: its header of {header} bytes is followed by {size} bytes, not a whole number of "
+            f"floats. Get a complete copy of the file."
         )
     return torch.from_numpy(np.memmap(file, dtype="<f4", mode="c", offset=header))
 
 
 def _layout(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Names and shapes of a convolution's tensors in the order of the file."""
+    """Return the names and shapes of a convolution's tensors in file order."""
     if isinstance(module, DarknetConvolution):
         norm = ("bias", "weight", "running_mean", "running_var")
         return [(f"{name}.1.{part}", getattr(module[1], part)) for part in norm] + [

@@ -1,7 +1,6 @@
-"""The shared parts of YOLOv2 and YOLOv3: boxes predicted from grid cells and anchors, and their assignment to targets.
+"""Shared parts of YOLOv2 and YOLOv3: boxes predicted from grid cells and anchors, and their assignment to targets.
 
-A *place* is one anchor in one cell of one level. Places are numbered level by level, row by row, the anchors of a cell
-beside each other.
+A *place* is one anchor in one cell of one level. Places are ordered by level, row, column and then anchor.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from detkit.heads.base import Postprocess
 from detkit.structures import Detections, Target
 
 LARGEST_LOG = 10.0
-"""Of a predicted side to its anchor; keeps exp finite in a network that diverges."""
+"""Maximum ratio of a predicted side to its anchor; keeps exp finite if the network diverges."""
 Anchors = tuple[tuple[float, float], ...]
 
 
@@ -47,14 +46,14 @@ class GridOutputs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Which places answer for the ground truths of one image, and which are background.
+    """The assignment of places to the targets of one image.
 
     Args:
-        places: (M,) int64, the places that answer for a ground truth, ascending.
-        targets: (M,) int64, the ground truth of each; of several at one place the last.
-        members: (K,) int64, all ground truths that count.
+        places: (M,) int64, positive places, ascending.
+        targets: (M,) int64, the target of each positive place; if several share a place, the last one.
+        members: (K,) int64, all targets that are not ignored.
         rows: (K,) int64, for each of `members` the index of its place in `places`.
-        negative: (P,) bool, background; a place that is neither is ignored.
+        negative: (P,) bool, background; places that are neither positive nor negative are ignored.
     """
 
     places: Tensor
@@ -65,19 +64,19 @@ class Assignment:
 
 
 def anchors_by_level(anchors: Anchors, levels: int, path: str) -> list[Tensor]:
-    """The anchors of each level, (A, 2) each: the first part belongs to the finest.
+    """Split anchors into levels of (A, 2) each, finest level first.
 
     Args:
         anchors: (width, height) in pixels.
-        path: the option's name, for messages.
+        path: the name of the option, for messages.
 
     Raises:
         ConfigError: the anchors are not positive, or cannot be divided evenly.
     """
     if not anchors or len(anchors) % levels or min(min(anchor) for anchor in anchors) <= 0:
         raise ConfigError(
-            f"'{path}' must be positive [width, height] pairs in pixels of the network's input, as many on each of the "
-            f"{levels} feature maps, but there are {len(anchors)}: {[list(anchor) for anchor in anchors]}. "
+            f"'{path}' must be positive [width, height] pairs in pixels of the network's input, the same number for "
+            f"each of the {levels} feature maps, but there are {len(anchors)}: {[list(anchor) for anchor in anchors]}. "
             f"`detkit check CONFIG --anchors N` proposes N from the data."
         )
     return list(torch.tensor(anchors, dtype=torch.float32).reshape(levels, -1, 2))
@@ -86,7 +85,7 @@ def anchors_by_level(anchors: Anchors, levels: int, path: str) -> list[Tensor]:
 def lay_grid(
     maps: Sequence[tuple[int, int]], size: tuple[int, int], anchors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Cells (P, 4) xyxy pixels and anchors (P, 2) of all places.
+    """Return the cells (P, 4) xyxy pixels and anchors (P, 2) of all places.
 
     Args:
         maps: (rows, columns) of each level, whose cells divide the image evenly.
@@ -104,13 +103,13 @@ def lay_grid(
 
 
 def flatten_places(prediction: Tensor, values: int) -> Tensor:
-    """A level's prediction (B, A * values, h, w) as (B, h * w * A, values), float32."""
-    # Sigmoids, exponentials and sums over thousands of places lose too much in half precision.
+    """Reshape the prediction of a level (B, A * values, h, w) to (B, h * w * A, values), float32."""
+    # Half precision is not accurate enough for sigmoids, exponentials and sums over thousands of places.
     return prediction.permute(0, 2, 3, 1).reshape(prediction.shape[0], -1, values).float()
 
 
 def predicted_boxes(values: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
-    """(..., P, 4) xyxy pixels: the centre inside the cell, the sides as multiples of the anchor's.
+    """Decode boxes (..., P, 4) xyxy pixels: the centre within its cell, the sides as multiples of the anchor's.
 
     YOLOv2, section 2, "Direct location prediction": x = left + sigmoid(t_x) * step, w = anchor * exp(t_w).
 
@@ -125,10 +124,10 @@ def predicted_boxes(values: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
 
 
 def true_coordinates(boxes: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
-    """(M, 4) what the places should predict for their boxes: sigmoid(t_x), sigmoid(t_y), t_w and t_h.
+    """Encode boxes as regression targets (M, 4) of their places: sigmoid(t_x), sigmoid(t_y), t_w and t_h.
 
     Args:
-        boxes: (M, 4) xyxy, the ground truth of each place.
+        boxes: (M, 4) xyxy, the target box of each place.
         cells: (M, 4) xyxy.
         anchors: (M, 2).
     """
@@ -138,7 +137,7 @@ def true_coordinates(boxes: Tensor, cells: Tensor, anchors: Tensor) -> Tensor:
 
 
 def size_weights(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(M,) 2 - the part of the image that a box covers, by which Darknet weights small boxes more."""
+    """Return box weights (M,) of 2 - (fraction of the image covered), with which Darknet emphasizes small boxes."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return 2 - sides.prod(1) / (size[0] * size[1])
 
@@ -146,16 +145,16 @@ def size_weights(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def assign(
     outputs: GridOutputs, image: int, target: Target, anchors: Sequence[Tensor], ignore_above: float
 ) -> Assignment:
-    """One place for each ground truth over all levels, and background where no ground truth is near.
+    """Assign one place over all levels to each target, and find the background.
 
-    A ground truth belongs to the cell that its centre lies in and to the anchor whose shape is nearest (IoU on one
-    common centre; of equal ones the first). Every other place is background, but for those whose predicted box overlaps
-    a ground truth by more than `ignore_above`; an ignored ground truth (crowd, difficult) gives no positive, and its
-    place and the predicted boxes that lie half in it are no background either.
+    A target is assigned to the cell that contains its centre and to the anchor of the most similar shape (highest IoU
+    of centred boxes; in a tie the first). All other places are background, except those whose predicted box has an IoU
+    above `ignore_above` with a target. Ignored targets (crowd, difficult) give no positives; their places, and
+    predicted boxes that lie at least half inside them, are ignored too.
 
     Args:
-        outputs: of the head.
-        image: the row of `outputs` that is looked at.
+        outputs: raw outputs of the head.
+        image: index of the image in `outputs`.
         anchors: (A, 2) pixels of each level.
         ignore_above: IoU, 0..1.
     """
@@ -169,7 +168,7 @@ def assign(
     if len(target):
         with torch.no_grad():
             boxes = predicted_boxes(outputs.values[image], outputs.cells, outputs.anchors)
-            # Not so of NaN: a diverged network shall not count as nothing to learn, but stop the training.
+            # NaN boxes stay negative, so that a diverged network gives a NaN loss and stops the training.
             negative &= ~(pairwise_iou(boxes, target.boxes).amax(1) > ignore_above)
             crowds = target.boxes[target.ignored]
             if len(crowds):
@@ -180,7 +179,7 @@ def assign(
 
 
 def _places_of(boxes: Tensor, outputs: GridOutputs, anchors: Sequence[Tensor]) -> Tensor:
-    """(N,) int64: the place that each box belongs to."""
+    """Return the place (N,) int64 of each box."""
     box = xyxy_to_cxcywh(boxes)
     starts = [0, *accumulate(rows * columns * len(level) for (rows, columns), level in zip(outputs.maps, anchors))]
     shapes = torch.cat([outputs.anchors[start : start + len(level)] for start, level in zip(starts, anchors)])
@@ -198,7 +197,7 @@ def _places_of(boxes: Tensor, outputs: GridOutputs, anchors: Sequence[Tensor]) -
 
 
 def _centred(shapes: Tensor) -> Tensor:
-    """(N, 2) widths and heights as boxes (N, 4) around one point."""
+    """Convert widths and heights (N, 2) to boxes (N, 4) with a common centre."""
     return torch.cat((-shapes / 2, shapes / 2), dim=1)
 
 
@@ -208,12 +207,12 @@ def decode_places(
     """Return detections after per-class NMS, in pixels of the network's input.
 
     Args:
-        probabilities: of the classes, from their raw values (K, C); a score is one of them times objectness.
+        probabilities: maps raw class values (K, C) to probabilities; scores are these times objectness.
     """
     found = []
     for values, size in zip(outputs.values, outputs.sizes):
         objectness, classes = values[:, 4], values[:, 5:]
-        # Not a number, and so looked at everywhere, where a value of a class is not finite.
+        # The added term is NaN if any class value is not finite, so that `candidates` reports it.
         kept = postprocess.above_threshold(objectness + 0 * classes.sum())
         scores = objectness[kept, None].sigmoid() * probabilities(classes[kept])
         rows, labels, best = postprocess.candidates(scores)

@@ -24,8 +24,8 @@ class YOLOv1Outputs(NamedTuple):
 
     Args:
         coordinates: (B, S * S, K, 4): x and y of the centre in cells from the cell's top left corner, then the square
-            roots of width and height as parts of the network's input. Cells are numbered row by row.
-        confidences: (B, S * S, K): the IoU that each box expects to have.
+            roots of width and height as fractions of the network's input. Cells are ordered row by row.
+        confidences: (B, S * S, K): predicted IoU of each box.
         classes: (B, S * S, C): probabilities.
         size: (height, width) of the batched tensor in pixels.
         sizes: (height, width) of each image, without padding.
@@ -39,14 +39,14 @@ class YOLOv1Outputs(NamedTuple):
 
 
 class Responsible(NamedTuple):
-    """Which predictions of one image answer for its ground truths.
+    """The assignment of predictions to the targets of one image.
 
     Args:
-        cells: (M,) int64, each once.
+        cells: (M,) int64, unique.
         boxes: (M,) int64 in 0..K-1, the responsible box of each cell.
-        targets: (M,) int64.
-        overlaps: (M,) IoU of that box and its ground truth.
-        ignored: (S * S,) bool, cells in which no box is background.
+        targets: (M,) int64, the target of each cell.
+        overlaps: (M,) IoU of that box and its target.
+        ignored: (S * S,) bool, cells whose boxes do not count as background.
     """
 
     cells: Tensor
@@ -58,27 +58,27 @@ class Responsible(NamedTuple):
 
 @heads.register("yolov1")
 class YOLOv1(Head):
-    """S * S * (K * 5 + C) values from the coarsest map that has places, pooled to S x S cells.
+    """S * S * (K * 5 + C) values from the coarsest spatial map, pooled to S x S cells.
 
-    The cell that holds an object's centre answers for it, and in it the box of the highest IoU with it (where all are
-    0 the one nearest by its coordinates, as in Darknet). A cell has one class and thus one object: of several with
-    their centres in it the first one counts, the others train nothing, which is the method's known limit. The loss is
-    equation 3 of the paper, all squared errors, summed over each image and averaged over the images.
+    The cell that contains an object's centre is responsible for it, with the box of the highest IoU (if all are 0, the
+    one with the nearest coordinates, as in Darknet). A cell has one class and thus one object; of several objects with
+    their centre in it only the first is learned, a known limitation of the method. The loss is equation 3 of the paper,
+    squared errors throughout, summed over each image and averaged over the images.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C.
-        grid: S, the cells on a side.
-        boxes: K, boxes of each cell.
-        layers: linear is the paper's two fully connected layers, which see the whole image; convolution two 1x1
+        grid: S, the number of cells per side.
+        boxes: K, the number of boxes per cell.
+        layers: linear for the paper's two fully connected layers, which see the whole image; convolution for two 1x1
             convolutions, which see their own cell.
         hidden: width of the first of them.
-        dropout: part of its values that is left out in training.
+        dropout: dropout probability after it.
         coordinate_weight, background_weight: the paper's lambda_coord and lambda_noobj.
         score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
     Raises:
-        ConfigError: no map has places, or an option is out of range.
+        ConfigError: no map is spatial, or an option is out of range.
     """
 
     task: ClassVar[str] = "detect"
@@ -108,8 +108,8 @@ class YOLOv1(Head):
         with_places = [level for level, stride in enumerate(strides) if stride > 0]
         if not with_places:
             raise ConfigError(
-                "The head 'yolov1' needs a feature map with places, but all are pooled from the whole image (stride "
-                "0). Choose others by the backbone's 'levels'."
+                "The head 'yolov1' needs a spatial feature map, but all are pooled from the whole image (stride 0). "
+                "Select other maps with the backbone's 'levels'."
             )
         self.level = with_places[-1]
         self.num_classes, self.grid, self.boxes = num_classes, grid, boxes
@@ -125,14 +125,14 @@ class YOLOv1(Head):
             self.layers = nn.Sequential(nn.Conv2d(width, hidden, 1), *activation, last, _CellsLast())
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> YOLOv1Outputs:
-        """Raw values of all cells, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute the raw values of all cells from feature maps [(B, C_i, h_i, w_i)]."""
         pooled = F.adaptive_avg_pool2d(features[self.level], self.grid)
         values = self.layers(pooled).float().reshape(len(pooled), self.grid**2, -1)
         boxes = values[..., : self.boxes * 5].reshape(*values.shape[:2], self.boxes, 5)
         return YOLOv1Outputs(boxes[..., :4], boxes[..., 4], values[..., self.boxes * 5 :], inputs.size, inputs.sizes)
 
     def loss(self, outputs: YOLOv1Outputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
+        """Compute `box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: the number of targets differs from the number of images.
@@ -160,7 +160,7 @@ class YOLOv1(Head):
 
     @torch.no_grad()
     def decode(self, outputs: YOLOv1Outputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression; a score is confidence times class probability, both cut to 0..1."""
+        """Return detections after per-class NMS; scores: confidence times class probability, each clipped to 0..1."""
         options = options or self.postprocess
         confidences, classes = outputs.confidences.clamp(0, 1), outputs.classes.clamp(0, 1)
         scores = (confidences[..., None] * classes[:, :, None]).flatten(1, 2)
@@ -194,7 +194,7 @@ class YOLOv1(Head):
         return Responsible(cells, boxes, targets, overlaps, ignored)
 
     def _best_boxes(self, outputs: YOLOv1Outputs, image: int, cells: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(M,) the responsible box of each cell, and (M,) its IoU with the cell's ground truth."""
+        """Return the responsible box (M,) of each cell, and its IoU (M,) with the cell's target."""
         predicted = self._predicted(outputs.coordinates[image], outputs.size)[cells]
         repeated = targets.repeat_interleave(self.boxes, dim=0)
         overlap = elementwise_iou(predicted.flatten(0, 1), repeated).view(-1, self.boxes)
@@ -205,32 +205,32 @@ class YOLOv1(Head):
         return chosen, overlap.gather(1, chosen[:, None])[:, 0]
 
     def _predicted(self, coordinates: Tensor, size: tuple[int, int]) -> Tensor:
-        """(S * S, K, 4) xyxy pixels of the raw coordinates of one image."""
+        """Decode the raw coordinates of one image to boxes (S * S, K, 4) xyxy pixels."""
         side = coordinates.new_tensor((size[1], size[0]))
         centres = (self._corners(coordinates.device)[:, None] + coordinates[..., :2]) * side / self.grid
         return cxcywh_to_xyxy(torch.cat((centres, coordinates[..., 2:].square() * side), dim=-1))
 
     def _coordinates(self, boxes: Tensor, cells: Tensor, size: tuple[int, int]) -> Tensor:
-        """(M, 4) what the cells should predict for their boxes (M, 4) xyxy."""
+        """Encode boxes (M, 4) xyxy as regression targets (M, 4) of their cells."""
         side = boxes.new_tensor((size[1], size[0]))
         box = xyxy_to_cxcywh(boxes)
         centres = box[:, :2] * self.grid / side - self._corners(boxes.device)[cells]
         return torch.cat((centres, (box[:, 2:] / side).clamp(min=0).sqrt()), dim=1)
 
     def _corners(self, device: torch.device) -> Tensor:
-        """(S * S, 2) float32 column and row of each cell."""
+        """Return the column and row of each cell, (S * S, 2) float32."""
         index = torch.arange(self.grid**2, device=device)
         return torch.stack((index % self.grid, index // self.grid), dim=1).float()
 
     def _cells(self, outputs: YOLOv1Outputs) -> Tensor:
-        """(S * S, 4) xyxy pixels of each cell."""
+        """Return the cells, (S * S, 4) xyxy pixels."""
         corners = self._corners(outputs.confidences.device)
         side = corners.new_tensor((outputs.size[1], outputs.size[0]) * 2)
         return torch.cat((corners, corners + 1), dim=1) * side / self.grid
 
 
 class _CellsLast(nn.Module):
-    """(B, values, S, S) to (B, S, S, values)."""
+    """Reshape (B, values, S, S) to (B, S, S, values)."""
 
     def forward(self, prediction: Tensor) -> Tensor:
         return prediction.permute(0, 2, 3, 1)

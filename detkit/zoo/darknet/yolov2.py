@@ -32,36 +32,37 @@ from detkit.zoo.darknet.yolo_grid import (
 COCO_ANCHORS: Anchors = (
     (18.32736, 21.67632), (59.98272, 66.00096), (106.82976, 175.17888), (252.25024, 112.88896), (312.65664, 293.38496),
 )  # fmt: skip
-"""Those of yolov2.cfg, which counts in cells of 32 pixels."""
+"""The anchors of yolov2.cfg, which gives them in cells of 32 pixels."""
 OBJECT_PRIOR = 0.01
-"""Objectness of an untrained head."""
+"""Initial objectness."""
 
 
 @heads.register("yolov2")
 class YOLOv2(Head):
     """3x3 convolutions, then A * (5 + C) values for every cell of the coarsest map.
 
-    Reads one map, or two whose strides differ by a factor of 2: then the finer one goes through a 1x1 convolution,
-    its 2x2 neighbours are laid into channels (the paper's passthrough layer), and the last of the convolutions sees
+    It reads one map, or two whose strides differ by a factor of 2: the finer one then passes through a 1x1 convolution
+    and a space-to-depth rearrangement of 2x2 neighbours (the paper's passthrough layer), and the last convolution reads
     both.
 
     The loss has the gradients of Darknet's region layer: half the squared errors of the centres (after the sigmoid),
     of the logarithms of the sides and of the objectness (after the sigmoid), cross-entropy of the classes, summed over
-    each image and averaged over the images. It differs in that objectness starts at 0.01, not at 0.5, and that
-    boxes are not pulled to their anchors during the first 12,800 images.
+    each image and averaged over the images. Unlike in Darknet, objectness is initialized to 0.01, not 0.5, and boxes
+    are not pulled to their anchors during the first 12,800 images.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C.
-        anchors: [width, height] of each, in pixels of the network's input; `detkit check CONFIG --anchors 5` proposes
-            them.
+        anchors: [width, height] of each anchor, in pixels of the network's input; `detkit check CONFIG --anchors 5`
+            proposes them.
         width: channels of the 3x3 convolutions.
-        depth: their number; with a passthrough one of them comes behind it. The paper has 3, yolov2-tiny 1.
-        passthrough: channels of the finer map before its neighbours become channels.
-        reorg: how they do: space_to_depth as the paper says it; darknet as its code does it (it mixes channels and
-            places, which its weights have learned to live with).
-        ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
-        rescore: the objectness to learn is the IoU of the predicted box, not 1.
+        depth: number of 3x3 convolutions; with a passthrough, one of them comes after it. 3 in the paper, 1 in
+            yolov2-tiny.
+        passthrough: channels of the finer map before the rearrangement.
+        reorg: the rearrangement: space_to_depth as in the paper, or darknet as in Darknet's code, which mixes channels
+            and locations and is required by the published weights.
+        ignore_above: IoU with a target above which a predicted box is not background.
+        rescore: whether the objectness target is the IoU of the predicted box instead of 1.
         object_weight, background_weight, box_weight, class_weight: factors of the parts of the loss.
         score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
@@ -125,7 +126,7 @@ class YOLOv2(Head):
         start_objectness(self.predictor, len(anchors))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> GridOutputs:
-        """Raw values of all places, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute the raw values of all places from feature maps [(B, C_i, h_i, w_i)]."""
         coarse = self.before(features[-1])
         if len(features) == 2:
             fine = self.passthrough(features[0])
@@ -140,7 +141,7 @@ class YOLOv2(Head):
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
     def loss(self, outputs: GridOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
+        """Compute `box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: the number of targets differs from the number of images.
@@ -169,20 +170,20 @@ class YOLOv2(Head):
 
     @torch.no_grad()
     def decode(self, outputs: GridOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression; a score is objectness times the class's probability."""
+        """Return detections after per-class NMS; a score is objectness times class probability."""
         return decode_places(outputs, partial(torch.softmax, dim=-1), options or self.postprocess)
 
 
 def space_to_depth(features: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, 4 * C, h / 2, w / 2): the four values of 2x2 neighbours as channels. h and w are even."""
+    """Rearrange (B, C, h, w) to (B, 4 * C, h / 2, w / 2), with 2x2 neighbours as channels; h and w are even."""
     return F.pixel_unshuffle(features, 2)
 
 
 def darknet_reorg(features: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, 4 * C, h / 2, w / 2) in the order of Darknet's [reorg] layer. C is a multiple of 4.
+    """Rearrange (B, C, h, w) to (B, 4 * C, h / 2, w / 2) in the order of Darknet's [reorg] layer; C is a multiple of 4.
 
-    Darknet takes the memory for a map of C / 4 channels and twice the size, and lays that one's neighbours into
-    channels, which gives C channels of h x w; their memory is then taken for 4 * C channels of half the size.
+    Darknet reinterprets the memory as a map of C / 4 channels and twice the size, rearranges the neighbours of that map
+    to channels, giving C channels of h x w, and reinterprets the result as 4 * C channels of half the size.
     """
     batch, channels, rows, columns = features.shape
     enlarged = features.reshape(batch, channels // 4, rows, 2, columns, 2)
@@ -190,9 +191,9 @@ def darknet_reorg(features: Tensor) -> Tensor:
 
 
 def start_objectness(predictor: nn.Conv2d, anchors: int) -> None:
-    """Let an untrained predictor of `anchors` x (5 + C) values see an object at one place of a hundred.
+    """Initialize a predictor of `anchors` x (5 + C) values to an objectness of 0.01.
 
-    Thousands of places of background would otherwise make the first steps far larger than all later ones.
+    Otherwise thousands of background places would make the first steps far larger than all later ones.
     """
     with torch.no_grad():
         bias = predictor.get_parameter("bias").view(anchors, -1)
@@ -205,5 +206,5 @@ def _check_maps(strides: Sequence[int]) -> None:
         return
     raise ConfigError(
         f"The head 'yolov2' reads one feature map, or two of which the second has twice the stride of the first, but "
-        f"their strides are {list(strides)}. Choose them by the backbone's 'levels', for example [4, 5]."
+        f"their strides are {list(strides)}. Select them with the backbone's 'levels', for example [4, 5]."
     )

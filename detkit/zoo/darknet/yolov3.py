@@ -34,28 +34,28 @@ COCO_ANCHORS: dict[int, Anchors] = {
     2: ((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)),
     3: ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)),
 }
-"""By the number of levels: those of yolov3-tiny.cfg and yolov3.cfg."""
+"""Default anchors by the number of levels, from yolov3-tiny.cfg and yolov3.cfg."""
 
 
 @heads.register("yolov3")
 class YOLOv3(Head):
     """On every feature map a 3x3 convolution, then A * (5 + C) values for every cell; with the neck yolov3_neck.
 
-    A class's score is a probability of its own (a box may have two), and one place over all levels answers for each
-    ground truth. The loss has the gradients of Darknet's yolo layer: cross-entropy of the centres (after the sigmoid),
+    Classes are predicted independently (a box can have several), and one place over all levels is assigned to each
+    target. The loss has the gradients of Darknet's yolo layer: cross-entropy of the centres (after the sigmoid),
     the objectness and the classes, half the squared errors of the logarithms of the sides, summed over each image and
-    averaged over the images. As in Darknet, and other than in the paper's words, it is the predicted box, not the
-    anchor, whose overlap with a ground truth keeps a place from being background. Objectness starts at 0.01, in Darknet
-    at 0.5.
+    averaged over the images. As in Darknet, but unlike the paper's description, the IoU of the predicted box, not the
+    anchor, with a target decides which places are not background. Objectness is initialized to 0.01; in Darknet it is
+    0.5.
 
     Args:
         channels, strides: of the feature maps.
         num_classes: C.
-        anchors: [width, height] of each, in pixels of the network's input, as many on each map, those of the finest
-            first; null for those of COCO, which there are for two and three maps. `detkit check CONFIG --anchors 9`
-            proposes them.
+        anchors: [width, height] of each anchor, in pixels of the network's input, the same number for each map, finest
+            map first; null for COCO's, defined for two and three maps. `detkit check CONFIG --anchors 9` proposes
+            them.
         widths: channels of the 3x3 convolutions, finest map first; null for twice `channels`.
-        ignore_above: a place whose predicted box overlaps a ground truth by more is no background.
+        ignore_above: IoU with a target above which a predicted box is not background.
         box_weight: factor of the box loss.
         score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
 
@@ -108,7 +108,7 @@ class YOLOv3(Head):
         self.predictors = nn.ModuleList(predictors)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> GridOutputs:
-        """Raw values of all places, for feature maps [(B, C_i, h_i, w_i)], finest first."""
+        """Compute the raw values of all places from feature maps [(B, C_i, h_i, w_i)], finest first."""
         predictions = [
             predictor(tower(feature)) for tower, predictor, feature in zip(self.towers, self.predictors, features)
         ]
@@ -118,7 +118,7 @@ class YOLOv3(Head):
         return GridOutputs(values, cells, anchors, maps, inputs.size, inputs.sizes)
 
     def loss(self, outputs: GridOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, each summed over an image and averaged over the batch.
+        """Compute `box`, `objectness` and `class`, each summed over an image and averaged over the batch.
 
         Raises:
             ValueError: the number of targets differs from the number of images.
@@ -147,5 +147,5 @@ class YOLOv3(Head):
 
     @torch.no_grad()
     def decode(self, outputs: GridOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """Detections after per-class suppression; a score is objectness times the class's probability."""
+        """Return detections after per-class NMS; a score is objectness times class probability."""
         return decode_places(outputs, torch.sigmoid, options or self.postprocess)

@@ -1,4 +1,4 @@
-"""YOLOv3's neck: coarse maps enlarged and laid beside the finer ones (Redmon and Farhadi 2018, section 2.3)."""
+"""YOLOv3's neck: coarse maps upsampled and concatenated to finer ones (Redmon and Farhadi 2018, section 2.3)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from detkit.zoo.darknet.weight_file import DarknetConvolution
 
 @necks.register("yolov3_neck")
 class YOLOv3Neck(Neck):
-    """From coarse to fine: convolutions on each map; their result, narrowed and enlarged, beside the next finer map.
+    """A top-down pathway: convolutions on each map, whose output is upsampled and concatenated to the next finer map.
 
-    On each level `depth` convolutions, in turn 1x1 to the level's width and 3x3 to twice as much. To the next finer
-    level their result goes through a 1x1 convolution to that level's width and is enlarged (nearest neighbour).
+    Each level has `depth` convolutions, alternately 1x1 to the level's width and 3x3 to twice the width. Their output
+    passes through a 1x1 convolution to the width of the next finer level and is upsampled (nearest neighbour).
 
     Args:
-        channels: channels of the maps that come in.
-        strides: their strides, ascending.
-        widths: of each level, finest first; null for half of `channels`. yolov3-tiny has [128, 256].
-        depths: convolutions of each level, finest first, odd or 0; one number serves all. yolov3-tiny has [0, 1].
+        channels: channels of the input maps.
+        strides: strides of the input maps, ascending.
+        widths: width of each level, finest first; null for half of `channels`. yolov3-tiny has [128, 256].
+        depths: number of convolutions per level, finest first, odd or 0; a single number applies to all levels.
+            yolov3-tiny has [0, 1].
 
     Raises:
         ConfigError: the strides are not ascending, or `widths` or `depths` do not fit the maps.
@@ -40,7 +41,7 @@ class YOLOv3Neck(Neck):
         if not strides or strides[0] < 1 or list(strides) != sorted(set(strides)):
             raise ConfigError(
                 f"The neck 'yolov3_neck' needs maps of ascending strides, but the backbone gives {list(strides)}. "
-                f"Choose others by the backbone's 'levels'."
+                f"Select other maps with the backbone's 'levels'."
             )
         levels = len(channels)
         widths = tuple(count // 2 for count in channels) if widths is None else widths

@@ -1,5 +1,8 @@
-"""The max-unpooling decoder: where a maximum was pooled, its value is put back (Noh, Hong and Han, "Learning
-Deconvolution Network for Semantic Segmentation", ICCV 2015; Badrinarayanan et al., "SegNet", PAMI 2017)."""
+"""SegNet's max-unpooling decoder, which restores values at the locations of pooled maxima.
+
+Noh, Hong and Han, "Learning Deconvolution Network for Semantic Segmentation", ICCV 2015; Badrinarayanan et al.,
+"SegNet", PAMI 2017.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,22 +22,22 @@ from detkit.structures import Inputs
 class Unpool(SemanticHead):
     """SegNet: the convolutions of a VGG network, and its mirror image as the decoder.
 
-    The encoder is the head's own, since the decoder needs to know which pixel each maximum came from: it reads the
-    image itself, so it goes with `backbone: {name: pixels}` and no neck. Behind each block of the encoder follows a
-    2x2 max pool; the decoder undoes the pools in reverse, each value at the place it came from and 0 elsewhere, and
-    behind each has as many 3x3 convolutions with batch norm and ReLU as the block of the encoder has. The last one has
-    no norm and gives the logits.
+    The encoder is part of the head, since the decoder needs the location of each pooled maximum; the head reads the
+    image itself and requires `backbone: {name: pixels}` without a neck. Each encoder block is followed by 2x2 max
+    pooling; the decoder reverses the pooling, with values at their original locations and 0 elsewhere, each followed by
+    as many 3x3 convolutions with batch norm and ReLU as the encoder block has. The last convolution has no norm and
+    gives the logits.
 
     Args:
         channels, strides: of the feature map, which must be the image's 3 channels.
-        num_classes: of the data set, "background" among them where the data has it.
-        encoder: `name` of a VGG backbone (vgg11, vgg16, vgg19) and its options; its last level says how deep it is. By
-            default SegNet's, vgg16 with batch norms.
+        num_classes: number of classes of the data set, including "background" if the data has it.
+        encoder: `name` (vgg11, vgg16 or vgg19) and options of a VGG backbone; its last level sets the depth. Default
+            SegNet's, vgg16 with batch norm.
         class_weights: see `SemanticHead`.
 
     Raises:
-        ConfigError: the map is not the image itself, or the encoder is no VGG network.
-        CheckpointError: the encoder's weights is not available.
+        ConfigError: the map is not the image itself, or the encoder is not a VGG network.
+        CheckpointError: the encoder's weights are not available.
     """
 
     mean: Tensor
@@ -51,8 +54,8 @@ class Unpool(SemanticHead):
         super().__init__(num_classes, class_weights)
         if tuple(channels) != (3,) or tuple(strides) != (1,):
             raise ConfigError(
-                f"The head 'unpool' reads the image's own pixels, but gets feature maps of strides {list(strides)}. "
-                f"Use backbone: {{name: pixels}} and no neck with it; its own network is head.encoder."
+                f"The head 'unpool' reads the pixels of the image, but gets feature maps of strides {list(strides)}. "
+                f"Use backbone: {{name: pixels}} without a neck; its own network is head.encoder."
             )
         encoder = {"name": "vgg16", "batch_norm": True} if encoder is None else encoder
         built = backbones.build(encoder, "head.encoder")

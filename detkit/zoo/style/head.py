@@ -65,7 +65,7 @@ class Style(Head):
 
     Raises:
         ConfigError: an option makes no sense, or the backbone is another one.
-        CheckpointError: the loss network's weights is not available.
+        CheckpointError: the loss network's weights are not available.
     """
 
     task: ClassVar[str] = "style"

@@ -70,7 +70,7 @@ def transfer(options: StyleOptions, output: Path) -> list[Losses]:
 
     Raises:
         ConfigError: an option makes no sense.
-        CheckpointError: the weights of the loss network is not available.
+        CheckpointError: the weights of the loss network are not available.
         DataError: an image cannot be read, or is too small.
         DetkitError: a loss is no longer a number.
     """

@@ -125,14 +125,14 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         build({**TINY, "weights": str(write(tmp_path / "a.weights", floats))})
     cut = write(tmp_path / "b.weights", floats)
     cut.write_bytes(cut.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"b\.weights' is cut off"):
+    with pytest.raises(CheckpointError, match=r"b\.weights' is truncated"):
         read_floats(cut)
     cut.write_bytes(cut.read_bytes()[:14])
-    with pytest.raises(CheckpointError, match=r"b\.weights' is cut off"):
+    with pytest.raises(CheckpointError, match=r"b\.weights' is truncated"):
         read_floats(cut)
     for content in (b"<!DOCTYPE html><html>", struct.pack("<5i", -1, 2, 0, 0, 0), bytes(8)):
         cut.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"b\.weights' is not a file of Darknet's weights"):
+        with pytest.raises(CheckpointError, match=r"b\.weights' is not a Darknet weight file"):
             read_floats(cut)
     cut.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"b\.weights' is empty"):
@@ -154,5 +154,5 @@ def test_wrong_widths() -> None:
 
 def test_a_file_of_torch_is_no_file_of_darknet(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "b.pth")
-    with pytest.raises(CheckpointError, match=r"b\.pth' is not a file of Darknet's weights.*torch\.save"):
+    with pytest.raises(CheckpointError, match=r"b\.pth' is not a Darknet weight file.*torch\.save"):
         backbones.build({"name": "darknet_tiny", "weights": str(tmp_path / "b.pth")}, "backbone")

@@ -192,7 +192,7 @@ def test_wrong_options(options: dict, match: str) -> None:
 
 
 def test_a_map_without_places_is_refused() -> None:
-    with pytest.raises(ConfigError, match="needs a feature map with places"):
+    with pytest.raises(ConfigError, match="needs a spatial feature map"):
         heads.build({"name": "yolov1"}, "head", channels=(4,), strides=(0,), num_classes=2)
 
 

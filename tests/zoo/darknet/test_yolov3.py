@@ -177,7 +177,7 @@ def test_scores_of_classes_are_independent() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"anchors": [[5, 5]] * 4}, r"as many on each of the 3 feature maps, but there are 4.*--anchors"),
+        ({"anchors": [[5, 5]] * 4}, r"the same number for each of the 3 feature maps, but there are 4.*--anchors"),
         ({"widths": [8, 8]}, r"'head\.widths' must be 3 positive numbers"),
         ({"ignore_above": -1}, r"'head\.ignore_above' must be in 0\.\.1"),
         ({"anchor": [[5, 5]] * 3}, "Did you mean 'anchors'"),
