@@ -160,7 +160,7 @@ class YOLOv1(Head):
 
     @torch.no_grad()
     def decode(self, outputs: YOLOv1Outputs, options: Postprocess | None = None) -> list[Detections]:
-        """Return detections after per-class NMS; scores: confidence times class probability, each clipped to 0..1."""
+        """Return detections after per-class NMS; scores are confidence x class probability, each clipped to 0..1."""
         options = options or self.postprocess
         confidences, classes = outputs.confidences.clamp(0, 1), outputs.classes.clamp(0, 1)
         scores = (confidences[..., None] * classes[:, :, None]).flatten(1, 2)

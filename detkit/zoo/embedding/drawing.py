@@ -1,4 +1,4 @@
-"""Images of embeddings: the vector as a strip of colours below the image, and what a gallery says it shows."""
+"""Drawing of embeddings: the vector as a colour strip below the image, with the identity found in a gallery."""
 
 import numpy as np
 
@@ -8,15 +8,15 @@ from detkit.zoo.embedding.structures import Embedding
 
 
 def draw_embedding(image: np.ndarray, prediction: Embedding, title: str = "") -> np.ndarray:
-    """The image, below it its vector, and below that a line of text.
+    """Draw the image above its vector and a line of text.
 
-    In the strip blue stands for negative numbers, red for positive ones, and the deeper the larger: images of the
-    same thing have strips that look alike.
+    In the strip blue is negative, red is positive, and saturation shows the magnitude; images of the same object have
+    similar strips.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         prediction: with an identity, where a gallery gave one.
-        title: the text; default what the gallery says.
+        title: the text; default the result of the gallery.
 
     Returns:
         A new uint8 RGB image, higher than the image.
@@ -38,9 +38,9 @@ def caption(prediction: Embedding) -> str:
 
 
 def _strip(prediction: Embedding, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8: a cell for each number of the vector."""
+    """Draw a strip (height, width, 3) uint8 with a cell for each number of the vector."""
     vector = prediction.vector.numpy()
-    # The usual size of a number in a vector of length 1 is 1 / sqrt(D).
+    # The typical magnitude of a number in a unit vector is 1 / sqrt(D).
     strength = np.clip(vector * np.sqrt(len(vector)) / 2, -1, 1)[:, None]
     red, blue = np.array([214, 39, 40]), np.array([31, 119, 180])
     colors = 255 + np.abs(strength) * (np.where(strength > 0, red, blue) - 255)

@@ -1,4 +1,4 @@
-"""Embedding: each image as a point, near those of the same class, including classes that were not in training."""
+"""Embedding head: maps each image to a vector near those of the same class, including classes unseen in training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,15 +29,15 @@ class EmbedOutputs(NamedTuple):
 
 @heads.register("embed")
 class Embed(Head):
-    """Average pooling of the coarsest map, one linear layer, and length 1.
+    """Average pooling of the coarsest map, a linear layer, and L2 normalization.
 
-    What is learned is to tell classes apart, but what comes out compares any two images: validation may have other
-    classes than training.
+    Training separates classes, but the vectors compare any two images, so validation may have other classes than
+    training.
 
     Args:
-        channels, strides: of the feature maps, of which the last is read.
-        num_classes: C, of the training images.
-        dimensions: D, of the vectors.
+        channels, strides: of the feature maps; only the last one is read.
+        num_classes: C, the number of classes of the training images.
+        dimensions: D, the length of the vectors.
         loss: `name` of the loss (triplet, large_margin, cosface, arcface) and its options; see
             detkit.zoo.embedding.losses.
     """
@@ -47,7 +47,7 @@ class Embed(Head):
     reads_sizes: ClassVar[bool] = True
     open_set: ClassVar[bool] = True
     threshold: Tensor
-    """Scalar: two images at a smaller distance show the same; NaN before the first evaluation."""
+    """Scalar: distance below which two images show the same class; NaN before the first evaluation."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class Embed(Head):
         self.register_buffer("threshold", torch.tensor(math.nan))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> EmbedOutputs:
-        """Vectors of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute the vector of each image from feature maps [(B, C_i, h_i, w_i)]."""
         return EmbedOutputs(self.projection(pooled_images(features[-1], inputs)).float())
 
     def loss(self, outputs: EmbedOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`embed`, over the images that have a class.
+        """Compute `embed` over the images that have a class.
 
         Raises:
             ValueError: there is not one target for each image, or an image has several classes.
@@ -85,5 +85,5 @@ class Embed(Head):
 
     @torch.no_grad()
     def decode(self, outputs: EmbedOutputs, options: Postprocess | None = None) -> list[Embedding]:
-        """The vector of each image, of length 1."""
+        """Return the unit vector of each image."""
         return [Embedding(vector) for vector in F.normalize(outputs.vectors)]

@@ -1,6 +1,6 @@
-"""Losses of embeddings, which pull images of one class together and push the others apart.
+"""Embedding losses, which pull images of one class together and push other classes apart.
 
-The functions are pure; the modules below them, chosen by `head.loss`, hold the options and the vectors of the classes.
+The functions are pure; the modules, selected by `head.loss`, hold their options and class vectors.
 """
 
 import math
@@ -16,7 +16,7 @@ from detkit.registry import Registry
 embed_losses = Registry("loss of embeddings", "detkit.zoo.embedding")
 PATH = "head.loss"
 CLOSE = 1e-7
-"""sin² of an angle below which its sine is taken as constant: there the derivative of the root has no bound."""
+"""Lower bound of sin² when computing the sine, since the derivative of the root is unbounded at 0."""
 
 
 def batch_hard_triplet(vectors: Tensor, labels: Tensor, margin: float | None) -> Tensor:
@@ -94,10 +94,10 @@ def arcface_logits(vectors: Tensor, weights: Tensor, labels: Tensor, margin: flo
 
 
 class EmbedLoss(nn.Module):
-    """A loss of vectors.
+    """Base class of embedding losses.
 
-    Its constructor takes `dimensions` and `num_classes`, then options; `forward` takes vectors (B, D) as the head's
-    layer gives them, of any length, and labels (B,), and gives a scalar, 0 where B is 0.
+    The constructor takes `dimensions` and `num_classes`, then options; `forward` takes unnormalized vectors (B, D) and
+    labels (B,), and returns a scalar, 0 if B is 0.
     """
 
 
@@ -106,8 +106,8 @@ class Triplet(EmbedLoss):
     """Batch-hard triplet loss of the vectors at length 1; see `batch_hard_triplet`. Set train.per_class.
 
     Args:
-        margin: by which the nearest image of another class must be farther away than the farthest of the same, in
-            0..2; null for a soft margin, which is never satisfied.
+        margin: distance in 0..2 by which the nearest image of another class must be farther away than the farthest of
+            the same class; null for a soft margin.
     """
 
     def __init__(self, dimensions: int, num_classes: int, margin: float | None = 0.3) -> None:
@@ -121,7 +121,7 @@ class Triplet(EmbedLoss):
 
 
 class _WithClasses(EmbedLoss):
-    """One vector for each class."""
+    """Base class of losses with one vector per class."""
 
     def __init__(self, dimensions: int, num_classes: int) -> None:
         super().__init__()
@@ -137,8 +137,8 @@ class LargeMargin(_WithClasses):
     """L-Softmax; see `large_margin_logits`.
 
     Args:
-        margin: m, a whole number.
-        relax: the paper's lambda, constant here; where training does not start, a few units help.
+        margin: m, an integer.
+        relax: the paper's lambda, constant here; a few units help if training does not start.
     """
 
     def __init__(self, dimensions: int, num_classes: int, margin: int = 2, relax: float = 0.0) -> None:
@@ -191,7 +191,7 @@ class ArcFace(_WithClasses):
 
 
 def build_embed_loss(options: dict[str, Any], dimensions: int, num_classes: int) -> EmbedLoss:
-    """The loss that `head.loss` describes: `name` and options.
+    """Build the loss that `head.loss` describes by `name` and options.
 
     Raises:
         ConfigError: the name or an option is unknown.

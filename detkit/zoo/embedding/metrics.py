@@ -1,4 +1,4 @@
-"""How well distances tell whether two images show the same: over all pairs of a data set, in blocks."""
+"""Verification and retrieval metrics of embeddings over all pairs of a data set, computed in blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,18 @@ BINS = 1 << 22
 
 @dataclass(frozen=True)
 class EmbeddingScores:
-    """The figures of a data set; nan where no pair supports them.
+    """Metrics of a data set; nan if there are no pairs to compute them.
 
     Args:
-        auc: area under the ROC curve of "the same" over all pairs: the chance that a pair of the same class is closer
-            than a pair of two; 0.5 for chance.
-        accuracy: the best mean of two rates, of pairs of one class that are recognised as such and of pairs of two that
-            are kept apart, over all thresholds. Both kinds count alike, as in data with as many of each (LFW).
-        threshold: the distance, 0..2, at which that is reached: the same where the distance is smaller.
-        recall_at_1: part of the images whose nearest other image is of their class, of those that have one.
-        images: how many were scored.
-        classes: how many classes they have.
+        auc: area under the ROC curve over all pairs: the probability that a pair of the same class is closer than a
+            pair of different classes; 0.5 for random embeddings.
+        accuracy: balanced accuracy at the best threshold: the mean of the fractions of same-class and different-class
+            pairs classified correctly, as for data with equally many of both (LFW).
+        threshold: the distance, 0..2, of that threshold; smaller distances mean the same class.
+        recall_at_1: fraction of images whose nearest other image is of their class, among those whose class has
+            another image.
+        images: number of scored images.
+        classes: number of their classes.
     """
 
     auc: float
@@ -42,11 +43,11 @@ class EmbeddingScores:
 
     @property
     def remark(self) -> str:
-        """Nothing: any figures are worth a look."""
+        """No remark."""
         return ""
 
     def as_dict(self) -> dict[str, float | int]:
-        """Every figure under its name."""
+        """Return all metrics by name."""
         return dict(self.__dict__)
 
     def table(self) -> Table:
@@ -92,7 +93,7 @@ class EmbeddingEvaluator:
 
 
 def record(prediction: Embedding, meta: Meta) -> dict[str, Any]:
-    """The entry of one image in predictions.json."""
+    """Return the entry of one image in predictions.json."""
     entry: dict[str, Any] = {"image_id": meta.image_id, "vector": [round(x, 6) for x in prediction.vector.tolist()]}
     if prediction.distance is not None:
         entry |= {"identity": prediction.identity, "distance": round(prediction.distance, 6)}

@@ -13,12 +13,12 @@ from detkit.structures import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """An image as a point; images of the same thing lie near one another.
+    """The embedding of an image; images of the same class have nearby vectors.
 
     Args:
-        vector: (D,) float32, of length 1.
-        identity: the name of what the image shows, by a gallery; None for what is not in it, and without one.
-        distance: to the nearest image of the gallery, in 0..2; None without one.
+        vector: (D,) float32 unit vector.
+        identity: name found in a gallery; None if unknown, or without a gallery.
+        distance: distance to the nearest image of the gallery, in 0..2; None without a gallery.
     """
 
     vector: Tensor

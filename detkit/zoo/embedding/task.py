@@ -1,4 +1,4 @@
-"""Embeddings: how well distances tell images apart, images with their vectors, recognition by a gallery."""
+"""The embedding task: pair metrics, drawing of vectors, and recognition with a gallery."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from detkit.zoo.embedding.structures import Embedding
 
 @tasks.register("embed")
 class Embed(Task[Embedding]):
-    """Images as points, compared by their distances."""
+    """Embeddings of images, compared by distance."""
 
     noun: ClassVar[str] = "embeddings"
     options: ClassVar[frozenset[str]] = frozenset({"gallery", "threshold"})

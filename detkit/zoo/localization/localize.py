@@ -1,6 +1,6 @@
-"""Classification with localisation: is there an object, what is it, and where; at most one in an image.
+"""Classification with localization: presence, class and box of at most one object per image.
 
-Andrew Ng, "Convolutional Neural Networks", the lectures on object localisation; the same outputs as one cell of YOLO.
+Andrew Ng, "Convolutional Neural Networks", lectures on object localization; the outputs of one cell of YOLO.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class LocalizeOutputs(NamedTuple):
     """Raw outputs of the localisation head.
 
     Args:
-        presence: (B,) logits of an object being there.
+        presence: (B,) logits of the presence of an object.
         logits: (B, C) of its class.
-        boxes: (B, 4) its centre x and y, width and height, as parts of the image's own sides, without bounds.
+        boxes: (B, 4) centre x and y, width and height, as fractions of the image's sides, unbounded.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -37,17 +37,17 @@ class LocalizeOutputs(NamedTuple):
 
 @heads.register("localize")
 class Localize(Head):
-    """The mean of the coarsest map over the image, without padding, and one linear layer.
+    """Average pooling of the coarsest map, excluding the padding, and a linear layer.
 
-    The ground truth of an image is its object with the largest box, of those that are not ignored. An image whose
-    objects are all ignored takes no part in the loss.
+    The target of an image is its object with the largest box, excluding ignored ones. An image whose objects are all
+    ignored does not contribute to the loss.
 
     Args:
-        channels, strides: of the feature maps, of which the last is read; give the backbone one level.
+        channels, strides: of the feature maps; only the last one is read, so the backbone should have one level.
         num_classes: C.
-        box_loss: l2 (squared differences) or smooth_l1 of centre, width and height, as parts of the image's sides.
+        box_loss: l2 (squared differences) or smooth_l1 of centre, width and height, as fractions of the image's sides.
         box_weight: factor of the box loss.
-        score_threshold: what `decode` needs to give the object: the probability of one, times that of its class.
+        score_threshold: minimum score of a detection: the probability of presence times that of its class.
     """
 
     task: ClassVar[str] = "detect"
@@ -114,7 +114,7 @@ class Localize(Head):
 
     @torch.no_grad()
     def decode(self, outputs: LocalizeOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """One detection or none for each image, in pixels of the network's input."""
+        """Return at most one detection per image, in pixels of the network's input."""
         scores = outputs.presence.sigmoid()[:, None] * outputs.logits.softmax(-1)
         options = options or self.postprocess
         return [_decode_image(*image, options) for image in zip(scores, outputs.boxes, outputs.sizes)]

@@ -1,4 +1,4 @@
-"""Sliding windows in one pass: a classifier of windows whose fully connected layers are convolutions.
+"""Sliding windows in one pass: a window classifier whose fully connected layers are convolutions.
 
 Sermanet, Eigen, Zhang, Mathieu, Fergus and LeCun, "OverFeat: Integrated Recognition, Localization and Detection using
 Convolutional Networks", 2013, section 3.5.
@@ -36,11 +36,11 @@ class SlidingWindowOutputs(NamedTuple):
 
 @heads.register("sliding_window")
 class SlidingWindow(Head):
-    """Classifies windows of fixed sizes at every place of every feature map; the box of an object is its window.
+    """Classifies windows of fixed sizes at every location of every feature map; the box of an object is its window.
 
-    A classifier of windows of h x w cells has two hidden fully connected layers. As a convolution of h x w and two of
-    1x1 they run over the whole map at once, and what windows share is computed once. Each level and each size of
-    window has a classifier of its own. Windows lie one cell, that is one stride, apart.
+    A classifier of h x w cells has two hidden fully connected layers. Implemented as one h x w and two 1x1
+    convolutions, they run over the whole map at once and share computation between windows. Each level and each window
+    size has its own classifier. Windows are one cell, i.e. one stride, apart.
 
     Args:
         channels, strides: of the feature maps.
@@ -48,10 +48,11 @@ class SlidingWindow(Head):
         windows: (height, width) of each window in cells of the feature map, the same on all levels: a window of 4
             cells on a map of stride 16 is 64 pixels wide.
         width: channels of the hidden layers.
-        foreground_from: a window that overlaps a ground truth this much shows it; so does a ground truth's best window.
-        background_below: one that overlaps every ground truth less is background; between them it does not count.
-        samples: windows of an image that take part in the loss.
-        positive_fraction: largest part of objects among them.
+        foreground_from: IoU with a ground-truth box from which a window is positive; the best window of each box is
+            positive too.
+        background_below: maximum IoU below which a window is negative; windows between the two are ignored.
+        samples: number of windows per image that take part in the loss.
+        positive_fraction: maximum fraction of positives among them.
         score_threshold, nms_threshold, max_detections: default decoding options; see detkit.heads.base.Postprocess.
     """
 

@@ -26,8 +26,8 @@ class StyleOutputs(NamedTuple):
     """Raw outputs of the style head.
 
     Args:
-        images: (B, 3, H, W) RGB in 0..1, what the network made; 0 where there is padding.
-        contents: (B, 3, H, W) what it was given.
+        images: (B, 3, H, W) RGB in 0..1, the generated images; 0 in the padding.
+        contents: (B, 3, H, W), the input images.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -38,33 +38,32 @@ class StyleOutputs(NamedTuple):
 
 @heads.register("style")
 class Style(Head):
-    """A network that paints every image in the style of one, and the loss that it learns by.
+    """A network that renders images in the style of one style image, and the loss that trains it.
 
-    The loss compares feature maps of a frozen network, the loss network: with those of the content where things are,
-    with the Gram matrices of the style how they look. It alone, without the network that paints, is what
-    `detkit style CONFIG.yaml --content A --style B` lowers by changing the pixels of one image.
+    The loss uses the feature maps of a frozen loss network: features are compared with those of the content image, and
+    Gram matrices with those of the style image. `detkit style CONFIG.yaml --content A --style B` uses the loss alone
+    and minimizes it over the pixels of one image.
 
-    Checkpoints hold the loss network and the style's Gram matrices, so that an evaluation needs no other file.
+    Checkpoints contain the loss network and the style's Gram matrices, so that evaluation needs no other file.
 
     Args:
         channels, strides: (3,) and (1,), those of the backbone `pixels`.
-        num_classes: of no use here.
-        network: the loss network, `name` of a backbone and its options, among them the maps that it gives: of a VGG
-            `layers`. Default: VGG-19 with its ImageNet weights, the first convolution of each block, and the last one
-            of block 4.
-        style_image: the file with the style.
-        style_size: to how many pixels the longer side of the style is brought; strokes are larger in the result the
-            larger they are in it.
-        content_map: which of the network's maps, counted from 0, is compared with the content's.
-        style_maps: likewise, with the style's.
+        num_classes: not used.
+        network: the loss network: `name` and options of a backbone, including the maps to compare (`layers` of a VGG).
+            Default: VGG-19 with ImageNet weights, the first convolution of each block and the last one of block 4.
+        style_image: path of the style image.
+        style_size: length in pixels to which the longer side of the style image is resized; the scale of strokes in the
+            result grows with it.
+        content_map: index, from 0, of the map of the loss network that is compared with the content.
+        style_maps: indices of the maps whose Gram matrices are compared with the style.
         content_weight: factor of the mean squared difference of features.
-        style_weights: factor of the mean squared difference of Gram matrices, for each of `style_maps`; those of deeper
-            maps are smaller by orders of magnitude.
-        variation_weight: factor of the total variation, that of images in 0..1.
-        width, blocks: of the network that paints, see StyleNetwork.
+        style_weights: factors of the mean squared differences of Gram matrices, one for each of `style_maps`; the
+            differences of deeper maps are smaller by orders of magnitude.
+        variation_weight: factor of the total variation of images in 0..1.
+        width, blocks: of the rendering network, see StyleNetwork.
 
     Raises:
-        ConfigError: an option makes no sense, or the backbone is another one.
+        ConfigError: an option is not valid, or the backbone is not `pixels`.
         CheckpointError: the loss network's weights are not available.
     """
 
@@ -90,7 +89,7 @@ class Style(Head):
     ) -> None:
         super().__init__()
         if tuple(channels) != (3,) or tuple(strides) != (1,):
-            raise ConfigError("The head 'style' paints images themselves: it needs backbone {name: pixels}, no neck.")
+            raise ConfigError("The head 'style' renders images, so it needs backbone {name: pixels} without a neck.")
         check_range("head", 0, content_weight=content_weight, variation_weight=variation_weight)
         check_range("head", 1, style_size=style_size, width=width)
         check_range("head", 0, blocks=blocks)
@@ -117,14 +116,14 @@ class Style(Head):
             )
 
     def prepare(self) -> None:
-        """Take in the style from its file.
+        """Read the style image and compute its Gram matrices.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: no style image is set.
             DataError: it cannot be read.
         """
         if self.style_image is None:
-            raise ConfigError("The head 'style' needs 'head.style_image', the file with the style.")
+            raise ConfigError("The head 'style' needs 'head.style_image', the path of the style image.")
         pixels = resized(read_image(self.style_image), self.style_size)
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
@@ -133,20 +132,20 @@ class Style(Head):
                 self.get_buffer(f"gram_{number}").copy_(gram_matrix(maps[index]))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> StyleOutputs:
-        """The painted images, for the one map of `pixels`, (B, 3, H, W).
+        """Render images from the one map of `pixels`, (B, 3, H, W).
 
         Raises:
-            DataError: an image is smaller than the network can paint.
+            DataError: an image is too small for the network.
         """
         contents = features[0]
         if min(map(min, inputs.sizes)) < SMALLEST_SIDE:
             raise DataError(
-                f"An image has a side of {min(map(min, inputs.sizes))} pixels, but can only be painted with sides of "
+                f"An image has a side of {min(map(min, inputs.sizes))} pixels, but style transfer needs sides of "
                 f"{SMALLEST_SIDE} or more."
             )
         if all(size == inputs.size for size in inputs.sizes):
             return StyleOutputs(self.painter(contents), contents, inputs.sizes)
-        # One by one: an instance norm over the padding would let an image depend on the others of its batch.
+        # One by one: instance norm over the padding would make images depend on the others of their batch.
         images = []
         for content, (height, width) in zip(contents.split(1), inputs.sizes):
             painted = self.painter(content[:, :, :height, :width])
@@ -154,7 +153,7 @@ class Style(Head):
         return StyleOutputs(torch.cat(images), contents, inputs.sizes)
 
     def loss(self, outputs: StyleOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`content`, `style` and `variation`, each the weighted mean over the images.
+        """Compute `content`, `style` and `variation`, each the weighted mean over the images.
 
         Raises:
             ValueError: the number of targets differs from the number of images.
@@ -172,11 +171,11 @@ class Style(Head):
 
     @torch.no_grad()
     def content_features(self, contents: Tensor) -> Tensor:
-        """The reference for `compare`, from (B, 3, H, W) contents in 0..1."""
+        """Compute the features of contents (B, 3, H, W) in 0..1 for `compare`."""
         return self.maps(contents)[self.content_map]
 
     def compare(self, images: Tensor, content: Tensor) -> dict[str, Tensor]:
-        """The three losses of (B, 3, H, W) images in 0..1, against `content_features` and the style."""
+        """Compute the three losses of images (B, 3, H, W) in 0..1 against `content_features` and the style."""
         maps = self.maps(images)
         style = [
             weight * style_loss(maps[index], self.get_buffer(f"gram_{number}"))
@@ -189,7 +188,7 @@ class Style(Head):
         }
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The loss network's maps of (B, 3, H, W) images in 0..1, standardised as it was trained.
+        """Compute the loss network's maps of images (B, 3, H, W) in 0..1, normalized as in its training.
 
         Raises:
             DataError: the images are too small for it.
@@ -198,14 +197,14 @@ class Style(Head):
         if min(images.shape[2:]) < stride:
             raise DataError(
                 f"An image of {images.shape[3]} x {images.shape[2]} pixels is too small for the loss network, "
-                f"whose deepest map has one step for {stride}. Take a larger image or size, or fewer maps."
+                f"whose deepest map has stride {stride}. Use a larger image or size, or fewer maps."
             )
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.network.mean, self.network.std))
         return self.network((images - mean) / std)
 
     @torch.no_grad()
     def decode(self, outputs: StyleOutputs, options: Postprocess | None = None) -> list[Rendering]:
-        """The painted images, without padding."""
+        """Return the rendered images without padding."""
         return [
             Rendering(image[:, :height, :width].float().clone())
             for image, (height, width) in zip(outputs.images, outputs.sizes)

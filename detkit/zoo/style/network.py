@@ -1,27 +1,27 @@
-"""The feed-forward network that gives an image a style in one pass.
+"""The feed-forward network that renders an image in a style in one pass.
 
 Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", and its supplement, with
-instance norm (Ulyanov et al. 2016) and, in place of transposed convolutions, whose squares show, nearest neighbours and
-a convolution (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts").
+instance norm (Ulyanov et al. 2016) and with nearest-neighbour upsampling and a convolution instead of transposed
+convolutions, which cause checkerboard artifacts (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts").
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALLEST_SIDE = 8
-"""In pixels: of a smaller image the innermost map would have one pixel, which has no variance."""
+"""Minimum side in pixels; in a smaller image the innermost map would have one pixel, which has no variance."""
 
 
 class StyleNetwork(nn.Module):
-    """A convolution, two of stride 2, residual blocks, two enlargements, a convolution; image in, image out.
+    """An image-to-image network: a convolution, two of stride 2, residual blocks, two upsamplings, a convolution.
 
-    What it paints is added to the image, and is nothing at first, so that a short training keeps the content, which
-    Johnson's network has to learn, too. The image as it is added has lost its brightness and contrast, as have the
-    features by their norms, and has learned ones: the network could not tell how far its own are from the style's.
+    Its output is added to the image and is initialized to zero, so that even a short training preserves the content,
+    which Johnson's network has to learn. The image is added with its brightness and contrast replaced by learned ones,
+    since the features have lost theirs in the norms and could not compensate for the difference from the style.
 
     Args:
-        width: channels at the full size; two and four times as many at a half and a quarter of it.
-        blocks: residual blocks at a quarter of the size.
+        width: channels at full resolution; two and four times as many at a half and a quarter of it.
+        blocks: number of residual blocks at a quarter of the resolution.
     """
 
     def __init__(self, width: int = 32, blocks: int = 5) -> None:
@@ -39,7 +39,7 @@ class StyleNetwork(nn.Module):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 for as many `images` in 0..1, whose sides are at least SMALLEST_SIDE."""
+        """Render `images` (B, 3, H, W) in 0..1, with sides of at least SMALLEST_SIDE; same shape and range."""
         features, sizes = images - 0.5, []
         for layer in self.down:
             features = layer(features)
@@ -53,7 +53,7 @@ class StyleNetwork(nn.Module):
 
 def _block(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        # No bias: the instance norm behind would subtract it again.
+        # No bias, since the instance norm that follows would cancel it.
         nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, padding_mode="reflect", bias=False),
         nn.InstanceNorm2d(channels_out, affine=True),
         nn.ReLU(inplace=True),

@@ -1,4 +1,4 @@
-"""Change one image until it has the style of another: detkit style CONFIG.yaml --content A --style B."""
+"""Transfer the style of one image to another: detkit style CONFIG.yaml --content A --style B."""
 
 from pathlib import Path
 
@@ -7,14 +7,16 @@ from detkit.errors import DetkitError
 
 
 def run(arguments: list[str]) -> None:
-    """Optimise the image, and write it and the steps on the way to it."""
+    """Optimize the image, and write it and its intermediate steps."""
     from detkit.zoo.style.transfer import StyleOptions, transfer
 
     if wants_help(arguments):
         parse_options(StyleOptions, "style CONFIG", ["--help"], positional=False)
         return
     if not arguments or arguments[0].startswith("-"):
-        raise DetkitError("detkit style needs a config first: detkit style style --content a.jpg --style b.jpg")
+        raise DetkitError(
+            "detkit style needs a config as its first argument: detkit style style --content a.jpg --style b.jpg"
+        )
     config, rest = arguments[0], arguments[1:]
     values = config_values(StyleOptions, config, "style")
     options = parse_options(StyleOptions, "style", rest, positional=False, values=values)

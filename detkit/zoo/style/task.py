@@ -1,4 +1,4 @@
-"""Style transfer: images painted in the style of another; a network is scored by its losses."""
+"""The style-transfer task: images rendered in the style of another; a network is scored by its losses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ FIGURES = ("total", "content", "style", "variation")
 
 @dataclass(frozen=True)
 class StyleScores:
-    """The mean losses over a data set's images, weighted as in the config, and their sum; the lower the better."""
+    """The mean losses over a data set, weighted as in the config, and their sum; lower is better."""
 
     losses: Mapping[str, float]
     remark: ClassVar[str] = ""
 
     def as_dict(self) -> dict[str, float | int]:
-        """`total`, `content`, `style` and `variation`."""
+        """Return `total`, `content`, `style` and `variation`."""
         return {"total": sum(self.losses.values()), **self.losses}
 
     def table(self) -> Table:
-        """One line for each."""
+        """Return a table with one row per loss."""
         table = Table("loss", "mean")
         for name, value in self.as_dict().items():
             table.add_row(name, f"{value:.4g}")
@@ -38,7 +38,7 @@ class StyleScores:
 
 
 class StyleEvaluator:
-    """Keeps what predictions.json says of each image; what is scored are the losses."""
+    """Collects the predictions.json entries of images; the scores are the losses."""
 
     def __init__(self, task: "StyleTransfer", classes: ClassList) -> None:
         self.task, self.classes = task, classes
@@ -50,17 +50,17 @@ class StyleEvaluator:
             self._records += self.task.records(prediction, meta, self.classes)
 
     def compute(self) -> StyleScores:
-        """Without losses: `Task.scored` adds them."""
+        """Return scores without losses, which `Task.scored` adds."""
         return StyleScores({})
 
     def results(self) -> list[dict[str, Any]]:
-        """All records."""
+        """Return all records."""
         return self._records
 
 
 @tasks.register("style")
 class StyleTransfer(Task[Rendering]):
-    """An image for an image."""
+    """Rendering of images."""
 
     noun: ClassVar[str] = "renderings"
 

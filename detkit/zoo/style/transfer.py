@@ -1,7 +1,7 @@
-"""Optimises one image step by step until it has the style of another: the work of `detkit style`.
+"""Style transfer by optimization of one image, as in `detkit style`.
 
-Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks". No network is trained: what is optimised
-are the pixels, under the losses of the head `style`.
+Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural Networks". No network is trained; the pixels are
+optimized under the losses of the head `style`.
 """
 
 import csv
@@ -30,24 +30,24 @@ from detkit.zoo.style.structures import Rendering
 
 Losses = dict[str, float]
 FINAL_LR = 0.1
-"""Adam's last learning rate as a part of its first: a constant one would leave noise in the image."""
+"""Adam's final learning rate as a fraction of the initial one; a constant rate would leave noise in the image."""
 
 
 @dataclass(frozen=True)
 class StyleOptions:
-    """Options of `detkit style`; the config may hold any of them.
+    """Options of `detkit style`; all of them can be set in the config too.
 
     Args:
         content: the image to change.
-        style: the image whose style it takes on.
-        head: `name: style`, the loss network, what of it is compared, and the weights of the losses.
-        optimizer: adam, or lbfgs, which needs fewer steps where it does not diverge.
-        lr: learning rate, of pixels in 0..1; adam's falls linearly to a tenth.
-        steps: how often the image is changed.
-        every: steps after which the image is written.
-        size: pixels of the result's longer side; null for the content's own. It takes about 8 KB of memory a pixel.
-        output: the folder to write to; default runs/style/run, run2 ...
-        device: auto, cpu, cuda, cuda:1, mps.
+        style: the style image.
+        head: `name: style`, the loss network, the maps to compare, and the weights of the losses.
+        optimizer: adam, or lbfgs, which needs fewer steps unless it diverges.
+        lr: learning rate, for pixels in 0..1; adam's decreases linearly to a tenth.
+        steps: number of optimization steps.
+        every: interval in steps at which the image is written.
+        size: longer side of the result in pixels; null for that of the content. Memory is about 8 KB per pixel.
+        output: folder to write to; default runs/style/run, run2 ...
+        device: auto, cpu, cuda, cuda:1 or mps.
     """
 
     content: str
@@ -63,16 +63,16 @@ class StyleOptions:
 
 
 def transfer(options: StyleOptions, output: Path) -> list[Losses]:
-    """Optimise, and write into `output` the image, those on the way to it, and losses.csv.
+    """Optimize the image, and write it, its intermediate steps and losses.csv to `output`.
 
     Returns:
-        The weighted losses of the content itself and after each step, by name, with their `total`.
+        The weighted losses by name, with their `total`, of the content itself and after each step.
 
     Raises:
-        ConfigError: an option makes no sense.
+        ConfigError: an option is not valid.
         CheckpointError: the weights of the loss network are not available.
         DataError: an image cannot be read, or is too small.
-        DetkitError: a loss is no longer a number.
+        DetkitError: a loss is not finite.
     """
     check_range("", 1, steps=options.steps, every=options.every)
     check_output(output)
@@ -123,7 +123,7 @@ def _transfer(options: StyleOptions, head: Style, output: Path) -> list[Losses]:
 
 
 def build_head(options: StyleOptions) -> Style:
-    """The head `style` with the style taken in, on its device."""
+    """Build the head `style` on its device, with the style loaded."""
     name = str(options.head.get("name"))
     if name != "style":
         raise ConfigError(f"A config for detkit style has the head 'style', but this one has '{name}'.")
@@ -135,7 +135,7 @@ def build_head(options: StyleOptions) -> Style:
 
 
 def read_content(options: StyleOptions) -> Tensor:
-    """(1, 3, H, W) float32 in 0..1, of the size that was asked for."""
+    """Read an image as (1, 3, H, W) float32 in 0..1, resized to the given size."""
     pixels = read_image(options.content)
     if options.size is not None:
         check_range("", 1, size=options.size)
@@ -144,13 +144,13 @@ def read_content(options: StyleOptions) -> Tensor:
 
 
 def optimise(head: Style, content: Tensor, options: StyleOptions, after: Callable[[Losses, Tensor], None]) -> Tensor:
-    """The image after all steps, (1, 3, H, W) in 0..1; it starts as the content.
+    """Optimize the image, starting from the content, and return it, (1, 3, H, W) in 0..1.
 
     Args:
         after: called with the losses of the content and of the image after each step.
 
     Raises:
-        DetkitError: a loss is no longer a number.
+        DetkitError: a loss is not finite.
     """
     target = head.content_features(content)
     image = content.clone(memory_format=torch.contiguous_format).requires_grad_()
@@ -158,7 +158,7 @@ def optimise(head: Style, content: Tensor, options: StyleOptions, after: Callabl
     if options.optimizer == "adam":
         optimizer = Adam([image], lr=options.lr)
     else:
-        # One iteration a step, of one evaluation.
+        # One iteration with one evaluation per step.
         optimizer = LBFGS([image], lr=options.lr, max_iter=1, history_size=20)
     for step in range(options.steps + 1):
         optimizer.zero_grad()

@@ -97,7 +97,7 @@ def test_the_nearest_image_of_a_gallery_gives_its_name() -> None:
 
 def test_mistakes_about_galleries_are_explained(run: Path, faces: Path, tiny: Any) -> None:
     predictor = detkit.load(run, "cpu")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         Gallery.read(predictor, faces / "nowhere")
     with pytest.raises(ConfigError, match=r"0\.\.2, but is 3"):
         Gallery.read(predictor, faces, 3.0)
