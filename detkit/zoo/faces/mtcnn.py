@@ -38,7 +38,7 @@ class MTCNNOutputs(NamedTuple):
 
 @heads.register("mtcnn")
 class MTCNN(Head):
-    """A cascade of three networks, each refining the windows that the previous one accepted; the last finds five points.
+    """A cascade of three networks, each refining the windows accepted by the previous one; the last finds five points.
 
     It reads the image itself: use it with the backbone `pixels` and with input.resize crop, which keeps images at
     their original size. The P-Net runs over an image pyramid, R-Net and O-Net over single windows. `decode` is the
