@@ -1,4 +1,4 @@
-"""Drawn faces with five points, made on the fly: to try landmarks, MTCNN and embeddings without any data."""
+"""Synthetic faces with five points, drawn on the fly, to try landmarks, MTCNN and embeddings without data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detkit.registry import datasets
 from detkit.structures import ClassList, Meta, Sample, Target
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
-_DETAIL = 3  # images are drawn so many times as large, and shrunk
+_DETAIL = 3  # supersampling factor of the drawing
 _PLACES_TRIED = 20
 _EMPTY_SHARE = 0.05
 POINT_NAMES = ("left_eye", "right_eye", "nose", "left_mouth_corner", "right_mouth_corner")
@@ -24,26 +24,26 @@ POINT_NAMES = ("left_eye", "right_eye", "nose", "left_mouth_corner", "right_mout
 
 @datasets.register("faces")
 class Faces(Dataset):
-    """Drawn faces, turned by up to 30 degrees, on cloudy grounds with shapes that are none.
+    """Synthetic faces, rotated by up to 30 degrees, on cloudy backgrounds with distractor shapes.
 
-    An image depends on (seed, split, index) alone. Boxes are those of the head without its hair; the points are the
-    eyes, the tip of the nose and the corners of the mouth, left and right as the viewer has them. meta.image_id is the
+    An image depends on (seed, split, index) alone. Boxes enclose the head without hair; the points are the eyes, the
+    tip of the nose and the corners of the mouth, left and right from the viewer's perspective. meta.image_id is the
     index.
 
     Args:
         split: train, val or test.
-        train_count: the number of training images.
-        val_count: the number of images of val, and of test.
-        size: height and width in pixels, 32 at least.
-        max_faces: 1 for a portrait, whose face has 0.45 to 0.8 of the image's height; else up to so many of 0.12 to
-            0.4, and none in some images.
-        persons: so many persons, each a class, in each split others, for embeddings; null for a new face every time and
-            one class, "face".
-        seed: another seed gives other images.
-        points: targets carry points.
+        train_count: number of training images.
+        val_count: number of images in each of val and test.
+        size: height and width in pixels, at least 32.
+        max_faces: 1 for portraits, whose face has 0.45 to 0.8 of the image's height; otherwise the maximum number of
+            faces of 0.12 to 0.4 of the height, with none in some images.
+        persons: number of persons per split, each a class, for embeddings; splits share no persons. null for a new face
+            in every image and a single class, "face".
+        seed: random seed of the images.
+        points: whether targets have points.
 
     Raises:
-        DataError: there is no such split, a number is too small, or persons are asked for in groups.
+        DataError: the split does not exist, a number is too small, or persons are combined with max_faces above 1.
     """
 
     def __init__(

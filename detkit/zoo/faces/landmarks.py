@@ -21,7 +21,7 @@ class LandmarksOutputs(NamedTuple):
     """Raw outputs of the landmarks head.
 
     Args:
-        places: (B, K, 2) x and y, as parts of the image's own sides, without bounds.
+        places: (B, K, 2) x and y, as fractions of the image's sides, unbounded.
         sizes: (height, width) of each image, without padding.
     """
 
@@ -31,21 +31,20 @@ class LandmarksOutputs(NamedTuple):
 
 @heads.register("landmarks")
 class Landmarks(Head):
-    """K points regressed from the coarsest map: means over a grid of its parts, a hidden layer, a linear layer.
+    """K points regressed from the coarsest map: average pooling over a grid, a hidden layer and a linear layer.
 
-    The ground truth of an image is the points of its object with the largest box, of those that are not ignored; points
-    that are not visible say nothing.
+    The targets of an image are the visible points of its object with the largest box, excluding ignored ones.
 
     Args:
-        channels, strides: of the feature maps, of which the last is read.
-        num_classes: of the data; the points do not depend on the class.
-        points: K, which must be that of the data.
-        grid: rows and columns of the parts; 1 leaves where things are to the channels.
-        width: of the hidden layer; 0 for none.
-        loss: smooth_l1, or wing (Feng et al. 2018, equation 5), which small errors cost more.
-        normalise: what the errors are divided by in the figures: the diagonal of the object's box, or of the image,
-            or the distance of the two points `normalise_points` (the eyes, in most papers on faces).
-        normalise_points: their numbers, from 0.
+        channels, strides: of the feature maps; only the last one is read.
+        num_classes: number of classes of the data; the points do not depend on the class.
+        points: K, the number of points in the data.
+        grid: rows and columns of the pooling grid; 1 for global pooling, which keeps positions only in the channels.
+        width: width of the hidden layer; 0 for none.
+        loss: smooth_l1, or wing (Feng et al. 2018, equation 5), which penalizes small errors more.
+        normalise: normalizer of the errors in the metrics: the diagonal of the object's box or of the image, or the
+            distance between the two points `normalise_points` (the eyes, in most papers on faces).
+        normalise_points: indices of these points, from 0.
     """
 
     task: ClassVar[str] = "landmarks"
@@ -79,16 +78,16 @@ class Landmarks(Head):
         self.predictor = nn.Sequential(*hidden, nn.Linear(width or incoming, 2 * points))
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> LandmarksOutputs:
-        """The points of each image, for feature maps [(B, C_i, h_i, w_i)]."""
+        """Compute the points of each image from feature maps [(B, C_i, h_i, w_i)]."""
         values = self.predictor(pooled_images(features[-1], inputs, self.grid)).float()
-        # The middle of the image where the layer says nothing.
+        # A zero output is the centre of the image.
         return LandmarksOutputs(values.unflatten(1, (self.points, 2)) + 0.5, inputs.sizes)
 
     def loss(self, outputs: LandmarksOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """`points`: the mean over all visible points of the sum over x and y.
+        """Compute `points`: the mean over all visible points of the sum over x and y.
 
         Raises:
-            ConfigError: the data have another number of points.
+            ConfigError: the data has another number of points.
             ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
@@ -102,12 +101,12 @@ class Landmarks(Head):
 
     @torch.no_grad()
     def decode(self, outputs: LandmarksOutputs, options: Postprocess | None = None) -> list[Prediction]:
-        """The points of each image, in pixels of the network's input."""
+        """Return the points of each image, in pixels of the network's input."""
         return [Prediction(places * _sides(places, size)) for places, size in zip(outputs.places, outputs.sizes)]
 
 
 def object_of(target: Target) -> Target:
-    """The one object that an image is about, or none: the largest that is not ignored."""
+    """Return the largest object that is not ignored, or none."""
     candidates = target[~target.ignored]
     return candidates[area(candidates.boxes).argsort(descending=True, stable=True)[:1]]
 
@@ -136,7 +135,7 @@ def _differences(places: Tensor, target: Target, size: tuple[int, int], points: 
         return places[:0]
     if target.points.shape[1] != points:
         raise ConfigError(
-            f"'head.points' is {points}, but the data have {target.points.shape[1]} points. Set it to that."
+            f"'head.points' is {points}, but the data has {target.points.shape[1]} points. Set it to that."
         )
     visible = target.visible[0]
     return (places - target.points[0] / _sides(places, size))[visible]

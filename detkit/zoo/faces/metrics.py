@@ -1,4 +1,4 @@
-"""How far predicted points are from the true ones."""
+"""Landmark metrics: normalized mean error and failure rate."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ FAILURE = 0.1
 
 @dataclass(frozen=True)
 class LandmarksScores:
-    """The figures of a data set; nan where no image has visible points.
+    """Metrics of a data set; nan if no image has visible points.
 
     Args:
         nme: normalised mean error: the mean over images of the mean distance of their visible points, divided by a
@@ -39,11 +39,11 @@ class LandmarksScores:
 
     @property
     def remark(self) -> str:
-        """Nothing: any error is worth a look."""
+        """No remark."""
         return ""
 
     def as_dict(self) -> dict[str, float | int]:
-        """Every figure under one flat name."""
+        """Return all metrics by flat name."""
         points = {f"nme_{number}": value for number, value in enumerate(self.by_point)}
         return {"nme": self.nme, "failure_rate": self.failure_rate, **points, "images": self.images}
 

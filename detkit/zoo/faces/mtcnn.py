@@ -18,14 +18,14 @@ from detkit.zoo.faces.mtcnn_networks import POINTS, OutputNet, ProposalNet, Refi
 from detkit.zoo.faces.mtcnn_windows import Windows, draw_windows
 
 WITHIN_SCALE, ACROSS_SCALES, REFINED = 0.5, 0.7, 0.7
-"""IoU above which the weaker of two boxes goes: of one scale of the pyramid, of all of them, behind the R-Net."""
+"""NMS thresholds: within one scale of the pyramid, over all scales, and after the R-Net."""
 WINDOWS_AT_ONCE = 512
 HARD = 0.7
-"""The share of the windows, those with the largest loss, that teach what is a face (section II.B)."""
+"""Fraction of the windows, those with the largest loss, that train face classification (section II.B)."""
 
 
 class MTCNNOutputs(NamedTuple):
-    """The images themselves: what windows of them the networks see depends on the ground truth, or on the networks.
+    """The images themselves, since the windows that the networks see depend on the targets or on earlier networks.
 
     Args:
         images: (B, 3, H, W) RGB in 0..1.
@@ -38,28 +38,28 @@ class MTCNNOutputs(NamedTuple):
 
 @heads.register("mtcnn")
 class MTCNN(Head):
-    """Three networks, each of which looks closer at what the one before let through; the last finds five points.
+    """A cascade of three networks, each refining the windows accepted by the previous one; the last finds five points.
 
-    It reads the image itself: use it with the backbone `pixels`, and input.resize crop, which shows an image at its
-    own size. The P-Net runs over a pyramid of it, R-Net and O-Net over single windows. `decode` is the cascade of the
-    authors' published model, and of facenet-pytorch, which their weights came with; see detkit.zoo.faces.converter.
+    It reads the image itself: use it with the backbone `pixels` and with input.resize crop, which keeps images at
+    their original size. The P-Net runs over an image pyramid, R-Net and O-Net over single windows. `decode` is the
+    cascade of the authors' published model and of facenet-pytorch, which ships its weights; see
+    detkit.zoo.faces.converter.
 
-    The training differs from the paper's, which trains one network after another, each on what those before it let
-    through, and each kind of output on data of its own: here all three learn at once, from windows drawn at random
-    around the objects and anywhere in the image. Points are learned from the windows that show an object, those of
-    its points that are visible.
+    The paper trains the networks one after another, each on the windows that the previous ones accepted, with separate
+    data for each kind of output. Here all three are trained at once, on random windows around the objects and anywhere
+    in the image. Points are trained on windows that show an object, with its visible points.
 
     Args:
         channels, strides: of the image: (3,) and (1,).
         num_classes: C, 1 for faces.
-        min_size: side of the smallest objects that are looked for, in pixels of the network's input.
-        factor: of the pyramid: each image's size as a part of the next larger one's.
-        thresholds: what the object's probability must be above behind P-Net, R-Net and O-Net. A detector's `conf` can
-            only raise the last.
-        nms_threshold: of two final boxes whose intersection is more than this of the smaller one, the weaker goes.
-        windows: drawn for the loss, of each image.
-        box_weight: factor of the loss of boxes; the paper's.
-        point_weight: factor of the loss of points; the paper's for its last network.
+        min_size: side of the smallest objects to detect, in pixels of the network's input.
+        factor: scale factor between consecutive levels of the pyramid.
+        thresholds: score thresholds after P-Net, R-Net and O-Net. A detector's `conf` can only raise the last one.
+        nms_threshold: of two final boxes whose intersection exceeds this fraction of the smaller one, the lower-scoring
+            one is removed.
+        windows: number of windows per image drawn for the loss.
+        box_weight: factor of the box loss; default the paper's.
+        point_weight: factor of the point loss; default the paper's for its last network.
     """
 
     task: ClassVar[str] = "detect"
@@ -102,24 +102,24 @@ class MTCNN(Head):
         self.onet = OutputNet(num_classes)
 
     def forward(self, features: list[Tensor], inputs: Inputs) -> MTCNNOutputs:
-        """The image, for its one feature map [(B, 3, H, W)]."""
+        """Return the images, given as the one feature map [(B, 3, H, W)]."""
         return MTCNNOutputs(features[0], inputs.sizes)
 
     def loss(self, outputs: MTCNNOutputs, targets: tuple[Target, ...]) -> dict[str, Tensor]:
-        """Of each network `face` (cross-entropy of the hardest 70 % of windows that show an object or nothing) and
-        `box` (squared differences, of windows that show at least part of one), and `points` of the O-Net.
+        """Compute for each network `face` (cross-entropy over the hardest 70 % of positive and negative windows) and
+        `box` (squared differences over positive and part windows), and `points` of the O-Net.
 
-        Each is the mean over the windows that it counts.
+        Each is the mean over its windows.
 
         Raises:
-            ConfigError: the objects have another number of points than five.
+            ConfigError: the objects do not have five points.
             ValueError: the number of targets differs from the number of images.
         """
         check_count(targets, outputs.sizes)
         for target in targets:
             if target.points is not None and len(target) and target.points.shape[1] != POINTS:
                 raise ConfigError(
-                    f"MTCNN finds {POINTS} points of each object, but the data have {target.points.shape[1]}. Use data "
+                    f"MTCNN finds {POINTS} points of each object, but the data has {target.points.shape[1]}. Use data "
                     "with five points, or the head 'landmarks'."
                 )
         drawn = [draw_windows(target, size, self.windows) for target, size in zip(targets, outputs.sizes)]
@@ -158,13 +158,13 @@ class MTCNN(Head):
 
     @torch.no_grad()
     def decode(self, outputs: MTCNNOutputs, options: Postprocess | None = None) -> list[Detections]:
-        """The objects of each image with their points, in pixels of the network's input."""
+        """Return the objects of each image with their points, in pixels of the network's input."""
         options = options or self.postprocess
         pairs = zip(outputs.images, outputs.sizes)
         return [self._cascade(image[:, : size[0], : size[1]], options) for image, size in pairs]
 
     def _cascade(self, image: Tensor, options: Postprocess) -> Detections:
-        """Of one image (3, H, W) in 0..1."""
+        """Decode one image (3, H, W) in 0..1."""
         pixels = image.float() * 255
         size = (image.shape[1], image.shape[2])
         boxes = self._propose(pixels)
@@ -178,7 +178,7 @@ class MTCNN(Head):
         return self._finish(boxes, _in_chunks(self.onet, pixels, boxes), size, options)
 
     def _propose(self, pixels: Tensor) -> Tensor:
-        """(N, 4) squares that P-Net lets through at any scale."""
+        """Return the squares (N, 4) that the P-Net accepts at any scale."""
         height, width = pixels.shape[1:]
         candidates = [(pixels.new_zeros(0, 4), pixels.new_zeros(0), pixels.new_zeros(0, 4))]
         for scale in geometry.pyramid_scales((height, width), self.min_size, self.factor):
@@ -194,12 +194,12 @@ class MTCNN(Head):
         boxes, scores, offsets = (torch.cat(parts) for parts in zip(*candidates))
         kept = nms(boxes, scores, ACROSS_SCALES)
         boxes, offsets = boxes[kept], offsets[kept]
-        # Not `moved`: the published model counts the side of these one pixel shorter than that of all others.
+        # Not `moved`: the published model computes the sides of these boxes one pixel shorter than elsewhere.
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         return geometry.squares(boxes + offsets * sides)
 
     def _finish(self, squares: Tensor, found: StageOutputs, size: tuple[int, int], options: Postprocess) -> Detections:
-        """Detections of what the O-Net says of (N, 4) windows."""
+        """Return the detections of the O-Net for windows (N, 4)."""
         assert found.points is not None
         presence = _presence(found)
         scores, labels = found.logits.float().softmax(1)[:, 1:].max(1)
@@ -214,21 +214,21 @@ class MTCNN(Head):
 
 
 def _centred(pixels: Tensor) -> Tensor:
-    """Pixels of 0..255 as the published networks read them, in about -1..1.
+    """Normalize pixels in 0..255 to about -1..1, as the published networks read them.
 
-    Behind the resizing, as there: see full_precision.
+    Applied after resizing, as in the published model; see full_precision.
     """
     return (pixels - 127.5) * 0.0078125
 
 
 def _pixels(image: Tensor, size: tuple[int, int], boxes: Tensor, side: int) -> Tensor:
-    """(N, 3, side, side) what a network sees of (N, 4) windows of an image of (height, width) inside its padding."""
+    """Cut windows (N, 4) out of an image of (height, width) inside its padding: (N, 3, side, side)."""
     return _centred(geometry.windows(image[:, : size[0], : size[1]].float() * 255, boxes, side))
 
 
 def _in_chunks(network: Stage, pixels: Tensor, boxes: Tensor) -> StageOutputs:
-    """Outputs of a network for any number of (N, 4) windows of an image."""
-    # One chunk at least, so that no windows give outputs of no rows.
+    """Run a network on windows (N, 4) of an image, in chunks."""
+    # At least one chunk, so that zero windows give outputs with zero rows.
     parts = [network(_centred(geometry.windows(pixels, some, network.side))) for some in boxes.split(WINDOWS_AT_ONCE)]
     points = None if parts[0].points is None else torch.cat([part.points for part in parts])
     return StageOutputs(
@@ -237,17 +237,17 @@ def _in_chunks(network: Stage, pixels: Tensor, boxes: Tensor) -> StageOutputs:
 
 
 def _presence(found: StageOutputs) -> Tensor:
-    """(N, ...) the probability of an object of any class."""
+    """Return the probability of an object of any class, (N, ...)."""
     return found.logits.float().softmax(1)[:, 1:].sum(1)
 
 
 def _above(scores: Tensor, threshold: float) -> Tensor:
-    """Indices of the (N,) scores above a threshold; scores that are not numbers are refused."""
+    """Return the indices of scores (N,) above a threshold; NaN scores raise an error."""
     return Postprocess(threshold, max_candidates=ALL).candidates(scores[:, None])[0]
 
 
 def _labels(windows: Windows, target: Target) -> Tensor:
-    """(N,) what each window shows: 0 nothing, else the class from 1 on; -1 for one that shows part of an object."""
+    """Return the label (N,) of each window: 0 for background, class + 1 for an object, -1 for part of an object."""
     labels = torch.full_like(windows.target_index, -1)
     labels[windows.negative] = 0
     labels[windows.positive] = target.labels[windows.target_index[windows.positive]] + 1
@@ -255,7 +255,7 @@ def _labels(windows: Windows, target: Target) -> Tensor:
 
 
 def _point_loss(found: Tensor, drawn: list[Windows], targets: list[Target]) -> Tensor:
-    """Mean squared difference of the visible points in windows that show an object."""
+    """Return the mean squared difference of the visible points in positive windows."""
     wanted, counted = [], []
     for windows, target in zip(drawn, targets):
         index = windows.target_index[windows.positive]

@@ -104,5 +104,5 @@ class Landmarks(Task[Prediction]):
             wanted = getattr(head, "points", None)
             if points is not None and len(points) and points.shape[1] != wanted:
                 raise ConfigError(
-                    f"'head.points' is {wanted}, but the data have {points.shape[1]} points. Set it to that."
+                    f"'head.points' is {wanted}, but the data has {points.shape[1]} points. Set it to that."
                 )

@@ -1,4 +1,4 @@
-"""No network: the image is its own feature map, for heads that bring a network of their own."""
+"""The identity backbone: the image is its own feature map, for heads with their own network."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from detkit.registry import backbones
 
 @backbones.register("pixels")
 class Pixels(Backbone):
-    """The image as the one feature map, of 3 channels and stride 1 (R-CNN's head cuts regions out of it).
+    """The image as the only feature map, with 3 channels and stride 1 (for example R-CNN's head crops regions from it).
 
-    It is not normalised: that is left to the network that will see it.
+    It is not normalized; that is left to the head's network.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Pixels(Backbone):
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The image itself, (B, 3, H, W) RGB in 0..1."""
+        """Return the image itself, (B, 3, H, W) RGB in 0..1."""
         return [images]
 
     def stages(self) -> Sequence[nn.Module]:

@@ -14,7 +14,7 @@ from detkit.errors import ConfigError, DataError, nearest
 from detkit.registry import proposal_sources
 
 VERSION = 1
-"""Of the algorithm: to be raised whenever it proposes other boxes for the same options."""
+"""Version of the algorithm, to be incremented whenever it gives other boxes for the same options."""
 
 SIGMA = 0.8
 """Pixels of the Gaussian that an image is smoothed with before it is segmented, as in the paper."""
@@ -25,7 +25,7 @@ TEXTURE_SCALE = 0.25
 
 @dataclass(frozen=True)
 class Diversity:
-    """The variants of the hierarchies of one image: one for each colour space, k and similarity.
+    """The variations of hierarchies of one image: one for each colour space, k and similarity.
 
     Args:
         spaces: colour spaces, see `in_space`.
@@ -58,25 +58,25 @@ MODES = {
 class SelectiveSearch(ProposalSource):
     """Regions of several over-segmentations, grouped by similarity, as boxes.
 
-    An image is first cut into small regions of one colour; then the two most similar neighbours become one, again
-    and again. Every region on the way is a proposal. Several colour spaces, sizes of the first regions and measures
-    of similarity give several such hierarchies.
+    An image is first segmented into small regions of uniform colour; then the two most similar neighbours are merged
+    repeatedly. Every region that occurs is a proposal. Several colour spaces, initial region sizes and similarity
+    measures give several such hierarchies.
 
-    Two things differ from the paper, since more objects are found with them among the first 2,000 proposals. The
-    paper orders proposals by their place in the hierarchy, counted from its top, times a random number; here it is
-    times the place at which the region is taken up by a larger one, and nothing is random: what stays apart for long
-    is more often an object. And of proposals that nearly coincide only the first keeps its place (`duplicate_iou`).
+    Two differences from the paper increase the recall of the first 2,000 proposals. The paper ranks proposals by their
+    position in the hierarchy, counted from the top, times a random number; here it is multiplied by the position at
+    which the region is merged into a larger one, without randomness, since regions that stay separate for long are more
+    often objects. And of nearly identical proposals only the first keeps its rank (`duplicate_iou`).
 
     Args:
-        mode: fast has 8 hierarchies; quality has 80 and takes about five times as long. It pays with a `count` of
-            10,000: on COCO it then finds 87 % of the objects at an IoU of 0.5, fast 80 %. Among the first 2,000
-            fast finds more.
-        count: at most so many proposals, the best.
-        min_side: proposals that are narrower or lower, in pixels of the image, are left out.
-        duplicate_iou: of two proposals with an IoU above this the one of lower rank goes behind all others; at 1
-            none does. Of equal ones only one is left in any case.
-        longest_side: images with a longer side are shrunk to it first; null for never. Time and memory grow with
-            the pixels.
+        mode: fast has 8 hierarchies; quality has 80 and takes about five times as long. It is worthwhile with a `count`
+            of 10,000: on COCO it then finds 87 % of the objects at an IoU of 0.5, fast 80 %. Among the first 2,000
+            proposals fast finds more.
+        count: maximum number of proposals, best first.
+        min_side: minimum width and height of proposals in pixels of the image.
+        duplicate_iou: of two proposals with a higher IoU, the lower-ranked one is moved behind all others; 1 disables
+            this. Identical proposals are always removed.
+        longest_side: images with a longer side are first reduced to it; null for never. Time and memory grow with the
+            number of pixels.
 
     Raises:
         ConfigError: an option is out of its range.

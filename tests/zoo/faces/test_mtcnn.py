@@ -220,5 +220,5 @@ def test_other_backbones_points_and_options_are_refused() -> None:
         build(thresholds=[0.6, 0.7, 7.0])
     target = targets([10.0, 12, 40, 44])
     three = replace(target, points=target.points[:, :3], visible=target.visible[:, :3])  # type: ignore[index]
-    with pytest.raises(ConfigError, match=r"5 points of each object, but the data have 3"):
+    with pytest.raises(ConfigError, match=r"5 points of each object, but the data has 3"):
         build().loss(MTCNNOutputs(torch.rand(1, 3, 64, 64), ((64, 64),)), (three,))
