@@ -107,5 +107,5 @@ def test_registering_a_name_twice_is_refused() -> None:
 
     registry = Registry("part", "detkit.heads")
     registry.register("a")(dict)
-    with pytest.raises(ValueError, match="part 'a' is registered already"):
+    with pytest.raises(ValueError, match="part 'a' is already registered"):
         registry.register("a")(list)

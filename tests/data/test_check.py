@@ -123,7 +123,7 @@ def test_classes_without_an_object_are_named(tmp_path: Path, capsys: Any) -> Non
     chosen = Coco(split="train", class_names=("dog",), other_classes="drop", **options)
     assert "1 x class without an object in this split: dog" in chosen.problems.summary()
     assert remark in Coco(split="train", semantic=True, **options).problems.summary()  # "background" is no object
-    with pytest.raises(ConfigError, match=r"'data\.class_names' lists no class"):
+    with pytest.raises(ConfigError, match=r"'data\.class_names' is empty"):
         check({**data, "class_names": []}, BOXES)
     many = tuple(f"class {number}" for number in range(13))
     split(tmp_path, "train", [{}], many)

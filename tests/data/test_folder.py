@@ -49,9 +49,9 @@ class TestFolder:
         kinds = sorted((problem.kind, Path(problem.where).name) for problem in data.problems.found)
         assert kinds == [
             ("class without images", "owl"),
-            ("file of no class", "list.csv"),
-            ("file that is no image", ".hidden.jpg"),
-            ("file that is no image", "notes.txt"),
+            ("file without a class", "list.csv"),
+            ("file that is not an image", ".hidden.jpg"),
+            ("file that is not an image", "notes.txt"),
         ]
         assert len(data) == 3
 
@@ -148,7 +148,7 @@ class TestCrops:
     def test_mistakes(self, root: Path) -> None:
         with pytest.raises(ConfigError, match=r"data\.margin"):
             Crops("train", {"name": "two_boxes_for_crops"}, margin=-1)
-        with pytest.raises(DataError, match="no boxes to cut out"):
+        with pytest.raises(DataError, match="no boxes to crop"):
             Crops("train", {"name": "folder", "root": str(root)})
         with pytest.raises(ConfigError, match=r"data\.data\.rot"):
             Crops("train", {"name": "folder", "rot": str(root)})

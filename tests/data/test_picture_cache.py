@@ -155,7 +155,7 @@ def test_memory_and_disk_that_cannot_be_had_are_an_error(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_available_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"memory takes .* but .* are free. Lower train.cache_gb, or .* disk or null"):
+    with pytest.raises(ConfigError, match=r"memory needs .* but .* are free. Lower train.cache_gb, or .* disk or null"):
         with_cache(folder, folder, "memory", 10**6, tmp_path)
 
     def full(*arguments: int) -> None:

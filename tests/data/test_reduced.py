@@ -166,7 +166,7 @@ def test_the_largest_of_several_inputs_counts(tmp_path: Path) -> None:
 def test_target_stays_with_its_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
     whole = coco(tmp_path, size=size, masks=True, points=True)
     reduced, line = with_reduced_decoding(whole, INPUT, ())
-    assert line == "1 of 1 training images at a fraction of their sides (1/2: 1), as the input is much smaller"
+    assert line == "1 of 1 training images at reduced size (1/2: 1), since the input is much smaller"
     sample, original = reduced[0], whole[0]
     assert sample.size == reduced.size(0) == sample.meta.size == (-(-size[0] // 2), -(-size[1] // 2))
     assert (sample.meta.image_id, sample.meta.source) == (5, original.meta.source)

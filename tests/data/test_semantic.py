@@ -212,14 +212,14 @@ def test_masks_that_are_missing_of_another_size_or_no_numbers_are_named(tmp_path
     dataset = MaskFolders(str(tmp_path), "train", ("x",), broken="repair")
     messages = [problem.message for problem in dataset.problems.found]
     assert "the mask is 3 x 4 pixels, but its image 4 x 3 (before its Exif rotation?)" in messages[1]
-    assert "has colours (mode RGB)" in messages[2]
+    assert "is a colour image (mode RGB)" in messages[2]
     assert len(dataset) == 1
     (folder / "d.png").write_bytes((folder / "d.png").read_bytes()[:45])
     with pytest.raises(DataError, match=r"d\.png' cannot be decoded"):
         dataset.target(0)
     for name in ("a", "b", "c"):
         (tmp_path / "images" / "train" / f"{name}.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 x broken mask.*d\.png' cannot be decoded: it is cut off"):
+    with pytest.raises(DataError, match=r"1 x broken mask.*d\.png' cannot be decoded: it is truncated"):
         MaskFolders(str(tmp_path), "train", ("x",))
 
 

@@ -496,7 +496,9 @@ def test_an_id_that_leads_out_of_the_data_is_refused(tmp_path, line):
     image(tmp_path / "JPEGImages/b.jpg")
     xml(tmp_path / "Annotations/b.xml")
     root = listed(tmp_path, line, "b")
-    with pytest.raises(DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' leads out of"):
+    with pytest.raises(
+        DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' refers to a file outside"
+    ):
         Voc(root, "train")
     assert len(Voc(root, "train", broken="skip")) == 1
 
@@ -537,16 +539,16 @@ def test_exchanged_sides_are_named_and_repaired_where_all_boxes_fit(tmp_path):
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
         image(tmp_path / f"JPEGImages/{name}.png", ord(name))
     for policy in ("fail", "skip"):
-        with pytest.raises(DataError, match=r"3 (x|problems).*width and height are exchanged") as error:
+        with pytest.raises(DataError, match=r"3 (x|problems).*width and height are swapped") as error:
             Voc(root, "train", broken=policy)
         assert "Exif" not in str(error.value)
     data = Voc(root, "train", broken="repair")
     assert [data.image_id(index) for index in range(len(data))] == ["a", "c"]
     assert data.target(0).boxes.tolist() == [[0, 0, 70, 50]]
     assert [problem.action for problem in data.problems.found] == [
-        "repaired: the size of the image holds, which all boxes fit",
+        "repaired: used the size of the image, which all boxes fit",
         "left out the image",
-        "repaired: the size of the image holds, which all boxes fit",
+        "repaired: used the size of the image, which all boxes fit",
     ]
 
 

@@ -127,7 +127,7 @@ def test_the_public_case_of_points_read_as_a_polygon(tmp_path: Path) -> None:
 
 
 def test_an_odd_number_of_points_with_visibility_names_kpt_shape(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 20 columns, but a box has 5 .*points are read if data\.yaml has"):
+    with pytest.raises(DataError, match=r"has 20 columns, but a box has 5 .*points need kpt_shape in data\.yaml"):
         Yolo(write(tmp_path, [pose(3)]), "train")
 
 
@@ -269,7 +269,7 @@ def test_names_are_text_as_written(tmp_path: Path, yaml: str, names: Any, ids: A
     ("yaml", "message"),
     [
         ("names: {0: a, 0: b}", "the key '0' is given twice"),
-        ("names: {0: a, 00: b}", "a name and id of its own"),
+        ("names: {0: a, 00: b}", "a unique name and id"),
         ("names: {0: a, 1: a}", "class name 'a' is listed twice"),
         ("names: [a, b]\nnames: [c]", "the key 'names' is given twice"),
         ("names: {-1: a}", "The key 'names'"),
