@@ -67,7 +67,7 @@ def test_check_counts_crowds_masks_points_and_rounding(tmp_path: Path, capsys: A
     assert check(data, BOXES | {"masks", "points"}) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "2 objects, 1 crowd regions, 2 masks, 2 with points, 2 visible points" in output
-    assert "1 x box over the edge by a rounding error: clipped" in output
+    assert "1 x box outside the image by a rounding error: clipped" in output
 
 
 def test_check_compares_the_splits_as_training_does(tmp_path: Path) -> None:

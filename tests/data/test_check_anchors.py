@@ -49,7 +49,7 @@ def test_the_proposal_fits_into_the_config(tiny_config: Path, capsys: pytest.Cap
         ("0", "--anchors is the number of anchors to propose, at least 1, but is '0'"),
         ("many", "at least 1, but is 'many'"),
         ("-3", "at least 1, but is '-3'"),
-        ("9999", "--anchors asks for 9999, but the training split has objects of only"),
+        ("9999", "--anchors is 9999, but the objects of the training split have only"),
     ],
 )
 def test_impossible_numbers(tiny_config: Path, capsys: pytest.CaptureFixture[str], value: str, message: str) -> None:

@@ -49,9 +49,9 @@ class TestFolder:
         kinds = sorted((problem.kind, Path(problem.where).name) for problem in data.problems.found)
         assert kinds == [
             ("class without images", "owl"),
-            ("file without a class", "list.csv"),
             ("file that is not an image", ".hidden.jpg"),
             ("file that is not an image", "notes.txt"),
+            ("file without a class", "list.csv"),
         ]
         assert len(data) == 3
 
@@ -137,7 +137,7 @@ class TestCrops:
 
     def test_crowds_are_left_out_and_counted(self) -> None:
         data = Crops("train", {"name": "two_boxes_for_crops"})
-        assert "1 x crowd: not cut out (first: image id, object 2" in data.problems.summary()
+        assert "1 x crowd: not cropped (first: image id, object 2" in data.problems.summary()
 
     def test_neighbours_share_one_reading(self) -> None:
         data = Crops("train", {"name": "two_boxes_for_crops"})

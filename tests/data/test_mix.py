@@ -449,7 +449,7 @@ def test_all_processes_take_the_same_size_and_the_same_order_as_with_one_size() 
             sampler, plain = EpochSampler(50, 4, 7, rank, 3, SIZES), EpochSampler(50, 4, 7, rank, 3)
             sampler.epoch = plain.epoch = epoch
             keys.append(list(sampler))
-            assert [key.picture for key in keys[-1]] == [key.picture for key in plain]
+            assert [key.image for key in keys[-1]] == [key.image for key in plain]
             assert {key.size for key in plain} == {None}
         sizes = [[key.size for key in rank] for rank in keys]
         assert sizes[0] == sizes[1] == sizes[2]

@@ -187,7 +187,7 @@ def test_coco_keypoints_are_read(coco: Callable[..., Path]) -> None:
         ([20, 15, 2, True, 0, 0], ("a", "b"), "but True is not a finite number"),
         ([20, 15, 2, 10**400, 0, 0], ("a", "b"), "0 is not a finite number"),
         (5, ("a", "b"), "but is 5"),
-        ([20, 15, 2, 200, 15, 1], ("a", "b"), "1 of its points lie outside the image"),
+        ([20, 15, 2, 200, 15, 1], ("a", "b"), "1 of its points are outside the image"),
         ([20, 15, 2, float("nan"), 15, 1], ("a", "b"), "nan is not a finite number"),
         ([], (), "no category in .* has 'keypoints'"),
         ([], [1, 2], r"'keypoints' of a category in .* must be a list of names, but is \[1, 2\]"),

@@ -252,7 +252,7 @@ def test_augmentations_that_do_not_say_how_far_they_zoom_leave_images_whole(tmp_
         stretched = with_reduced_decoding(data, INPUT, augment)
         if part == "RandomCrop":
             assert stretched[0] is data
-            assert stretched[1].startswith("whole, though 1 of 1 training images are much larger than the input")
+            assert stretched[1].startswith("full size, although 1 of 1 training images are much larger than the input")
         else:  # after the resize
             assert isinstance(stretched[0], ReducedDataset)
         assert with_reduced_decoding(data, InputOptions(size=(60, 80), resize="short_side"), augment)[0] is data

@@ -137,7 +137,7 @@ def test_impossible_sources_are_errors(tmp_path, source):
 
 def test_a_dangling_link_as_the_source_is_named(tmp_path):
     (tmp_path / "a.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"links that lead nowhere: 1 \(first: .*a\.png\)"):
+    with pytest.raises(DataError, match=r"broken links: 1 \(first: .*a\.png\)"):
         images_of(tmp_path / "a.png")
 
 

@@ -145,8 +145,8 @@ def test_missing_files_and_splits_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [cat\ntrain: x", r"data\.yaml' is not valid YAML: .*line 2, column 6.*Correct it"),
-        ("- cat", "does not hold keys and values"),
+        ("names: [cat\ntrain: x", r"data\.yaml' is not valid YAML: .*line 2, column 6.*Fix it"),
+        ("- cat", "is not a mapping"),
         ("train: x", "The key 'names' in .* must be a list of class names"),
         ("names: {a: b}", "The key 'names'"),
         ("names: [cat]\nnc: 2", "nc is 2, but names has 1 classes"),
@@ -180,7 +180,7 @@ def test_no_label_file_at_all_is_an_error(tmp_path):
         ("0.5 0.5 0.5 0.2 0.2", "class out of range", "the class 0.5"),
         ("nan 0.5 0.5 0.2 0.2", "class out of range", "the class nan"),
         ("1 nan 0.5 0.2 0.2", "not a number", "not a finite number"),
-        ("1 40 30 20 20", "not a fraction", "40 is far above 1; .*80 x 60 here, not pixels"),
+        ("1 40 30 20 20", "not a fraction", "40 is far above 1; .*here 80 x 60, not pixels"),
         ("1 0.5 0.5 0 0.2", "empty box", "of width 0"),
         ("1 1.5 0.5 0.2 0.2", "box outside the image", "lies outside"),
     ],
@@ -254,7 +254,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
     (labels / "classes.txt").write_text("cat\ndog\n")
     (labels / "notes.txt").write_text("labelled in 2024 by hand\n")
     with pytest.raises(
-        DataError, match=r"7 problems \(5 x label file without an image, 1 x .*c\.TXT: its ending must be \.txt"
+        DataError, match=r"7 problems \(5 x label file without an image, 1 x .*c\.TXT: its suffix must be \.txt"
     ):
         Yolo(root, "train")
     data = Yolo(root, "train", broken="skip")
@@ -302,7 +302,7 @@ def test_links_are_followed_once(tmp_path):
         (tmp_path / kind / "train/itself").symlink_to(".")
     data = Yolo(root, "train")
     assert (len(data), data.problems.unlabelled, kinds(data)) == (2, 0, [])
-    assert "2 x links to folders that are searched already: passed over" in data.problems.counts()
+    assert "2 x links to folders that are already searched: skipped" in data.problems.counts()
     # The folders themselves may be links.
     (tmp_path / "images").rename(tmp_path / "store")
     (tmp_path / "images").symlink_to("store")
@@ -311,7 +311,9 @@ def test_links_are_followed_once(tmp_path):
 
 def test_two_images_of_one_label_file(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX], "a.png": [BOX], "b.jpg": None, "b.png": None})
-    with pytest.raises(DataError, match=r"1 x label file of two images.*a\.png: its label file '.*a\.txt' is that of"):
+    with pytest.raises(
+        DataError, match=r"1 x label file of two images.*a\.png: its label file '.*a\.txt' is also that of"
+    ):
         Yolo(root, "train")
     assert len(Yolo(root, "train", broken="skip")) == 3
 
@@ -417,7 +419,7 @@ def test_a_list_of_folders_and_what_folders_hide_are_named(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX]})
     (tmp_path / "images/train/b.jpg").symlink_to("nowhere")
     counts = Yolo(root, "train").problems.counts()
-    assert "1 x links that lead nowhere: passed over" in counts
+    assert "1 x broken links: skipped" in counts
     (tmp_path / "list.txt").write_text("images/train\n")
     (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: list.txt\n")
     for policy in ("fail", "repair"):

@@ -91,7 +91,7 @@ def test_points_that_are_not_annotated(tmp_path: Path) -> None:
         (
             pose(3, places=PLACES + np.array([65, 0])),
             "point outside the image",
-            "5 of its points lie outside the image",
+            "5 of its points are outside the image",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_malformed_kpt_shape(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.parametrize("order", ["[1, 0]", "[1, 2, 0, 3, 4]", "[5, 1, 2, 3, 0]", "[-1, 1, 2, 3, 4]", "1", "[a]"])
 def test_malformed_flip_idx(tmp_path: Path, order: str) -> None:
-    with pytest.raises(DataError, match=r"The key 'flip_idx' in .* must name for each of 5 points"):
+    with pytest.raises(DataError, match=r"The key 'flip_idx' in .* must list for each of 5 points"):
         Yolo(write(tmp_path, [pose(2)], f"{NAMES}kpt_shape: [5, 2]\nflip_idx: {order}\n"), "train")
 
 
@@ -280,7 +280,7 @@ def test_names_are_text_as_written(tmp_path: Path, yaml: str, names: Any, ids: A
         ("names: [a, '']", "none of them empty"),
         ("names: [a, [b]]", "The key 'names'"),
         ("names: [{a: b}]", "The key 'names'"),
-        ("names: cat, dog", "The key 'names' .* it is 'cat, dog'"),
+        ("names: cat, dog", "The key 'names' .* but is 'cat, dog'"),
         ("names: []", "The key 'names'"),
         ("names: !!set {a, b}", "The key 'names'"),
         ("names: [a, b]\nnc: 3", "nc is 3, but names has 2 classes"),

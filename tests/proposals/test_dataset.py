@@ -73,7 +73,7 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     files[1].write_bytes(b"")
     files[2].write_bytes(bytes(100))
     with_proposals(data, options, "val", "validation")
-    damaged = "3 of the computed had a damaged file in the cache"
+    damaged = "3 damaged files in the cache were computed again"
     assert capsys.readouterr().out == f"proposals  validation: 3 computed, 3 from the cache, {mean}; {damaged}\n"
     assert all(
         torch.equal(proposed[index].proposals, Grid(darkest=darkest)(data[index].image, 0)) for index in range(6)
