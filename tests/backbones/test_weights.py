@@ -183,7 +183,7 @@ class TestPackage:
 
     def test_another_network_is_refused(self) -> None:
         full = timm.create_model("tf_efficientnet_lite1").state_dict()
-        with pytest.raises(CheckpointError, match=r"it is not the version 0\.1\.0 that detkit knows"):
+        with pytest.raises(CheckpointError, match=r"it is not version 0\.1\.0, which detkit requires"):
             weights.efficientnet_lite0_from_package(full)
         shorter = dict(list(timm.create_model("tf_efficientnet_lite0").state_dict().items())[:-1])
         with pytest.raises(CheckpointError, match="has 296 tensors, timm's network 295"):

@@ -16,7 +16,7 @@ from detkit.boxes import (
 
 
 def images_and_features(image_size, map_sizes):
-    """What torchvision's generators want to see of a batch of one image."""
+    """A batch of one image for torchvision's generators."""
     images = SimpleNamespace(tensors=torch.empty(1, 3, *image_size), image_sizes=[image_size])
     return images, [torch.empty(1, 1, *map_size) for map_size in map_sizes]
 

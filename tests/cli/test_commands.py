@@ -133,7 +133,7 @@ def test_help_lists_every_option_with_its_default(run: Run) -> None:
         for field in dataclasses.fields(schema):
             if field.name not in ("train", "input"):
                 assert f"--{prefix}{field.name} {field.name.upper()} " in text
-    assert "learning rate at its peak, for batch_size images a step. (a number; default: 0.01)" in text
+    assert "peak learning rate, for batch_size images per step. (a number; default: 0.01)" in text
     assert "(a whole number or 'all'; default: 0)" in text
     assert "bundled configs" in text
     assert " quickstart, " in text

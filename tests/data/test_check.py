@@ -67,7 +67,7 @@ def test_check_counts_crowds_masks_points_and_rounding(tmp_path: Path, capsys: A
     assert check(data, BOXES | {"masks", "points"}) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "2 objects, 1 crowd regions, 2 masks, 2 with points, 2 visible points" in output
-    assert "1 x box over the edge by a rounding error: clipped" in output
+    assert "1 x box outside the image by a rounding error: clipped" in output
 
 
 def test_check_compares_the_splits_as_training_does(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_classes_without_an_object_are_named(tmp_path: Path, capsys: Any) -> Non
     chosen = Coco(split="train", class_names=("dog",), other_classes="drop", **options)
     assert "1 x class without an object in this split: dog" in chosen.problems.summary()
     assert remark in Coco(split="train", semantic=True, **options).problems.summary()  # "background" is no object
-    with pytest.raises(ConfigError, match=r"'data\.class_names' lists no class"):
+    with pytest.raises(ConfigError, match=r"'data\.class_names' is empty"):
         check({**data, "class_names": []}, BOXES)
     many = tuple(f"class {number}" for number in range(13))
     split(tmp_path, "train", [{}], many)

@@ -37,7 +37,7 @@ def test_proposes_anchors_in_pixels_of_the_input(tiny_config: Path, capsys: pyte
         ("0", "--anchors must be the number of anchors to propose, at least 1, but is '0'"),
         ("many", "at least 1, but is 'many'"),
         ("-3", "at least 1, but is '-3'"),
-        ("9999", "--anchors asks for 9999, but the training split has objects of only"),
+        ("9999", "--anchors is 9999, but the objects of the training split have only"),
     ],
 )
 def test_impossible_numbers(tiny_config: Path, capsys: pytest.CaptureFixture[str], value: str, message: str) -> None:

@@ -66,7 +66,7 @@ def test_the_loader_uses_it_for_images_of_one_class_each() -> None:
 
 
 def test_images_of_several_classes_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.per_class.*which one class it has"):
+    with pytest.raises(ConfigError, match=r"train.per_class.*exactly one class"):
         image_labels(Shapes("train", train_count=30))
 
 

@@ -126,7 +126,7 @@ def test_one_file_under_two_ids_is_a_problem(tmp_path: Path, name: str) -> None:
     save(tmp_path / "a.png", 0)
     (tmp_path / "sub").mkdir()
     coco(tmp_path, "train", {1: "a.png", 2: name})
-    with pytest.raises(DataError, match=r"1 x duplicate image.*images\[1\] .*is that of the image 1 already"):
+    with pytest.raises(DataError, match=r"1 x duplicate image.*images\[1\] .*is also that of the image 1"):
         Coco(str(tmp_path), "train", images=".")
     data = Coco(str(tmp_path), "train", images=".", broken="repair")
     assert [data.image_id(index) for index in range(len(data))] == [1]

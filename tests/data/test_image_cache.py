@@ -147,7 +147,7 @@ def test_training_comes_first_and_the_line_says_what_fits(folder: Folder, tmp_pa
     train_set, val_set, line = with_cache(folder, folder, "memory", bound, tmp_path)
     assert (train_set.cache.count, val_set.cache.count) == (6, 1)  # type: ignore[attr-defined]
     assert "6 of 6 images for training and 1 of 6 images for validation" in line
-    assert "the other 5 each time they are read" in line
+    assert "the other 5 are decoded each time" in line
     assert "other" not in with_cache(folder, folder, "disk", 10**6, tmp_path)[2]
 
 
@@ -155,14 +155,14 @@ def test_memory_and_disk_that_cannot_be_had_are_an_error(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_available_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"memory takes .* but .* are free. Lower train.cache_gb, or .* disk or null"):
+    with pytest.raises(ConfigError, match=r"memory needs .* but .* are free. Lower train.cache_gb, or .* disk or null"):
         with_cache(folder, folder, "memory", 10**6, tmp_path)
 
     def full(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(WriteError, match=r"disk takes .* not available \(No space left on device\)"):
+    with pytest.raises(WriteError, match=r"disk needs .* not available \(No space left on device\)"):
         with_cache(folder, folder, "disk", 10**6, tmp_path)
 
 

@@ -166,7 +166,7 @@ def test_the_largest_of_several_inputs_counts(tmp_path: Path) -> None:
 def test_target_stays_with_its_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
     whole = coco(tmp_path, size=size, masks=True, points=True)
     reduced, line = with_reduced_decoding(whole, INPUT, ())
-    assert line == "1 of 1 training images at a fraction of their sides (1/2: 1), as the input is much smaller"
+    assert line == "1 of 1 training images at reduced size (1/2: 1), since the input is much smaller"
     sample, original = reduced[0], whole[0]
     assert sample.size == reduced.size(0) == sample.meta.size == (-(-size[0] // 2), -(-size[1] // 2))
     assert (sample.meta.image_id, sample.meta.source) == (5, original.meta.source)
@@ -252,7 +252,7 @@ def test_augmentations_that_do_not_say_how_far_they_zoom_leave_images_whole(tmp_
         stretched = with_reduced_decoding(data, INPUT, augment)
         if part == "RandomCrop":
             assert stretched[0] is data
-            assert stretched[1].startswith("whole, though 1 of 1 training images are much larger than the input")
+            assert stretched[1].startswith("full size, although 1 of 1 training images are much larger than the input")
         else:  # after the resize
             assert isinstance(stretched[0], ReducedDataset)
         assert with_reduced_decoding(data, InputOptions(size=(60, 80), resize="short_side"), augment)[0] is data

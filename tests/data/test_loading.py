@@ -319,7 +319,7 @@ def test_albumentations_own_transforms_can_be_used_and_are_strict() -> None:
     assert len(result.target) == 3
     with pytest.raises(ConfigError, match=r"no albumentations transform named 'RandomRotat90'.*RandomRotate90"):
         Augment([{"name": "albumentations", "transform": "RandomRotat90"}], Fit((9, 9)))
-    with pytest.raises(ConfigError, match=r"'GaussNoise' refuses its options.*banana"):
+    with pytest.raises(ConfigError, match=r"'GaussNoise' rejects its options.*banana"):
         Augment([{"name": "albumentations", "transform": "GaussNoise", "options": {"banana": 1}}], Fit((9, 9)))
     with pytest.raises(ConfigError, match=r"'augment\[1\]\.probabilty' is not an option"):
         Augment([{"name": "flip"}, {"name": "expand", "probabilty": 1}], Fit((9, 9)))

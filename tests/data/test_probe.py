@@ -34,7 +34,10 @@ def own(transform: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (own("Normalize"), r"image of \([0-9, ]+3\) float32, but .*normalised after all augmentations.*Leave it out"),
+        (
+            own("Normalize"),
+            r"image of \([0-9, ]+3\) float32, but .*normalisation follow after all augmentations.*Remove it",
+        ),
         (own("Normalize", p=0.01), "float32"),
         (own("ToFloat"), "float32"),
         (own("FromFloat"), "float16"),

@@ -118,12 +118,12 @@ def test_patterns_are_those_of_glob(tmp_path, monkeypatch):
 
 
 def test_nothing_found_says_what_there_is(tmp_path):
-    with pytest.raises(DataError, match=r"The folder '.*' holds no images\. .*\.jpeg"):
+    with pytest.raises(DataError, match=r"The folder '.*' contains no images\. .*\.jpeg"):
         images_of(tmp_path)
     with pytest.raises(DataError, match=r"no image that matches the pattern, '.*\*\.png'"):
         images_of(str(tmp_path / "*.png"))
     make(tmp_path, "a.mp4", "b.heic")
-    with pytest.raises(DataError, match=r"holds no images \(passed over: .*videos.*: 1 \(\.mp4\).*1 \(\.heic\)"):
+    with pytest.raises(DataError, match=r"contains no images \(skipped: .*videos.*: 1 \(\.mp4\).*1 \(\.heic\)"):
         images_of(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_impossible_sources_are_errors(tmp_path, source):
 
 def test_a_dangling_link_as_the_source_is_named(tmp_path):
     (tmp_path / "a.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"links that lead nowhere: 1 \(first: .*a\.png\)"):
+    with pytest.raises(DataError, match=r"broken links: 1 \(first: .*a\.png\)"):
         images_of(tmp_path / "a.png")
 
 

@@ -95,7 +95,7 @@ def test_other_classes_are_an_error_whose_remedy_works(tmp_path: Path) -> None:
     train, val = open_train_and_val(data | {"class_names": ["cat", "dog"], "other_classes": "drop"}, frozenset())
     assert (train.target(0).labels.tolist(), val.target(0).labels.tolist()) == ([0], [1])
     write(tmp_path, "none", [{"id": 9, "name": "cow"}], ["cow"])
-    with pytest.raises(DataError, match=r"declare the same classes\.$"):
+    with pytest.raises(DataError, match=r"Declare the same classes in the files of both\.$"):
         open_train_and_val(data | {"val": "none"}, frozenset())
 
 

@@ -86,13 +86,13 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny: Any) -> None:
     [
         (("--train.freeze", "2"), r"train\.freeze is 2"),
         (("--augment", "[{name: flip}]"), "augmented differently in each epoch"),
-        (("--input.multi_scale", "[1, 1.5]"), "inputs of many sizes"),
+        (("--input.multi_scale", "[1, 1.5]"), "the input size changes"),
         (("--input.resize", "short_side"), "differ in size"),
         (("--train.devices", "2"), "processes"),
     ],
 )
 def test_where_features_change_storing_them_is_refused(tiny: Any, options: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(ConfigError, match=rf"'train\.store_features' keeps .*{reason}.*or train\.store_features to"):
+    with pytest.raises(ConfigError, match=rf"'train\.store_features' reuses .*{reason}.*or train\.store_features to"):
         feature_store.check_storable(tiny(*SHARED, "--train.store_features", "true", *options))
 
 

@@ -162,7 +162,7 @@ def test_files_of_other_runs_and_epochs(broken: Any, broken_runs: Any, monkeypat
     for name in ("last", "best", "state"):
         kept = getattr(folder, name).read_bytes()
         shutil.copyfile(getattr(whole, name), getattr(folder, name))
-        with pytest.raises(CheckpointError, match="of another run than the training state"):
+        with pytest.raises(CheckpointError, match="to another run than the training state"):
             train(make(), str(folder.path))
         getattr(folder, name).write_bytes(kept)
     shutil.copyfile(folder.last, folder.best)  # a later epoch's than the best
@@ -248,7 +248,7 @@ def test_images_that_are_gone_are_refused(broken: Any, monkeypatch: pytest.Monke
     make, whole, folder = broken
     with monkeypatch.context() as patch:
         patch.setattr(Shapes, "__len__", lambda self: 5)
-        with pytest.raises(DataError, match=r"of split 'train' are not .* 5 images instead of 12\. Put them back"):
+        with pytest.raises(DataError, match=r"of split 'train' have changed .* 5 images instead of 12\. Restore them"):
             train(make(), str(folder.path))
     honest = Shapes.fingerprint
     with monkeypatch.context() as patch:
@@ -361,7 +361,7 @@ def test_a_folder_that_is_removed_is_named(tiny: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(engine, "_train_epoch", removing)
     monkeypatch.setattr("detkit.engine.train.task_of", task_without_plots(engine.task_of))
-    with pytest.raises(WriteError, match=r"training_state\.pt' cannot be written.*was removed in the meantime"):
+    with pytest.raises(WriteError, match=r"training_state\.pt' cannot be written.*or was removed"):
         train(tiny())
 
 

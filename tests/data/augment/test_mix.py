@@ -449,7 +449,7 @@ def test_all_processes_take_the_same_size_and_the_same_order_as_with_one_size() 
             sampler, plain = EpochSampler(50, 4, 7, rank, 3, SIZES), EpochSampler(50, 4, 7, rank, 3)
             sampler.epoch = plain.epoch = epoch
             keys.append(list(sampler))
-            assert [key.picture for key in keys[-1]] == [key.picture for key in plain]
+            assert [key.image for key in keys[-1]] == [key.image for key in plain]
             assert {key.size for key in plain} == {None}
         sizes = [[key.size for key in rank] for rank in keys]
         assert sizes[0] == sizes[1] == sizes[2]
@@ -480,7 +480,10 @@ def test_training_sizes(size: tuple[int, int], factors: tuple[float, float], exp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resize": "short_side", "multi_scale": (0.5, 1.5)}, r"'input\.multi_scale' cannot go with .* short_side"),
+        (
+            {"resize": "short_side", "multi_scale": (0.5, 1.5)},
+            r"'input\.multi_scale' cannot be combined with .* short_side",
+        ),
         ({"multi_scale": (1.5, 0.5)}, r"smallest and the largest factor .* is \[1\.5, 0\.5\]"),
         ({"multi_scale": (0.0, 1.0)}, r"greater than 0"),
         ({"size": (300, 300), "multi_scale": (0.98, 1.02)}, r"leaves no multiple of 32"),
@@ -493,7 +496,7 @@ def test_scales_that_cannot_be_are_refused(options: dict[str, Any], message: str
 
 def test_a_model_that_cannot_take_the_smallest_size_is_refused_at_the_start(tiny: Any) -> None:
     with pytest.raises(
-        ConfigError, match=r"'input\.multi_scale' makes inputs as small as \[32, 32\], which this model"
+        ConfigError, match=r"'input\.multi_scale' gives inputs as small as \[32, 32\], which this model"
     ):
         train(tiny("--input.multi_scale", "[0.5, 1.5]"))
     folder = train(tiny("--input.multi_scale", "[1, 1.5]", "--augment", "[{name: mosaic}]", "--train.epochs", "1"))

@@ -55,7 +55,7 @@ def test_fixed_class_names_give_the_order_of_labels(tmp_path):
     data = Coco(root, "train", class_names=("cat", "dog"))
     assert data.target(0).labels.tolist() == [1, 0]
     assert data.classes.raw_ids == (7, 3)
-    with pytest.raises(DataError, match=r"data\.class_names has 'dgo'.*Did you mean 'dog'"):
+    with pytest.raises(DataError, match=r"data\.class_names lists 'dgo'.*Did you mean 'dog'"):
         Coco(root, "train", class_names=("dgo",))
     with pytest.raises(DataError, match=r"annotations\[0\] \(id 1\) of 'ä 1\.jpg': the class 'dog' is not in the list"):
         Coco(root, "train", class_names=("cat",))
@@ -88,7 +88,7 @@ def test_categories_of_one_name_are_merged_on_request(tmp_path):
     assert (chosen.classes.raw_ids, chosen.target(0).labels.tolist()) == ((3,), [0, 0])
     # Ids are not merged: nothing tells which category an object is of.
     root = write(tmp_path, [], None, [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}])
-    with pytest.raises(DataError, match=r"raw id 1 is listed twice.* id of its own\.$"):
+    with pytest.raises(DataError, match=r"raw id 1 is listed twice.* unique name and id\.$"):
         Coco(root, "train", merge_classes=True)
 
 
@@ -104,7 +104,7 @@ def test_the_category_that_groups_the_others_of_roboflow_is_left_out(tmp_path):
     data = Coco(root, "train")
     assert (data.classes.names, data.classes.raw_ids) == (("apple", "pear"), (1, 2))
     assert data.target(0).labels.tolist() == [1]
-    assert "category 'fruits' (id 0) that only groups the others, without objects: left out" in data.problems.summary()
+    assert "category 'fruits' (id 0) without objects that only groups the others: left out" in data.problems.summary()
     # It stays where the user names it, or an object is of it.
     assert Coco(root, "train", class_names=("fruits", "apple", "pear")).classes.raw_ids == (0, 1, 2)
     root = write(tmp_path, [annotation(category_id=0)], None, ROBOFLOW)
@@ -195,29 +195,29 @@ def test_polygon_area_and_tight_box():
         ([[1, 2, 3, 4, 5, True]], "True is not a finite number"),
         ([[1, 2, 3, 4, 5, 10**400]], "0 is not a finite number"),
         ([[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]], r"\[1, 2\] is not a finite number"),
-        ([1, 2, 3, 4, 5, 6], "one is 1, not such a list"),
-        ([TRIANGLE, None], "one is None, not such a list"),
-        ([[1e9, 1, 2, 2, 3, 1]], "1e\\+09, which is too far away"),
-        ([[-1.1e6, 1, 2, 2, 3, 1]], "-1.1e\\+06, which is too far away"),
-        ([[0, 0, 79, 59] * 2000], r"outline of a polygon is \d+ pixels long, more than the image has"),
+        ([1, 2, 3, 4, 5, 6], "at least three points as x, y pairs, but one is 1"),
+        ([TRIANGLE, None], "at least three points as x, y pairs, but one is None"),
+        ([[1e9, 1, 2, 2, 3, 1]], "1e\\+09, which is too large"),
+        ([[-1.1e6, 1, 2, 2, 3, 1]], "-1.1e\\+06, which is too large"),
+        ([[0, 0, 79, 59] * 2000], r"outline of a polygon is \d+ pixels long, longer than the number of pixels"),
         ("abc", "must be a list of polygons or"),
         ({"size": [60, 80]}, "must be a list of polygons or"),
-        ({"size": 60, "counts": [4800]}, r"for the size 60, the image is \[60, 80\]"),
-        ({"size": [80, 60], "counts": [4800]}, r"for the size \[80, 60\], the image is \[60, 80\]"),
-        ({"size": [60, 80], "counts": [4000]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": [-10, 4810]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": [True, 4799]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": ["4800"]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": [10**400]}, "add up to the 4800 pixels"),
-        ({"size": [60, 80], "counts": []}, "add up to the 4800 pixels"),
+        ({"size": 60, "counts": [4800]}, r"have the size 60, but the image has \[60, 80\]"),
+        ({"size": [80, 60], "counts": [4800]}, r"have the size \[80, 60\], but the image has \[60, 80\]"),
+        ({"size": [60, 80], "counts": [4000]}, "whose sum is the 4800 pixels"),
+        ({"size": [60, 80], "counts": [-10, 4810]}, "whose sum is the 4800 pixels"),
+        ({"size": [60, 80], "counts": [True, 4799]}, "whose sum is the 4800 pixels"),
+        ({"size": [60, 80], "counts": ["4800"]}, "whose sum is the 4800 pixels"),
+        ({"size": [60, 80], "counts": [10**400]}, "whose sum is the 4800 pixels"),
+        ({"size": [60, 80], "counts": []}, "whose sum is the 4800 pixels"),
         ({"size": [60, 80], "counts": "zzzzz"}, "text of compressed ones, not 'zzzzz'"),
         ({"size": [60, 80], "counts": "é1"}, "text of compressed ones, not 'é1'"),
         ({"size": [60, 80], "counts": ""}, "text of compressed ones, not ''"),
         ({"size": [60, 80], "counts": "P"}, "text of compressed ones, not 'P'"),
         ({"size": [60, 80], "counts": "oooooooooo0"}, "text of compressed ones"),
-        ({"size": [60, 80], "counts": "0"}, "compressed run lengths '0' are not of this size"),
-        ({"size": [60, 80], "counts": "531"}, "compressed run lengths '531' are not of this size"),
-        ({"size": [60, 80], "counts": "O"}, "compressed run lengths 'O' are not of this size"),
+        ({"size": [60, 80], "counts": "0"}, "compressed run lengths '0' do not match this size"),
+        ({"size": [60, 80], "counts": "531"}, "compressed run lengths '531' do not match this size"),
+        ({"size": [60, 80], "counts": "O"}, "compressed run lengths 'O' do not match this size"),
         ({"size": [60, 80], "counts": 5}, "'counts' must be"),
     ],
 )
@@ -245,7 +245,9 @@ def test_malformed_json_names_its_line(tmp_path):
     root = write(tmp_path, [])
     path = tmp_path / "annotations/instances_train.json"
     path.write_text('{"images": [],\n "annotations": [}\n')
-    with pytest.raises(DataError, match=r"instances_train\.json' is not valid JSON: .*line 2 column 18.*write it anew"):
+    with pytest.raises(
+        DataError, match=r"instances_train\.json' is not valid JSON: .*line 2 column 18.*generate it again"
+    ):
         Coco(root, "train")
     for content in ("[]", "{}", "5", "null", '{"images": [], "annotations": {}}', '{"images": 5}'):
         path.write_text(content)
@@ -280,16 +282,16 @@ def test_no_images_is_an_error(tmp_path):
     [
         ([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "class name 'cat' is listed twice"),
         ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "raw id 1 is listed twice"),
-        ([{"id": 1}], r"categories\[0\]: the category has no usable 'id' and 'name' \(it has no 'name'\)"),
+        ([{"id": 1}], r"categories\[0\]: the category has no valid 'id' and 'name' \(it has no 'name'\)"),
         ([{"id": 1, "name": "a"}, {"name": "b"}], r"categories\[1\]: .*it has no 'id'"),
-        ([{"id": "1", "name": "cat"}], "'id' must be a whole number, but it is '1'"),
-        ([{"id": True, "name": "cat"}], "'id' must be a whole number, but it is True"),
-        ([{"id": 1.5, "name": "cat"}], "'id' must be a whole number, but it is 1.5"),
-        ([{"id": float("inf"), "name": "cat"}], "'id' must be a whole number, but it is inf"),
-        ([{"id": None, "name": "cat"}], "'id' must be a whole number, but it is None"),
-        ([{"id": 1, "name": 7}], "'name' must be text, but it is 7"),
+        ([{"id": "1", "name": "cat"}], "'id' must be a whole number, but is '1'"),
+        ([{"id": True, "name": "cat"}], "'id' must be a whole number, but is True"),
+        ([{"id": 1.5, "name": "cat"}], "'id' must be a whole number, but is 1.5"),
+        ([{"id": float("inf"), "name": "cat"}], "'id' must be a whole number, but is inf"),
+        ([{"id": None, "name": "cat"}], "'id' must be a whole number, but is None"),
+        ([{"id": 1, "name": 7}], "'name' must be text, but is 7"),
         ([{"id": 1, "name": ""}], "class name '' is empty"),
-        (["cat"], "must be an object with keys and values, but it is 'cat'"),
+        (["cat"], "must be an object with keys and values, but is 'cat'"),
     ],
 )
 def test_unusable_categories(tmp_path, categories, message):
@@ -301,22 +303,22 @@ def test_unusable_categories(tmp_path, categories, message):
     ("changes", "kind", "message"),
     [
         ({"category_id": 4}, "unknown category", r"category_id 4; there are: 0: dog \(raw id 3\)"),
-        ({"category_id": [4]}, "malformed annotation", r"'category_id' must be a whole number, but it is \[4\]"),
+        ({"category_id": [4]}, "malformed annotation", r"'category_id' must be a whole number, but is \[4\]"),
         ({"image_id": 6}, "unknown image", "no image with its image_id 6"),
-        ({"category_id": 3.7}, "malformed annotation", "'category_id' must be a whole number, but it is 3.7"),
-        ({"category_id": "3"}, "malformed annotation", "'category_id' must be a whole number, but it is '3'"),
-        ({"category_id": True}, "malformed annotation", "'category_id' must be a whole number, but it is True"),
-        ({"category_id": float("nan")}, "malformed annotation", "must be a whole number, but it is nan"),
+        ({"category_id": 3.7}, "malformed annotation", "'category_id' must be a whole number, but is 3.7"),
+        ({"category_id": "3"}, "malformed annotation", "'category_id' must be a whole number, but is '3'"),
+        ({"category_id": True}, "malformed annotation", "'category_id' must be a whole number, but is True"),
+        ({"category_id": float("nan")}, "malformed annotation", "must be a whole number, but is nan"),
         ({"category_id": 10**400}, "unknown category", "there is no category with its category_id 1000"),
-        ({"image_id": None}, "malformed annotation", "'image_id' must be a whole number or text, but it is None"),
-        ({"image_id": 5.5}, "malformed annotation", "must be a whole number or text, but it is 5.5"),
-        ({"image_id": True}, "malformed annotation", "must be a whole number or text, but it is True"),
-        ({"image_id": [5]}, "malformed annotation", r"must be a whole number or text, but it is \[5\]"),
+        ({"image_id": None}, "malformed annotation", "'image_id' must be a whole number or text, but is None"),
+        ({"image_id": 5.5}, "malformed annotation", "must be a whole number or text, but is 5.5"),
+        ({"image_id": True}, "malformed annotation", "must be a whole number or text, but is True"),
+        ({"image_id": [5]}, "malformed annotation", r"must be a whole number or text, but is \[5\]"),
         ({"image_id": "5"}, "unknown image", "no image with its image_id '5'"),
-        ({"bbox": [1, 2, 3]}, "malformed annotation", r"must be \[x, y, width, height\], but it is \[1, 2, 3\]"),
+        ({"bbox": [1, 2, 3]}, "malformed annotation", r"must be \[x, y, width, height\], but is \[1, 2, 3\]"),
         ({"bbox": None}, "malformed annotation", r"must be \[x, y, width, height\]"),
         ({"bbox": [1, 2, 3, 4, 5]}, "malformed annotation", "which has 5 values"),
-        ({"bbox": {"x": 1}}, "malformed annotation", "but it is {'x': 1}"),
+        ({"bbox": {"x": 1}}, "malformed annotation", "but is {'x': 1}"),
         ({"bbox": [1, 2, 3, "x"]}, "malformed annotation", "'x' is not a finite number"),
         ({"bbox": [1, 2, 3, "4"]}, "malformed annotation", "'4' is not a finite number"),
         ({"bbox": [1, 2, 3, None]}, "malformed annotation", "None is not a finite number"),
@@ -327,19 +329,19 @@ def test_unusable_categories(tmp_path, categories, message):
         ({"bbox": [float("-inf"), 2, 3, 4]}, "malformed annotation", "-inf is not a finite number"),
         ({"bbox": [1e308, 2, 1e308, 4]}, "not a number", "not a finite number"),
         ({"bbox": [1, 2, 0, 4]}, "empty box", "width 0 and height 4"),
-        ({"area": "big"}, "malformed annotation", "'area' must be square pixels, but 'big' is not a finite number"),
+        ({"area": "big"}, "malformed annotation", "'area' must be in square pixels, but 'big' is not a finite number"),
         ({"area": "12"}, "malformed annotation", "'12' is not a finite number"),
-        ({"area": -1}, "malformed annotation", r"'area' must be in 0\.\.1e\+10 square pixels, but it is -1"),
+        ({"area": -1}, "malformed annotation", r"'area' must be in 0\.\.1e\+10 square pixels, but is -1"),
         ({"area": float("nan")}, "malformed annotation", "nan is not a finite number"),
         ({"area": float("inf")}, "malformed annotation", "inf is not a finite number"),
-        ({"area": 1e11}, "malformed annotation", "but it is 1e\\+11"),
+        ({"area": 1e11}, "malformed annotation", "but is 1e\\+11"),
         ({"area": True}, "malformed annotation", "True is not a finite number"),
         ({"area": [1]}, "malformed annotation", r"\[1\] is not a finite number"),
-        ({"iscrowd": "0"}, "malformed annotation", "'iscrowd' must be 0 or 1, but it is '0'"),
-        ({"iscrowd": 2}, "malformed annotation", "'iscrowd' must be 0 or 1, but it is 2"),
-        ({"iscrowd": -1}, "malformed annotation", "must be 0 or 1, but it is -1"),
-        ({"iscrowd": []}, "malformed annotation", r"must be 0 or 1, but it is \[\]"),
-        ({"iscrowd": float("nan")}, "malformed annotation", "must be 0 or 1, but it is nan"),
+        ({"iscrowd": "0"}, "malformed annotation", "'iscrowd' must be 0 or 1, but is '0'"),
+        ({"iscrowd": 2}, "malformed annotation", "'iscrowd' must be 0 or 1, but is 2"),
+        ({"iscrowd": -1}, "malformed annotation", "must be 0 or 1, but is -1"),
+        ({"iscrowd": []}, "malformed annotation", r"must be 0 or 1, but is \[\]"),
+        ({"iscrowd": float("nan")}, "malformed annotation", "must be 0 or 1, but is nan"),
     ],
 )
 def test_broken_annotations_under_each_policy(tmp_path, changes, kind, message):
@@ -360,7 +362,7 @@ def test_entries_that_are_no_objects_are_named(tmp_path):
         Coco(root, "train")
     data = Coco(root, "train", broken="skip")
     assert [problem.message for problem in data.problems.found][1:] == [
-        "it must be an object with keys and values, but it is [1]",
+        "it must be an object with keys and values, but is [1]",
         "it has no 'image_id'",
     ]
     assert len(data.target(0)) == 1
@@ -418,18 +420,18 @@ def test_broken_images_under_each_policy(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id": 1.5}, "'id' must be a whole number or text, but it is 1.5"),
-        ({"id": None}, "'id' must be a whole number or text, but it is None"),
-        ({"id": True}, "'id' must be a whole number or text, but it is True"),
+        ({"id": 1.5}, "'id' must be a whole number or text, but is 1.5"),
+        ({"id": None}, "'id' must be a whole number or text, but is None"),
+        ({"id": True}, "'id' must be a whole number or text, but is True"),
         ({"file_name": None}, "it has no 'file_name'"),
-        ({"file_name": ""}, "'file_name' must be the path of a file, but it is ''"),
-        ({"file_name": 7}, "'file_name' must be the path of a file, but it is 7"),
+        ({"file_name": ""}, "'file_name' must be the path of a file, but is ''"),
+        ({"file_name": 7}, "'file_name' must be the path of a file, but is 7"),
         ({"file_name": "a\0b"}, "'file_name' must be the path of a file"),
-        ({"width": -80}, "'width' must be above 0, but it is -80"),
-        ({"width": "80"}, "'width' must be a whole number, but it is '80'"),
-        ({"height": 60.5}, "'height' must be a whole number, but it is 60.5"),
-        ({"height": float("inf")}, "'height' must be a whole number, but it is inf"),
-        ({"height": [60]}, r"'height' must be a whole number, but it is \[60\]"),
+        ({"width": -80}, "'width' must be above 0, but is -80"),
+        ({"width": "80"}, "'width' must be a whole number, but is '80'"),
+        ({"height": 60.5}, "'height' must be a whole number, but is 60.5"),
+        ({"height": float("inf")}, "'height' must be a whole number, but is inf"),
+        ({"height": [60]}, r"'height' must be a whole number, but is \[60\]"),
     ],
 )
 def test_malformed_image_entries(tmp_path, changes, message):

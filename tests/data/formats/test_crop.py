@@ -146,7 +146,7 @@ def test_training_cuts_also_without_augmentation_and_in_plain_epochs(augment: An
 def test_mixes_refuse_semantic_maps() -> None:
     dataset = Shapes("train", train_count=6, size=64, semantic=True)
     augment = Augment([{"name": "mixup", "probability": 0.0}], Fit((32, 32), "crop"))
-    with pytest.raises(ConfigError, match="cannot be done with semantic maps"):
+    with pytest.raises(ConfigError, match="is not supported for semantic maps"):
         augment(dataset[0], 0, dataset)
     augment(dataset[0], 0)
 

@@ -49,9 +49,9 @@ class TestFolder:
         kinds = sorted((problem.kind, Path(problem.where).name) for problem in data.problems.found)
         assert kinds == [
             ("class without images", "owl"),
-            ("file of no class", "list.csv"),
-            ("file that is no image", ".hidden.jpg"),
-            ("file that is no image", "notes.txt"),
+            ("file that is not an image", ".hidden.jpg"),
+            ("file that is not an image", "notes.txt"),
+            ("file without a class", "list.csv"),
         ]
         assert len(data) == 3
 
@@ -137,7 +137,7 @@ class TestCrops:
 
     def test_crowds_are_left_out_and_counted(self) -> None:
         data = Crops("train", {"name": "two_boxes_for_crops"})
-        assert "1 x crowd: not cut out (first: image id, object 2" in data.problems.summary()
+        assert "1 x crowd: not cropped (first: image id, object 2" in data.problems.summary()
 
     def test_neighbours_share_one_reading(self) -> None:
         data = Crops("train", {"name": "two_boxes_for_crops"})
@@ -148,7 +148,7 @@ class TestCrops:
     def test_mistakes(self, root: Path) -> None:
         with pytest.raises(ConfigError, match=r"data\.margin"):
             Crops("train", {"name": "two_boxes_for_crops"}, margin=-1)
-        with pytest.raises(DataError, match="no boxes to cut out"):
+        with pytest.raises(DataError, match="no boxes to crop"):
             Crops("train", {"name": "folder", "root": str(root)})
         with pytest.raises(ConfigError, match=r"data\.data\.rot"):
             Crops("train", {"name": "folder", "rot": str(root)})

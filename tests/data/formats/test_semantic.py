@@ -58,7 +58,7 @@ def test_background_becomes_the_first_class_with_a_raw_id_of_its_own() -> None:
     assert with_background(own) == own
     assert names_with_background(["cat"]) == ("background", "cat")
     assert names_with_background(["cat", "background"]) == ("cat", "background")
-    with pytest.raises(DataError, match="at most 255 classes apart"):
+    with pytest.raises(DataError, match="at most 255 classes"):
         with_background(ClassList.from_names([str(number) for number in range(255)]))
 
 
@@ -194,7 +194,7 @@ def test_a_number_that_is_no_class_is_named_with_its_pixel(tmp_path: Path) -> No
     bad[1, 2] = 7
     write_folders(tmp_path, {"bad": bad, "good": good})
     dataset = MaskFolders(str(tmp_path), "train", ("x", "y"))
-    with pytest.raises(DataError, match=r"bad\.png' has 7 in row 1, column 2 .* there are 2 classes: 0: x"):
+    with pytest.raises(DataError, match=r"bad\.png' has the value 7 in row 1, column 2 .* there are 2 classes: 0: x"):
         dataset.target(0)
     dataset = MaskFolders(str(tmp_path), "train", ("x", "y"), broken="skip")
     assert [dataset.image_id(index) for index in range(len(dataset))] == ["good"]
@@ -212,14 +212,14 @@ def test_masks_that_are_missing_of_another_size_or_no_numbers_are_named(tmp_path
     dataset = MaskFolders(str(tmp_path), "train", ("x",), broken="repair")
     messages = [problem.message for problem in dataset.problems.found]
     assert "the mask is 3 x 4 pixels, but its image 4 x 3 (before its Exif rotation?)" in messages[1]
-    assert "has colours (mode RGB)" in messages[2]
+    assert "is a colour image (mode RGB)" in messages[2]
     assert len(dataset) == 1
     (folder / "d.png").write_bytes((folder / "d.png").read_bytes()[:45])
     with pytest.raises(DataError, match=r"d\.png' cannot be decoded"):
         dataset.target(0)
     for name in ("a", "b", "c"):
         (tmp_path / "images" / "train" / f"{name}.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 x broken mask.*d\.png' cannot be decoded: it is cut off"):
+    with pytest.raises(DataError, match=r"1 x broken mask.*d\.png' cannot be decoded: it is truncated"):
         MaskFolders(str(tmp_path), "train", ("x",))
 
 
@@ -270,7 +270,7 @@ def test_voc_without_such_lists_takes_those_of_main(voc: Path) -> None:
 def test_voc_with_other_classes(voc: Path) -> None:
     names = tuple(f"class {number}" for number in range(1, 16))
     assert VocSegmentation(str(voc), "val", class_names=names).classes.names == ("background", *names)
-    with pytest.raises(DataError, match="has 15 in row 2, column 1"):
+    with pytest.raises(DataError, match="has the value 15 in row 2, column 1"):
         VocSegmentation(str(voc), "val", class_names=("a", "b")).target(0)
 
 

@@ -88,7 +88,7 @@ def test_sizes_and_counts():
 def test_mistakes_are_named():
     with pytest.raises(DataError, match=r"no split 'vall'\. Did you mean 'val'\?"):
         Shapes("vall")
-    with pytest.raises(DataError, match=r"data\.size of the shapes is 8\. Set it to 32 or more"):
+    with pytest.raises(DataError, match=r"data\.size of the shapes is 8\. Set it to at least 32"):
         Shapes("train", size=8)
 
 

@@ -189,7 +189,7 @@ def test_an_overshoot_by_rounding_is_clipped_and_counted(tmp_path):
     data = Voc(root, "train")
     assert data.target(0).boxes.tolist() == [[0, 0, 80, 60]]
     assert data.problems.rounded == 1
-    assert "1 x box over the edge by a rounding error: clipped" in data.problems.summary()
+    assert "1 x box outside the image by a rounding error: clipped" in data.problems.summary()
 
 
 def test_absent_truncated_and_empty_images(tmp_path):
@@ -234,7 +234,7 @@ def test_no_image_left_is_an_error(tmp_path):
 def test_a_missing_annotation_and_a_repeated_id(tmp_path):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]})
     (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
-    with pytest.raises(DataError, match=r"2 problems .*train\.txt:3: the image 'a' stands in line 1 already"):
+    with pytest.raises(DataError, match=r"2 problems .*train\.txt:3: the image 'a' is already listed in line 1"):
         Voc(root, "train")
     data = Voc(root, "train", broken="skip")
     assert len(data) == 1
@@ -396,7 +396,7 @@ def test_a_size_that_is_no_number_is_counted(tmp_path, text):
     root = write(tmp_path, {"a": [obj("dog", 1, 1, 9, 9)]}, declared=(60, text))
     data = Voc(root, "train")
     assert data.size(0) == (60, 80)
-    assert "1 x size in an XML file that is not a number: taken from the image" in data.problems.summary()
+    assert "1 x size in an XML file that is not a number: read from the image" in data.problems.summary()
 
 
 @pytest.mark.parametrize("text", ["", "0", " 80 ", "80.0"])
@@ -496,7 +496,9 @@ def test_an_id_that_leads_out_of_the_data_is_refused(tmp_path, line):
     image(tmp_path / "JPEGImages/b.jpg")
     xml(tmp_path / "Annotations/b.xml")
     root = listed(tmp_path, line, "b")
-    with pytest.raises(DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' leads out of"):
+    with pytest.raises(
+        DataError, match=r"1 x path out of the data.*train\.txt:1: the id '.*' refers to a file outside"
+    ):
         Voc(root, "train")
     assert len(Voc(root, "train", broken="skip")) == 1
 
@@ -518,7 +520,7 @@ def test_annotations_that_no_list_names_are_counted(tmp_path):
         xml(tmp_path / f"Annotations/{name}.xml", name="cat")
     (tmp_path / "Annotations/._a.xml").write_bytes(b"\0\1")  # which macOS leaves about
     data = Voc(root, "train")
-    assert "3 x annotation file that no list in ImageSets/Main names: not used (first: " in data.problems.summary()
+    assert "3 x annotation file that is not listed in ImageSets/Main: not used (first: " in data.problems.summary()
     assert data.problems.found == []
 
 
@@ -537,16 +539,16 @@ def test_exchanged_sides_are_named_and_repaired_where_all_boxes_fit(tmp_path):
         (tmp_path / f"JPEGImages/{name}.jpg").unlink()
         image(tmp_path / f"JPEGImages/{name}.png", ord(name))
     for policy in ("fail", "skip"):
-        with pytest.raises(DataError, match=r"3 (x|problems).*width and height are exchanged") as error:
+        with pytest.raises(DataError, match=r"3 (x|problems).*width and height are swapped") as error:
             Voc(root, "train", broken=policy)
         assert "Exif" not in str(error.value)
     data = Voc(root, "train", broken="repair")
     assert [data.image_id(index) for index in range(len(data))] == ["a", "c"]
     assert data.target(0).boxes.tolist() == [[0, 0, 70, 50]]
     assert [problem.action for problem in data.problems.found] == [
-        "repaired: the size of the image holds, which all boxes fit",
+        "repaired: used the size of the image, which all boxes fit",
         "left out the image",
-        "repaired: the size of the image holds, which all boxes fit",
+        "repaired: used the size of the image, which all boxes fit",
     ]
 
 

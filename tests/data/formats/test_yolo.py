@@ -70,7 +70,7 @@ def test_names_by_id_and_fixed_class_names(tmp_path):
     assert fixed.target(0).labels.tolist() == [0, 1]
     with pytest.raises(DataError, match=r"a\.txt:2: the class 'dog' is not in the list of classes; Valid: cat"):
         Yolo(root, "train", class_names=("cat",))
-    with pytest.raises(DataError, match=r"data\.class_names has 'cow'.*data\.yaml"):
+    with pytest.raises(DataError, match=r"data\.class_names lists 'cow'.*data\.yaml"):
         Yolo(root, "train", class_names=("cow",))
     data = Yolo(root, "train", class_names=("cat",), other_classes="drop")
     assert data.target(0).labels.tolist() == [0]
@@ -130,10 +130,12 @@ def test_missing_files_and_splits_are_named(tmp_path):
         Yolo(root, "tran")
     with pytest.raises(DataError, match=r"images/val' does not exist\. .*Set data\.train and data\.val"):
         Yolo(root, "val")
-    with pytest.raises(DataError, match=r"The key 'empty' in '.*' is 'null', which is not a split\. Give it a folder"):
+    with pytest.raises(
+        DataError, match=r"The key 'empty' in '.*' is 'null', which is not a valid split\. Set it to a folder"
+    ):
         Yolo(root, "empty")
     (tmp_path / "images/val").mkdir()
-    with pytest.raises(DataError, match=r"images/val' holds no images"):
+    with pytest.raises(DataError, match=r"images/val' contains no images"):
         Yolo(root, "val")
     (tmp_path / "none.txt").touch()
     with pytest.raises(DataError, match="has no images"):
@@ -143,8 +145,8 @@ def test_missing_files_and_splits_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [cat\ntrain: x", r"data\.yaml' is not valid YAML: .*line 2, column 6.*Correct it"),
-        ("- cat", "does not hold keys and values"),
+        ("names: [cat\ntrain: x", r"data\.yaml' is not valid YAML: .*line 2, column 6.*Fix it"),
+        ("- cat", "is not a mapping"),
         ("train: x", "The key 'names' in .* must be a list of class names"),
         ("names: {a: b}", "The key 'names'"),
         ("names: [cat]\nnc: 2", "nc is 2, but names has 1 classes"),
@@ -178,7 +180,7 @@ def test_no_label_file_at_all_is_an_error(tmp_path):
         ("0.5 0.5 0.5 0.2 0.2", "class out of range", "the class 0.5"),
         ("nan 0.5 0.5 0.2 0.2", "class out of range", "the class nan"),
         ("1 nan 0.5 0.2 0.2", "not a number", "not a finite number"),
-        ("1 40 30 20 20", "not a fraction", "40 is far above 1; .*80 x 60 here, not pixels"),
+        ("1 40 30 20 20", "not a fraction", "40 is far above 1; .*here 80 x 60, not pixels"),
         ("1 0.5 0.5 0 0.2", "empty box", "of width 0"),
         ("1 1.5 0.5 0.2 0.2", "box outside the image", "lies outside"),
     ],
@@ -252,20 +254,20 @@ def test_every_label_file_is_accounted_for(tmp_path):
     (labels / "classes.txt").write_text("cat\ndog\n")
     (labels / "notes.txt").write_text("labelled in 2024 by hand\n")
     with pytest.raises(
-        DataError, match=r"7 problems \(5 x label file without an image, 1 x .*c\.TXT: its ending must be \.txt"
+        DataError, match=r"7 problems \(5 x label file without an image, 1 x .*c\.TXT: its suffix must be \.txt"
     ):
         Yolo(root, "train")
     data = Yolo(root, "train", broken="skip")
     assert len(data) == 3
     assert kinds(data) == [
-        ("image of an unread format", "left out the image"),
-        ("label file with another ending", "left out the label file"),
+        ("image of an unsupported format", "left out the image"),
+        ("label file with another suffix", "left out the label file"),
         *[("label file without an image", "left out the label file")] * 5,
     ]
     (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
     assert image.where == str(tmp_path / "images/train/photo.heic")
     assert any(line.startswith("1 x images of formats that are not read") for line in data.problems.counts())
-    assert "the ending '.heic' is not among those that are read: .apng" in image.message
+    assert "the suffix '.heic' is not supported (supported: .apng" in image.message
 
 
 def test_labels_of_another_split_or_of_a_list_are_not_missing_an_image(tmp_path):
@@ -300,7 +302,7 @@ def test_links_are_followed_once(tmp_path):
         (tmp_path / kind / "train/itself").symlink_to(".")
     data = Yolo(root, "train")
     assert (len(data), data.problems.unlabelled, kinds(data)) == (2, 0, [])
-    assert "2 x links to folders that are searched already: passed over" in data.problems.counts()
+    assert "2 x links to folders that are already searched: skipped" in data.problems.counts()
     # The folders themselves may be links.
     (tmp_path / "images").rename(tmp_path / "store")
     (tmp_path / "images").symlink_to("store")
@@ -309,7 +311,9 @@ def test_links_are_followed_once(tmp_path):
 
 def test_two_images_of_one_label_file(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX], "a.png": [BOX], "b.jpg": None, "b.png": None})
-    with pytest.raises(DataError, match=r"1 x label file of two images.*a\.png: its label file '.*a\.txt' is that of"):
+    with pytest.raises(
+        DataError, match=r"1 x label file of two images.*a\.png: its label file '.*a\.txt' is also that of"
+    ):
         Yolo(root, "train")
     assert len(Yolo(root, "train", broken="skip")) == 3
 
@@ -356,14 +360,14 @@ def test_hostile_lines_of_a_list_are_named(tmp_path, line):
     ("source", "message"),
     [
         ("x" * 300, "no split 'train'"),
-        ("a\0b", "is not a split"),
-        ("", "is '', which is not a split"),
-        ("null", "is 'null', which is not a split"),
-        ([], "is not a split"),
+        ("a\0b", "is not a valid split"),
+        ("", "is '', which is not a valid split"),
+        ("null", "is 'null', which is not a valid split"),
+        ([], "is not a valid split"),
         (["images/train", 3.5], "3.5' does not exist"),
-        ([["images/train"]], "is not a split"),
-        ({"a": "images/train"}, "is not a split"),
-        ("../../..", "no image|has no images|holds no|label file"),
+        ([["images/train"]], "is not a valid split"),
+        ({"a": "images/train"}, "is not a valid split"),
+        ("../../..", "no image|has no images|contains no|label file"),
     ],
 )
 def test_splits_that_name_nothing(tmp_path, source, message):
@@ -386,7 +390,7 @@ def test_a_path_that_is_null_is_the_folder_of_the_file(tmp_path, value):
     write(tmp_path, {"a.jpg": [BOX]})
     (tmp_path / "data.yaml").write_text(f"path: {value}\ntrain: images/train\nval:\nnames: [cat, dog]\n")
     assert len(Yolo(str(tmp_path), "train")) == 1
-    with pytest.raises(DataError, match=r"The key 'val' in .* is '', which is not a split"):
+    with pytest.raises(DataError, match=r"The key 'val' in .* is '', which is not a valid split"):
         Yolo(str(tmp_path), "val")
 
 
@@ -398,14 +402,14 @@ def test_the_path_may_be_absolute_or_in_the_home_folder_and_must_exist(tmp_path,
         data = Yolo(root, "train")
         assert data.image_id(0) == "images/train/a.jpg"
     for path in ("../nowhere", "a\0b", "~nobody/x"):
-        with pytest.raises(DataError, match=r"The key 'path' in '.*' names the folder '.*', which does not exist"):
+        with pytest.raises(DataError, match=r"The key 'path' in '.*' is the folder '.*', which does not exist"):
             Yolo(write(tmp_path / "config", {}, path=path), "train")
 
 
 def test_what_is_no_split_is_not_offered_as_one(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX]}, nc=2, download="https://example.org/x.zip", path=".")
     for key in ("download", "nc", "path", "names"):
-        with pytest.raises(DataError, match=f"The key '{key}' in .* which is not a split"):
+        with pytest.raises(DataError, match=f"The key '{key}' in .* which is not a valid split"):
             Yolo(root, key)
     with pytest.raises(DataError, match=r"no split 'test'.*Valid: train, val\. "):
         Yolo(root, "test")
@@ -415,7 +419,7 @@ def test_a_list_of_folders_and_what_folders_hide_are_named(tmp_path):
     root = write(tmp_path, {"a.jpg": [BOX]})
     (tmp_path / "images/train/b.jpg").symlink_to("nowhere")
     counts = Yolo(root, "train").problems.counts()
-    assert "1 x links that lead nowhere: passed over" in counts
+    assert "1 x broken links: skipped" in counts
     (tmp_path / "list.txt").write_text("images/train\n")
     (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: list.txt\n")
     for policy in ("fail", "repair"):

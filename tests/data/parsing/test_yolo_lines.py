@@ -91,7 +91,7 @@ def test_points_that_are_not_annotated(tmp_path: Path) -> None:
         (
             pose(3, places=PLACES + np.array([65, 0])),
             "point outside the image",
-            "5 of its points lie outside the image",
+            "5 of its points are outside the image",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_public_case_of_points_read_as_a_polygon(tmp_path: Path) -> None:
 
 
 def test_an_odd_number_of_points_with_visibility_names_kpt_shape(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 20 columns, but a box has 5 .*points are read if data\.yaml has"):
+    with pytest.raises(DataError, match=r"has 20 columns, but a box has 5 .*points need kpt_shape in data\.yaml"):
         Yolo(write(tmp_path, [pose(3)]), "train")
 
 
@@ -169,7 +169,7 @@ def test_malformed_kpt_shape(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.parametrize("order", ["[1, 0]", "[1, 2, 0, 3, 4]", "[5, 1, 2, 3, 0]", "[-1, 1, 2, 3, 4]", "1", "[a]"])
 def test_malformed_flip_idx(tmp_path: Path, order: str) -> None:
-    with pytest.raises(DataError, match=r"The key 'flip_idx' in .* must name for each of 5 points"):
+    with pytest.raises(DataError, match=r"The key 'flip_idx' in .* must list for each of 5 points"):
         Yolo(write(tmp_path, [pose(2)], f"{NAMES}kpt_shape: [5, 2]\nflip_idx: {order}\n"), "train")
 
 
@@ -269,7 +269,7 @@ def test_names_are_text_as_written(tmp_path: Path, yaml: str, names: Any, ids: A
     ("yaml", "message"),
     [
         ("names: {0: a, 0: b}", "the key '0' is given twice"),
-        ("names: {0: a, 00: b}", "a name and id of its own"),
+        ("names: {0: a, 00: b}", "a unique name and id"),
         ("names: {0: a, 1: a}", "class name 'a' is listed twice"),
         ("names: [a, b]\nnames: [c]", "the key 'names' is given twice"),
         ("names: {-1: a}", "The key 'names'"),
@@ -280,7 +280,7 @@ def test_names_are_text_as_written(tmp_path: Path, yaml: str, names: Any, ids: A
         ("names: [a, '']", "none of them empty"),
         ("names: [a, [b]]", "The key 'names'"),
         ("names: [{a: b}]", "The key 'names'"),
-        ("names: cat, dog", "The key 'names' .* it is 'cat, dog'"),
+        ("names: cat, dog", "The key 'names' .* but is 'cat, dog'"),
         ("names: []", "The key 'names'"),
         ("names: !!set {a, b}", "The key 'names'"),
         ("names: [a, b]\nnc: 3", "nc is 3, but names has 2 classes"),

@@ -65,7 +65,7 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     with_proposals(dataset(2), options, "val", "validation")
     capsys.readouterr()
     proposed = with_proposals(data, options, "val", "validation")
-    mean = f"mean {16 * (6 - without) / 6:.0f} proposals an image, {without} images without"
+    mean = f"mean {16 * (6 - without) / 6:.0f} proposals per image, {without} images without"
     assert capsys.readouterr().out == f"proposals  validation: 4 computed, 2 from the cache, {mean}\n"
     files = sorted(tmp_path.rglob("*.boxes"))
     assert len(files) == 6
@@ -73,7 +73,7 @@ def test_the_report_counts(toys: None, tmp_path: Path, capsys: pytest.CaptureFix
     files[1].write_bytes(b"")
     files[2].write_bytes(bytes(100))
     with_proposals(data, options, "val", "validation")
-    damaged = "3 of the computed had a damaged file in the cache"
+    damaged = "3 damaged files in the cache were computed again"
     assert capsys.readouterr().out == f"proposals  validation: 3 computed, 3 from the cache, {mean}; {damaged}\n"
     assert all(
         torch.equal(proposed[index].proposals, Grid(darkest=darkest)(data[index].image, 0)) for index in range(6)
@@ -103,7 +103,7 @@ def test_training_with_workers_and_a_resumed_run(
 ) -> None:
     whole = train(regions("--train.epochs", "3"))
     output = capsys.readouterr().out
-    assert "training: 12 computed, 0 from the cache, mean 16 proposals an image, 0 images without\n" in output
+    assert "training: 12 computed, 0 from the cache, mean 16 proposals per image, 0 images without\n" in output
     assert "validation: 6 computed" in output
     for inputs in RegionHead.seen:
         assert inputs.proposals is not None
@@ -185,10 +185,10 @@ def test_a_source_sees_the_image_itself_and_its_boxes_go_with_it(regions: Region
 def test_what_the_head_needs_and_what_it_gets_must_agree(regions: Regions, tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"head 'regions' needs proposals, but the config has none\. .*--proposals"):
         train(regions("--proposals", "null"))
-    with pytest.raises(ConfigError, match=r"has 'proposals' \(grid\), but the head 'ssd' does not read them"):
+    with pytest.raises(ConfigError, match=r"has 'proposals' \(grid\), but the head 'ssd' does not use them"):
         train(tiny("--proposals", "{name: grid}"))
     model = build_model(tiny(), dataset().classes)
-    with pytest.raises(ConfigError, match="'ssd' does not read them"):
+    with pytest.raises(ConfigError, match="'ssd' does not use them"):
         Predictor(model, "cpu", {"name": "grid"})
     with pytest.raises(ConfigError, match="'regions' needs proposals"):
         Predictor(build_model(regions("--proposals", "null"), dataset().classes), "cpu")
@@ -240,14 +240,14 @@ def test_evaluation_and_prediction_take_another_source(
     folder = train(regions("--train.epochs", "1", "--proposals", f"{{name: file, path: '{files}'}}"))
     image = tmp_path / "image.png"
     Image.fromarray(dataset()[0].image).save(image)
-    with pytest.raises(ConfigError, match=r"'file' knows the images of a data set only.*--proposals"):
+    with pytest.raises(ConfigError, match=r"'file' only supports images of a data set.*--proposals"):
         detkit.load(folder.last, "cpu")
     assert len(detkit.load(folder.last, "cpu", {"name": "grid"}).predict(image, conf=0.0)) == 16
-    with pytest.raises(ConfigError, match="new images are not kept"):
+    with pytest.raises(ConfigError, match="proposals of new images are not cached"):
         detkit.load(folder.last, "cpu", {"name": "grid", "cache": "there"})
     infer = ["infer", str(folder.last), "--source", str(image), "--output", str(tmp_path / "out"), "--conf", "0"]
     assert main(infer) == 1
-    assert "knows the images of a data set only" in capsys.readouterr().err
+    assert "only supports images of a data set" in capsys.readouterr().err
     assert main([*infer, "--proposals", "{name: grid, side: 32}"]) == 0
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 4
     assert main(["eval", str(folder.last), "--train.device", "cpu"]) == 0

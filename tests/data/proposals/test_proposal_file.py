@@ -76,9 +76,7 @@ def test_the_best_come_first_and_equal_ones_in_the_order_of_the_file(path: Path,
     source = FileProposals(write(path, content), "val")
     line = source.check(DATA)
     assert line.startswith("5 proposals from")
-    assert line.endswith(
-        "mean 2 an image, 0 images without; 0 cut to their image, 0 left out because they lie outside it"
-    )
+    assert line.endswith("mean 2 per image, 0 images without; 0 clipped to their image, 0 outside it left out")
     assert proposals(source, 0) == [[5.5, 6, 15.5, 16], [0, 0, 60, 40], [1, 2, 4, 6], [20, 20, 25, 25]]
     assert proposals(source, 1) == [[0, 0, 30, 30]]
 
@@ -109,7 +107,7 @@ def test_boxes_are_cut_to_their_image_and_counted(path: Path) -> None:
     source = FileProposals(write(path, entries), "val")
     line = source.check(DATA)
     assert "2 proposals from" in line
-    assert "1 image without; 2 cut to their image, 3 left out because they lie outside it" in line
+    assert "1 image without; 2 clipped to their image, 3 outside it left out" in line
     assert proposals(source, 0) == [[0, 0, 15, 15], [50, 30, 60, 40]]
     assert proposals(source, 1) == []
     best = FileProposals(write(path, entries), "val", count=1)
@@ -171,20 +169,20 @@ def test_a_file_of_other_images_is_refused(path: Path, content: Any, message: st
         ([box(7, [1, 2, 3, 4, 5])], "number 0 is malformed"),
         ([box(7, 5)], "number 0 is malformed"),
         ([box(None, [1, 2, 3, 4])], r"number 0 is malformed .*'image_id' must be a whole number or text"),
-        ([box(7.5, [1, 2, 3, 4])], r"number 0 is malformed .* but it is 7\.5"),
-        ([box(True, [1, 2, 3, 4])], "number 0 is malformed .* but it is True"),
-        ([3], "number 0 is malformed .* must be an object with keys and values, but it is 3"),
-        ({"images": IMAGES}, "holds no proposals"),
-        ("text", "holds no proposals"),
+        ([box(7.5, [1, 2, 3, 4])], r"number 0 is malformed .* but is 7\.5"),
+        ([box(True, [1, 2, 3, 4])], "number 0 is malformed .* but is True"),
+        ([3], "number 0 is malformed .* must be an object with keys and values, but is 3"),
+        ({"images": IMAGES}, "contains no proposals"),
+        ("text", "contains no proposals"),
         ({"images": [{"id": 7}], "proposals": []}, r"images\[0\] is malformed \(it has no 'height'\)"),
         (
             {"images": [IMAGES[0] | {"height": "40"}], "proposals": []},
-            "'height' must be a whole number, but it is '40'",
+            "'height' must be a whole number, but is '40'",
         ),
         ({"images": [IMAGES[0] | {"width": float("inf")}], "proposals": []}, "'width' must be a whole number"),
         ({"images": [7], "proposals": []}, r"images\[0\] is malformed .* object with keys and values"),
-        ({"images": [IMAGES[0], IMAGES[0]], "proposals": []}, r"images\[1\] has the id 7 of another one"),
-        ({"images": IMAGES[1:], "proposals": GOOD}, r"1 of its images that its list 'images' lacks \(the first: 7\)"),
+        ({"images": [IMAGES[0], IMAGES[0]], "proposals": []}, r"images\[1\] has the same id 7 as an earlier one"),
+        ({"images": IMAGES[1:], "proposals": GOOD}, r"1 images that are not in its list 'images' \(the first: 7\)"),
     ],
 )
 def test_what_cannot_be_used_is_refused(path: Path, content: Any, message: str) -> None:
@@ -215,5 +213,5 @@ def test_files_that_are_none_are_named(path: Path, tmp_path: Path) -> None:
 
 def test_an_image_that_was_not_checked_is_refused(path: Path) -> None:
     source = FileProposals(write(path, GOOD), "val")
-    with pytest.raises(DataError, match="has none for the image 99"):
+    with pytest.raises(DataError, match="has no proposals for the image 99"):
         source(np.zeros((5, 5, 3), np.uint8), 99)

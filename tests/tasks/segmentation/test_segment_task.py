@@ -153,4 +153,4 @@ def test_mixes_are_refused_before_the_first_step(tmp_path: Path, capsys: pytest.
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY + f"runs: {tmp_path / 'runs'}\n")
     assert main(["train", str(config), "--augment", "[{name: mosaic, probability: 0.1}]"]) == 1
-    assert "cannot be done with semantic maps" in capsys.readouterr().err
+    assert "is not supported for semantic maps" in capsys.readouterr().err
