@@ -136,7 +136,7 @@ def test_a_wrong_matching_is_an_error(bench, no_new_process, monkeypatch):
     monkeypatch.setattr("benchmarks.matching.match_ssd", lambda a, b: match_ssd(a, b, threshold=0.01))
     status, _, error, _ = bench("matching", "--sizes", "60x3")
     assert status == 1
-    assert "anchors have another ground truth" in error
+    assert "anchors have another target" in error
 
 
 def test_iou_without_memory_is_left_out_and_says_so(bench, monkeypatch):

@@ -85,8 +85,9 @@ def test_a_run_and_a_config(bench, model):
     assert facts["weights"] == "of the run"
     assert (facts["mAP"], facts["mAP50"]) == (0.5, 0.7)
     assert (facts["epochs"], facts["training_minutes"]) == (4, 3.0)
-    # three more classes in the last layer: a weight for each of 8 values and a bias, in each of 9 cells
-    assert of_config["facts"]["parameters"] == facts["parameters"] + 3 * 9 * 9
+    # Two classes and background become five and background: twice the outputs of the class predictors.
+    more = sum(parameter.numel() for name, parameter in model.head.named_parameters() if "class" in name)
+    assert of_config["facts"]["parameters"] == facts["parameters"] + more
     assert of_config["facts"]["weights"] == "random"
     assert "mAP" not in of_config["facts"]
     for case in report["cases"]:
