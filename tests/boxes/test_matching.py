@@ -402,7 +402,7 @@ def test_nan_and_wrong_masks_are_refused(matcher):
         matcher(boxes, boxes, torch.zeros(4))
     with pytest.raises(ValueError, match=r"anchors must be \(N, 4\), but got \(4, 3\)"):
         matcher(boxes[:, :3], boxes)
-    with pytest.raises(ValueError, match=r"ground truths must be \(N, 4\), but got \(4,\)"):
+    with pytest.raises(ValueError, match=r"targets must be \(N, 4\), but got \(4,\)"):
         matcher(boxes, boxes[0])
 
 

@@ -185,4 +185,4 @@ def test_an_image_that_a_list_repeats_is_read_once(tmp_path: Path, monkeypatch: 
     assert sorted(read) == [str(tmp_path / "a.png"), str(tmp_path / "none.png")]
     found = data.problems.found
     assert [problem.kind for problem in found] == ["duplicate image", "missing image", "duplicate image"]
-    assert "that of the image 1 already" in found[0].message
+    assert "also that of the image 1" in found[0].message

@@ -20,12 +20,12 @@ def annotation(**changes):
     return {"id": 1, "image_id": 5, "category_id": 3, "bbox": [10, 20, 30, 20], "area": 450.5, "iscrowd": 0} | changes
 
 
-def write(root, annotations, images=None, categories=CATEGORIES, picture=True):
+def write(root, annotations, images=None, categories=CATEGORIES, image=True):
     images = [{"id": 5, "file_name": "ä 1.jpg", "height": 60, "width": 80}] if images is None else images
     (root / "annotations").mkdir(exist_ok=True)
     (root / "train").mkdir(exist_ok=True)
-    for image in images if picture else ():
-        Image.fromarray(np.full((60, 80, 3), 90, dtype=np.uint8)).save(root / "train" / image["file_name"])
+    for entry in images if image else ():
+        Image.fromarray(np.full((60, 80, 3), 90, dtype=np.uint8)).save(root / "train" / entry["file_name"])
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations/instances_train.json").write_text(json.dumps(content))
     return str(root)

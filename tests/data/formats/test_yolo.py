@@ -266,7 +266,7 @@ def test_every_label_file_is_accounted_for(tmp_path):
     ]
     (image,) = (problem for problem in data.problems.found if problem.kind.startswith("image"))
     assert image.where == str(tmp_path / "images/train/photo.heic")
-    assert any(line.startswith("1 x images of formats that are not read") for line in data.problems.counts())
+    assert any(line.startswith("1 x images of unsupported formats") for line in data.problems.counts())
     assert "the suffix '.heic' is not supported (supported: .apng" in image.message
 
 
