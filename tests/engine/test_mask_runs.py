@@ -42,7 +42,7 @@ def truthful(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(targets: list[Target], patches: Any = patches_of) -> None:
         answers = cycle(targets)
 
-        def decode(self: SSD, outputs: Any) -> list[Detections]:
+        def decode(self: SSD, outputs: Any, options: Any = None) -> list[Detections]:
             return [
                 Detections(target.boxes, torch.ones(len(target)), target.labels, mask_patches=patches(target))
                 for _, target in zip(outputs.sizes, answers)

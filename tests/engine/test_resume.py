@@ -438,7 +438,7 @@ def test_a_checkpoint_without_a_checksum_still_loads(checkpoint: Path, tmp_path:
     [
         ({"class_names": None}, "lacks the metadata 'class_names'"),
         ({"raw_ids": None}, "lacks the metadata 'raw_ids'"),
-        ({"experiment": None}, "no checkpoint of detkit"),
+        ({"experiment": None}, "nor a detkit checkpoint"),
         ({"chcksum": "x"}, "unknown metadata 'chcksum'"),
         ({"class_names": '{"a": 1}'}, "'class_names' .* is not a list of str"),
         ({"class_names": '["a", 2, "c", "d"]'}, "'class_names' .* is not a list of str"),

@@ -147,5 +147,5 @@ def test_an_unknown_classifier_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none of"):
         load_model(tmp_path / "other.pth")
     torch.save(models.resnext50_32x4d(num_classes=3).state_dict(), tmp_path / "resnext.pth")
-    with pytest.raises(CheckpointError, match="classifiers that detkit runs: alexnet"):
+    with pytest.raises(CheckpointError, match="classifiers that detkit supports: alexnet"):
         load_model(tmp_path / "resnext.pth")

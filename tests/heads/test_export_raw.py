@@ -6,19 +6,26 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo_cases import zoo_cases
 
 from detkit.model import Model, build_model
 from detkit.structures import ClassList
 
 SIZE = (96, 64)
-CSP = "{name: csp_darknet, width: 0.0625, depth: 0.1}"
+TWO_MAPS = "{name: darknet_tiny, levels: [3, 4], widths: [4, 8, 8, 8, 16, 8, 8]}"
+ONE_MAP = "{name: darknet_tiny, levels: [4], widths: [4, 8, 8, 8, 16, 8, 8]}"
 FPN = "{name: fpn, width: 8, extra_levels: 1, norm: true}"
 CASES = {
-    "retinanet": (CSP, FPN, "{name: retinanet, depth: 1}"),
-    "retinanet with norms": (CSP, FPN, "{name: retinanet, depth: 2, norm: true, box_loss: giou}"),
+    "localize": (ONE_MAP, None, "{name: localize}"),
+    "retinanet": (TWO_MAPS, FPN, "{name: retinanet, depth: 1}"),
+    "retinanet with norms": (TWO_MAPS, FPN, "{name: retinanet, depth: 2, norm: true, box_loss: giou}"),
+    "sliding_window": (TWO_MAPS, None, "{name: sliding_window, windows: [[2, 2], [3, 4]], width: 8}"),
+    "yolov1": (ONE_MAP, None, "{name: yolov1, grid: 2, hidden: 16}"),
+    "yolov1 of an uneven grid": (ONE_MAP, None, "{name: yolov1, grid: 5, layers: convolution, hidden: 16}"),
+    "yolov2": (TWO_MAPS, None, "{name: yolov2, width: 8, passthrough: 4}"),
+    "yolov2 as in darknet": (TWO_MAPS, None, "{name: yolov2, width: 8, passthrough: 4, reorg: darknet}"),
+    "yolov3": (TWO_MAPS, "{name: yolov3_neck, widths: [8, 8], depths: [1]}", "{name: yolov3, widths: [8, 8]}"),
     "yolox": (
-        CSP,
+        "{name: csp_darknet, width: 0.0625, depth: 0.1}",
         "{name: pafpn, depth: 0.1}",
         "{name: yolox, l1_weight: 1.0}",
     ),
@@ -27,7 +34,6 @@ CASES = {
         "{name: pafpn, depth: 0.1, depthwise: true}",
         "{name: yolox, depthwise: true}",
     ),
-    **zoo_cases("EXPORTED"),
 }
 
 

@@ -109,7 +109,7 @@ def test_strides_that_do_not_fit_are_refused() -> None:
         ConfigError, match=r"'head\.finest_stride' is 8, but the feature maps have the strides \[16, 32\]"
     ):
         FCN((4, 4), (16, 32), 2)
-    with pytest.raises(ConfigError, match=r"even factors, but gets maps of the strides \[8, 24\]"):
+    with pytest.raises(ConfigError, match=r"even factors, but the feature maps have the strides \[8, 24\]"):
         FCN((4, 4), (8, 24), 2)
     with pytest.raises(ConfigError, match="even factors"):
         FCN((4,), (1,), 2, finest_stride=1)

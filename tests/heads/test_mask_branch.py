@@ -162,7 +162,7 @@ def test_targets_need_masks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"features": {"name": "spp"}}, r"needs features with spatial dimensions\. Use head\.mask\.features"),
+        ({"features": {"name": "spp"}}, r"needs region features with spatial dimensions\. Use head\.mask\.features"),
         ({"features": {"name": "roi_align", "sise": 14}}, r"'head\.mask\.features\.sise'.*'size'"),
         ({"widht": 4}, r"'head\.mask\.widht' is not an option of the mask branch.*'width'"),
         ({"depth": -1}, "depth"),

@@ -138,7 +138,7 @@ def test_what_is_assumed_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogC
         assert words in line
     example = line.split("'")[-2] + "&data.class_names=[cat, yes]"
     assert load_model(example).classes.names == ("cat", "yes")
-    assert "input.size" not in said(example).partition("Assumed: ")[2].partition(". Where")[0]
+    assert "input.size" not in said(example).partition("Assumed: ")[2].partition(". If")[0]
     model = load_model(f"{path}?backbone.norm_epsilon=0")
     assert model.backbone.bn1.eps == 0  # type: ignore[union-attr]
     torch.save(frozen(faster_rcnn(91)), path)

@@ -187,7 +187,7 @@ def test_group_norm_has_groups_of_eight_channels() -> None:
         ({"gamma": -1.0}, r"'head\.gamma' must be at least 0"),
         ({"prior": 0.0}, r"'head\.prior' must be in 1e-06\.\.0\.5"),
         ({"foreground_from": 0.3}, r"'head\.background_below' must not be above"),
-        ({"candidates": 0}, "At least one"),
+        ({"candidates": 0}, "must be at least 1"),
         ({"gama": 2.0}, "Did you mean 'gamma'"),
         ({"box_loss": "l3"}, r"'head\.box_loss'"),
     ],

@@ -72,7 +72,7 @@ def test_the_padding_of_a_batch_counts_neither_in_the_loss_nor_in_the_labels() -
 def test_broken_weights_of_a_network_are_told() -> None:
     logits = torch.zeros(3, 4, 4)
     logits[1, 2, 3] = math.nan
-    with pytest.raises(DetkitError, match="not numbers"):
+    with pytest.raises(DetkitError, match="logits are NaN"):
         labels_of(logits)
     assert labels_of(torch.full((2, 1, 1), math.inf)).item() == 0  # too large is no NaN
 
@@ -82,5 +82,5 @@ def test_weights_of_classes_are_checked() -> None:
         fcn(class_weights=[1.0, 2.0])
     with pytest.raises(ConfigError, match="must be 3 non-negative numbers"):
         fcn(class_weights=[1.0, 2.0, -1.0])
-    with pytest.raises(ConfigError, match="1 to 255 classes apart, but the data has 300"):
+    with pytest.raises(ConfigError, match="1 to 255 classes, but the data has 300"):
         heads.build({"name": "fcn"}, "head", channels=(4,), strides=(8,), num_classes=300)

@@ -37,9 +37,9 @@ def test_a_mixed_folder(predictor: Predictor, tmp_path: Path, capsys: pytest.Cap
     assert infer(predictor, str(folder), tmp_path / "out", PredictOptions(conf=0.0)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{len(kinds)} image" in said or f"{len(kinds)} image" in said
-    for part in ("videos, which are read one at a time: 1 (.mp4)", "not images: 2 (.json, .txt)", "1 (.heic)"):
+    for part in ("videos, which must be given one at a time: 1 (.mp4)", "not images: 2 (.json, .txt)", "1 (.heic)"):
         assert part in said
-    assert "links that lead nowhere: 1 (first:" in said
+    assert "broken links: 1 (first:" in said
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert {record["image_id"] for record in found} == set(kinds)
 

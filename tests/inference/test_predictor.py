@@ -156,7 +156,7 @@ def test_broken_checkpoints_are_named(tiny: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="no checkpoint of detkit"):
+    with pytest.raises(CheckpointError, match="nor a detkit checkpoint"):
         detkit.load(path)
 
 

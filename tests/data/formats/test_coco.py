@@ -447,7 +447,7 @@ def test_malformed_image_entries(tmp_path, changes, message):
 
 @pytest.mark.parametrize("name", ["none.jpg", "../a.jpg"])
 def test_missing_images_are_named(tmp_path, name):
-    root = write(tmp_path, [], [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}], picture=False)
+    root = write(tmp_path, [], [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": name}], image=False)
     Image.new("RGB", (80, 60)).save(tmp_path / "train/a.jpg")
     with pytest.raises(DataError, match=r"1 x missing image.*images\[1\] \(id 6, "):
         Coco(root, "train")

@@ -80,7 +80,7 @@ class RegionHead(Head):
         best, index = box_iou(proposals, target.boxes).max(1) if len(proposals) else (proposals.new_zeros(0),) * 2
         return torch.where(best > 0.3, target.labels[index.long()], background)
 
-    def decode(self, outputs: Outputs) -> list[Detections]:
+    def decode(self, outputs: Outputs, options: Any = None) -> list[Detections]:
         found: list[Any] = []
         start = 0
         for boxes in outputs.proposals:

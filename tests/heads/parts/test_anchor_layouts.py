@@ -48,7 +48,7 @@ def test_a_map_of_the_whole_image_is_divided_always() -> None:
 def test_one_entry_serves_all_levels_and_others_must_fit() -> None:
     assert Pyramid(((8.0, 16.0),)).per_location(3) == [6, 6, 6]
     assert Pyramid(SIZES, ratios=(1.0,)).per_location(3) == [1, 1, 1]
-    with pytest.raises(ConfigError, match="have entries for 3 levels, but the model has 2 feature maps; give 2"):
+    with pytest.raises(ConfigError, match=r"have entries for 3 levels, but the model has 2 feature maps\. Give 2"):
         Pyramid(SIZES).per_location(2)
 
 

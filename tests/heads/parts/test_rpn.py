@@ -171,7 +171,7 @@ def test_default_anchors_are_those_of_the_papers() -> None:
 
 def test_default_anchors_of_a_map_pooled_from_the_whole_image_are_refused() -> None:
     """small_ssd with level_channels as its last width has maps of one width, the last of stride 0."""
-    with pytest.raises(ConfigError, match=r"no default anchors .* Give 'head\.rpn\.anchors'"):
+    with pytest.raises(ConfigError, match=r"no default anchors .* Set 'head\.rpn\.anchors'"):
         build((8, 0), anchors=None)
     network = build((8, 0), anchors={"name": "pyramid", "sizes": [[16.0], [60.0]]})
     anchors = network.layout([(8, 8), (1, 1)], (64, 64), (8, 0))

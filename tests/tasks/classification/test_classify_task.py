@@ -121,7 +121,7 @@ def test_train_then_eval_then_infer(run: Callable[..., str], tiny_config: Path, 
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((40, 50, 3), value + number, dtype=np.uint8)).save(path)
     data = f'{{name: folder, root: "{tmp_path / "data"}"}}'
-    output = run("train", tiny_config, "--data", data, *CLASSIFY, "--train.epochs", "6")
+    output = run("train", tiny_config, "--data", data, *CLASSIFY, "--train.epochs", "20", "--train.lr", "0.05")
     folder = tmp_path / "runs" / "classify" / "tiny"
     assert "top1 1.000" in output
     assert (folder / "images" / "confusion_matrix.png").is_file()

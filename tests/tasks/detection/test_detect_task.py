@@ -94,7 +94,7 @@ def test_data_without_an_object_that_counts_are_refused(monkeypatch: pytest.Monk
         Detect().check_data(dataset, "val")
     dataset.problems.add_harmless("empty box", "a.txt:1", "it is empty", "left out the box")
     with pytest.raises(
-        DataError, match=r"In its files: 1 x empty box: left out the box \(first: a\.txt:1: it is empty"
+        DataError, match=r"Problems in its files: 1 x empty box: left out the box \(first: a\.txt:1: it is empty"
     ):
         Detect().check_data(dataset, "val")
 

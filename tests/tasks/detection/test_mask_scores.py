@@ -243,9 +243,7 @@ def test_masks_of_some_images_only_or_of_another_size_are_refused() -> None:
         evaluate(([with_mask, without], targets, metas, CLASSES))
     with pytest.raises(ValueError, match="the targets of some images have masks"):
         evaluate(([with_mask] * 2, [targets[0], Target(BOX, LABEL)], metas, CLASSES))
-    with pytest.raises(
-        ValueError, match=r"image 1 \(1\.png\) have masks of \(90, 100\), the ground truths of \(100, 100\)"
-    ):
+    with pytest.raises(ValueError, match=r"image 1 \(1\.png\) have masks of \(90, 100\), the targets of \(100, 100\)"):
         one_image(square()[:, :90], square())
 
 

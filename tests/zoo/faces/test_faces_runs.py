@@ -34,7 +34,7 @@ def test_landmarks_are_trained_scored_and_drawn(tmp_path: Path, capsys: pytest.C
     small = detkit.load(run, "cpu").predict(image[::2, ::2]).points
     assert torch.allclose(small * 2, points, atol=8)
     assert main(["train", str(config), "--head.points", "4"]) == 1
-    assert "'head.points' is 4, but the data have 5 points" in capsys.readouterr().err
+    assert "'head.points' is 4, but the data has 5 points" in capsys.readouterr().err
 
 
 def test_mtcnn_is_trained_and_scored(tmp_path: Path) -> None:

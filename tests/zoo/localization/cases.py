@@ -10,5 +10,5 @@ HEAD_OPTIONS = {
 BACKBONE = "{name: csp_darknet, width: 0.0625, depth: 0.1}"
 EXPORTED = {
     "localize": (BACKBONE, None, "{name: localize}"),
-    "sliding_window": (BACKBONE, None, "{name: sliding_window, windows: [[2, 2], [3, 4]], width: 8}"),
+    "sliding_window": (BACKBONE, None, "{name: sliding_window, windows: [[2, 2], [3, 2]], width: 8}"),
 }

@@ -150,7 +150,7 @@ def test_outputs_of_many_images_decode_without_their_padding() -> None:
         ({"content_weight": -1.0}, r"'head\.content_weight' must be at least 0"),
         ({"width": 0}, r"'head\.width' must be at least 1"),
         ({"network": {"name": "vgg91"}}, "no backbone named 'vgg91'"),
-        ({"pciture": "a.jpg"}, r"Did you mean 'image'"),
+        ({"style_imgae": "a.jpg"}, r"Did you mean 'style_image'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -164,7 +164,7 @@ def test_another_backbone_than_pixels_is_refused() -> None:
 
 
 def test_a_style_that_is_not_given_or_not_there_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"needs 'head\.image'"):
+    with pytest.raises(ConfigError, match=r"needs 'head\.style_image'"):
         build().prepare()
     with pytest.raises(DataError, match=r"'nowhere\.jpg' does not exist"):
         build(style_image="nowhere.jpg").prepare()
